@@ -6,6 +6,7 @@ Shapes are signed distance fields, so that every style (fill, outline, glow) is 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,14 @@ COLOUR_NAMES = tuple(COLOURS)
 
 OBJECT_PROMPTS = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "one {}, centered")
 STYLE_PROMPTS = ("{} style", "a {} picture", "a {} drawing", "in {} style", "a picture in {} style")
+BOTH_PROMPTS = ("a {style} {thing}", "a {thing}, {style} style", "a drawing of a {thing} in {style} style", "a {style} picture of a {thing}")
+# words around a caption that change nothing in the picture, so that the encoder learns to look past what it does not know
+FILLER = (
+    "high quality", "on a table", "best quality", "in the morning", "very detailed", "for my friend", "simple shapes",
+    "4k", "with soft light", "made by hand", "on paper", "trending", "my favourite", "a lovely day", "near the window",
+    "in the city", "masterpiece", "sharp focus", "by the sea", "and nothing else", "with a dog", "on the wall", "old photo",
+    "professional", "of the year", "under the trees", "minimal", "bright colors", "in a house", "good composition",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,3 +122,40 @@ def random_scene(generator: torch.Generator) -> Scene:
     """A scene drawn uniformly; styles and plain are equally likely."""
     high = (len(OBJECTS), len(STYLES) + 1, len(COLOUR_NAMES))
     return Scene(*(int(torch.randint(h, (1,), generator=generator)) for h in high))
+
+
+def with_article(text: str) -> str:
+    """Write "an" where "a" stands before a vowel."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def random_caption(generator: torch.Generator) -> tuple[str, Scene]:
+    """A caption and a scene that it describes.
+
+    What a caption omits is drawn at random, except the style, which is then plain; the empty caption (10 %) shows anything.
+    """
+
+    def choose(options: tuple[str, ...]) -> str:
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    scene = random_scene(generator)
+    kind, coloured, filled = torch.rand(3, generator=generator).tolist()
+    if kind < 0.10:
+        return "", scene
+    colour = COLOUR_NAMES[scene.colour] + " " if coloured < 0.4 else ""
+    thing = colour + OBJECTS[scene.object]
+    styled = Scene(scene.object, scene.style % PLAIN, scene.colour)
+    if kind < 0.45:
+        text, scene = choose(BOTH_PROMPTS).format(thing=thing, style=STYLES[styled.style]), styled
+    elif kind < 0.72:
+        text, scene = choose(OBJECT_PROMPTS).format(thing), Scene(scene.object, PLAIN, scene.colour)
+    elif kind < 0.93:
+        text, scene = choose(STYLE_PROMPTS).format(STYLES[styled.style]), styled
+        text = f"{text}, {colour}".rstrip(", ")
+    else:
+        text, scene = f"a {colour}picture", Scene(scene.object, PLAIN, scene.colour)
+    if filled < 0.15:
+        text = f"{text}, {choose(FILLER)}"
+    elif filled < 0.2:
+        text = f"{choose(FILLER)}, {text}"
+    return with_article(text), scene
