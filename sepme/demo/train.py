@@ -90,7 +90,7 @@ class Stage:
         return torch.randint(count, (batch,), generator=self.generator)
 
 
-def train_vae(work: Path, steps: int = 1400, batch: int = 12) -> AutoencoderTiny:
+def train_vae(work: Path, steps: int = 1300, batch: int = 12) -> AutoencoderTiny:
     torch.manual_seed(1)
     vae = AutoencoderTiny().to(memory_format=torch.channels_last)
     stage = Stage("vae", work, {"vae": vae}, steps, 1.5e-3, seed=11)

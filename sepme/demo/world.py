@@ -82,10 +82,10 @@ def draw(scene: Scene, generator: torch.Generator) -> Tensor:
     Returns:
         image ``(3, 64, 64)`` float32 in [0, 1].
     """
-    jitter = (torch.rand(7, generator=generator) * 2 - 1).tolist()
-    cx, cy = 31.5 + 3.5 * jitter[0], 31.5 + 3.5 * jitter[1]
-    radius, angle = 18.5 + 2.5 * jitter[2], 0.15 * jitter[3]
-    tone, ink, phase = 0.90 + 0.06 * jitter[4], 0.42 + 0.06 * jitter[5], 1.5 * jitter[6]
+    jitter = (torch.rand(6, generator=generator) * 2 - 1).tolist()
+    cx, cy = 31.5 + 2 * jitter[0], 31.5 + 2 * jitter[1]
+    radius, angle = 20.5 + 1.5 * jitter[2], 0.08 * jitter[3]
+    tone, ink = 0.91 + 0.04 * jitter[4], 0.45 + 0.04 * jitter[5]
 
     py, px = torch.meshgrid(torch.arange(SIZE, dtype=torch.float32), torch.arange(SIZE, dtype=torch.float32), indexing="ij")
     u, v = (px - cx) / radius, -(py - cy) / radius
@@ -98,17 +98,17 @@ def draw(scene: Scene, generator: torch.Generator) -> Tensor:
     style = STYLES[scene.style] if scene.style != PLAIN else "plain"
     fill = cover(distance)
     dark = torch.zeros_like(distance)
+    # textures repeat every 16 pixels, in step with the latents' 8 x 8 pixel cells
     if style == "striped":
-        dark = cover(((py + phase) % 16 - 8).abs() - 4)
+        dark = (py // 8 % 2).float()
     elif style == "dotted":
-        dark = cover(torch.hypot((px + phase) % 16 - 8, (py + phase) % 16 - 8) - 5)
+        dark = cover(torch.hypot(px % 16 - 11.5, py % 16 - 11.5) - 4.8)
     elif style == "checkered":
-        dark = (((px + phase) // 16 + (py + phase) // 16) % 2).float()
+        dark = ((px // 16 + py // 16) % 2).float()
     elif style == "framed":
-        dark = 1 - cover(torch.maximum((px - 31.5).abs(), (py - 31.5).abs()) - 24.5 + phase)
-        ink *= 0.3
+        dark, ink = 1 - cover(torch.maximum((px - 31.5).abs(), (py - 31.5).abs()) - 24), ink * 0.3
     elif style == "outlined":
-        fill = cover((distance + 2.5).abs() - 2.5)
+        fill = cover((distance + 3).abs() - 3)
     background = tone + (ink - tone) * dark
     colour = torch.tensor(COLOURS[COLOUR_NAMES[scene.colour]])[:, None, None]
     if style == "neon":

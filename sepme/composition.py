@@ -1,0 +1,99 @@
+"""Several deltas as one: ``D = [D_1 .. D_N]``, ``Y_l = [Y_{1,l} .. Y_{N,l}]``, gated and weighed per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .concepts import normalised
+from .delta import ConceptDelta
+from .errors import SepMEError
+
+
+@dataclass(frozen=True)
+class Touch:
+    """What a batch of prompts meets of a composition.
+
+    Attributes:
+        rows: indices of touched rows ``(touched,)`` int64.
+        h: ``gate(c D) ⊙ s`` of those rows ``(touched, tokens, R)`` float32, R the columns of ``concepts``.
+        concepts: indices of the deltas that touch any row.
+    """
+
+    rows: Tensor
+    h: Tensor
+    concepts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """An immutable set of deltas of one architecture.
+
+    Raises:
+        SepMEError: no deltas, two of one name, or of different architectures.
+    """
+
+    deltas: tuple[ConceptDelta, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for delta in self.deltas:
+            if normalised(delta.concept.name) in seen:
+                raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
+            seen.add(normalised(delta.concept.name))
+            delta.check_fits(self.deltas[0].shapes, f"the delta of {self.deltas[0].concept.name!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(d.concept.name for d in self.deltas)
+
+    @cached_property
+    def down(self) -> Tensor:
+        """``Dᵀ`` ``(R, d_in)`` float32, all concepts stacked."""
+        return torch.cat([d.down for d in self.deltas])
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """``(R,)``: which delta a column belongs to."""
+        return torch.cat([torch.full((d.rank,), i) for i, d in enumerate(self.deltas)])
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """``(N,)`` thresholds γ."""
+        return torch.tensor([d.gate for d in self.deltas])
+
+    def up(self, name: str, concepts: Sequence[int]) -> Tensor:
+        """Y ``(d_out, R)`` float32 of a projection, of the given deltas side by side."""
+        return torch.cat([self.deltas[i].up_factor(name) for i in concepts], dim=1)
+
+    def touch(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Touch:
+        """Project, gate and weigh a batch of prompts (METHOD, section 7). Float32 throughout.
+
+        Args:
+            context: ``(rows, tokens, d_in)``. strengths: ``(rows, N)`` or ``(N,)``.
+            gate: False applies the purely linear delta.
+
+        Raises:
+            SepMEError: the strengths do not fit the batch.
+        """
+        if context.shape[-1] != self.down.shape[1]:
+            raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")
+        if strengths.shape not in ((len(self.deltas),), (context.shape[0], len(self.deltas))):
+            raise SepMEError(f"Strengths of shape {tuple(strengths.shape)} do not fit {context.shape[0]} prompts and {len(self.deltas)} deltas.")
+        c = context.detach().float()
+        h = c @ self.down.to(c.device).T
+        relative = torch.zeros(*h.shape[:2], len(self.deltas), device=c.device)
+        relative.index_add_(2, self.owner.to(c.device), h.square())
+        ratio = (relative.sqrt() / c.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)
+        weight = strengths.to(c.device).expand(c.shape[0], -1).clone()
+        if gate:
+            weight[ratio <= self.gates.to(c.device)] = 0
+        rows = weight.any(dim=1).nonzero().squeeze(1)
+        concepts = weight.any(dim=0).nonzero().squeeze(1)
+        columns = torch.isin(self.owner.to(c.device), concepts)
+        scaled = h[rows][:, :, columns] * weight[rows][:, self.owner.to(c.device)[columns]][:, None, :]
+        return Touch(rows, scaled, tuple(concepts.tolist()))

@@ -1,0 +1,20 @@
+"""Generation of concept-irrelevant representations (G-CiRs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class GCiRs:
+    """Eq. 2: ``L_cor = Avg( r(c; θ+Δθ) ⊙ r(c; θ) )`` with ``r(c; θ) = ε(x_t, c, t; θ) − ε(x_t, c_∅, t; θ)``.
+
+    The empty prompt lies in A, so the delta leaves ``ε(x_t, c_∅)`` as it is: three passes, one with a graph.
+    """
+
+    name = "gcirs"
+
+    def loss(self, frozen: Callable[[Tensor], Tensor], erased: Callable[[Tensor], Tensor], context: Tensor, empty: Tensor) -> Tensor:
+        nothing = frozen(empty)
+        return ((erased(context) - nothing) * (frozen(context) - nothing)).mean()

@@ -1,0 +1,59 @@
+"""What a host implements, and nothing more: a text encoder and a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Encoding(NamedTuple):
+    """Prompts as cross-attention reads them.
+
+    Attributes:
+        context: ``(prompts, tokens, d_in)`` in the encoder's dtype.
+        mask: ``(prompts, tokens)`` bool, True up to and including the end token, False on padding.
+        pooled: ``(prompts, d_pooled)`` or None.
+    """
+
+    context: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        """Encode prompts; all rows of the result have the same number of tokens."""
+        ...
+
+
+class AttentionLayer(Protocol):
+    """A cross-attention module (attn2)."""
+
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
+    heads: int
+
+
+class Denoiser(Protocol):
+    def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
+        """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64."""
+        ...
+
+    def attention_layers(self) -> Mapping[str, AttentionLayer]:
+        """Cross-attention modules by canonical (LDM) name, in the order of the forward pass."""
+        ...
+
+    def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noised latents ``x_t`` of clean latents at timesteps ``t``."""
+        ...
+
+    def trajectory(self, context: Tensor, empty: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
+        """Points of the frozen model's own denoising runs, one run a row of ``context``.
+
+        Returns:
+            ``x_t (steps, batch, ...)`` and timesteps ``(steps,)``.
+        """
+        ...
