@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all that a fresh machine needs (Python 3.10-3.13 and make).
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH ?= torch>=2.4 torchvision
+
+.PHONY: demo test lint bench clean
+
+# the environment, made again when the requirements change
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(foreach p,$(TORCH),"$(p)")
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cli,test]"
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/sepme demo --out demo
+	@echo "Open demo/report.html"
+
+test: .venv/.ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.ready
+	$(BIN)/sepme bench --help
+
+clean:
+	rm -rf .venv demo build *.egg-info
