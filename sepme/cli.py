@@ -48,7 +48,9 @@ def _host(model: str) -> Any:
     try:
         from .hosts.diffusers import DiffusersHost
     except ImportError as error:
-        raise SepMEError(f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'.") from None
+        raise SepMEError(
+            f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
+        ) from None
     return DiffusersHost.load(model)
 
 
@@ -94,8 +96,8 @@ def train(
 ) -> None:
     """Make one delta file for every concept of a book."""
     from .nullspace import Planner, PlanOptions
-    from .train import TrainOptions, make_delta
     from .train import Progress as Step
+    from .train import TrainOptions, make_delta
 
     if mode != "subspace":
         raise SepMEError(f"There is no mode {mode!r}; the only mode so far is subspace.")
@@ -251,7 +253,13 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
         table = Table("delta \\ prompts of", *contexts, "worst known", "gate", "own prompts", "false touch", "holds")
         for r, line in zip(rows, matrix, strict=True):
             worst = max(r["leakage_linear"].values(), default=0.0)
-            ends = (f"{worst:.4f}", f"{r['gate']:.4f}", f"{r['own_touched']:.0%}", f"{r['false_touch_rate']:.2%}", "yes" if r["holds"] else "NO")
+            ends = (
+                f"{worst:.4f}",
+                f"{r['gate']:.4f}",
+                f"{r['own_touched']:.0%}",
+                f"{r['false_touch_rate']:.2%}",
+                "yes" if r["holds"] else "NO",
+            )
             table.add_row(r["concept"], *(f"{v:.3f}" for v in line), *ends)
         Console(width=max(Console().width, 60 + 12 * len(rows))).print(table)
 
@@ -284,7 +292,7 @@ def generate(
     toggles: dict[str, float] = {}
     for item in erase or []:
         toggles = merge(toggles, parse_tags(f"<erase:{item}>")[1])
-    toggles = merge(toggles, {name: 0.0 for name in keep or []})
+    toggles = merge(toggles, dict.fromkeys(keep or [], 0.0))
     table = strengths([merge(toggles, parse_tags(p)[1]) for p in prompts], composition.names)
     if ((table < 0) | (table > 1)).any():
         log.print("Warning: a strength lies outside 0 to 1; negative ones amplify the concept, larger ones overshoot.")
@@ -298,7 +306,9 @@ def generate(
             negative=negative, steps=steps, guidance=guidance, gate=gate, on_step=lambda i: check(),
         )  # fmt: skip
     save_grid(images, out)
-    rows = [{"prompt": p, "strengths": dict(zip(composition.names, row, strict=True))} for p, row in zip(prompts, table.tolist(), strict=True)]
+    rows = [
+        {"prompt": p, "strengths": dict(zip(composition.names, row, strict=True))} for p, row in zip(prompts, table.tolist(), strict=True)
+    ]
     _finish({"image": str(out), "rows": rows}, as_json, lambda: log.print(f"Wrote {out}"))
 
 

@@ -83,7 +83,9 @@ class Composition:
         if context.shape[-1] != self.down.shape[1]:
             raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")
         if strengths.shape not in ((len(self.deltas),), (context.shape[0], len(self.deltas))):
-            raise SepMEError(f"Strengths of shape {tuple(strengths.shape)} do not fit {context.shape[0]} prompts and {len(self.deltas)} deltas.")
+            raise SepMEError(
+                f"Strengths of shape {tuple(strengths.shape)} do not fit {context.shape[0]} prompts and {len(self.deltas)} deltas."
+            )
         c = context.detach().float()
         h = c @ self.down.to(c.device).T
         relative = torch.zeros(*h.shape[:2], len(self.deltas), device=c.device)

@@ -130,7 +130,7 @@ class ConceptBook:
         if len(text) > MAX_BOOK_BYTES:
             raise SepMEError(f"{source} is larger than {MAX_BOOK_BYTES >> 20} MB; concept books are short lists of names.")
         try:
-            return ConceptBook.parse(yaml.load(text, Loader=Loader), source)  # noqa: S506 (a SafeLoader)
+            return ConceptBook.parse(yaml.load(text, Loader=Loader), source)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             if isinstance(error, SepMEError):
                 raise

@@ -210,7 +210,7 @@ def _check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     down = declared.get("down")
     if not isinstance(down, dict) or down.get("dtype") != "F32" or not _is_shape(down.get("shape"), 2):
         raise SepMEError(f"{path}: tensor 'down' is missing or is not a float32 matrix; this is no complete delta.")
-    rank, d_in = down["shape"]
+    rank, d_in = declared["down"]["shape"]
     if not (1 <= rank <= MAX_RANK and 1 <= d_in <= MAX_WIDTH):
         raise SepMEError(f"{path}: 'down' has the impossible shape {rank} x {d_in}; this is no delta.")
     for name, entry in declared.items():

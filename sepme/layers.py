@@ -14,9 +14,7 @@ from .protocols import AttentionLayer
 PROJECTIONS = ("to_k", "to_v")
 
 
-def diffusers_to_ldm(
-    down_blocks: Sequence[Sequence[int]], middle: int, up_blocks: Sequence[Sequence[int]]
-) -> dict[str, str]:
+def diffusers_to_ldm(down_blocks: Sequence[Sequence[int]], middle: int, up_blocks: Sequence[Sequence[int]]) -> dict[str, str]:
     """Map diffusers names of attn2 modules to canonical LDM names, in the order of the forward pass.
 
     Args:

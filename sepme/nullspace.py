@@ -47,7 +47,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "tolerance") or self.padding not in ("all", "none"):
-            raise SepMEError(f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes are exact and tolerance, padding is all or none.")
+            raise SepMEError(
+                f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes are exact and tolerance, padding is all or none."
+            )
         if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1):
             raise SepMEError("tolerance and energy must lie between 0 and 1, and max_rank must be at least 1.")
 
@@ -246,7 +248,9 @@ class Planner:
             advice = "use mode tolerance, or fewer concepts or prompts"
         else:
             advice = "raise the tolerance, or use fewer concepts or prompts"
-        return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.options.mode}); {advice}."
+        return (
+            f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.options.mode}); {advice}."
+        )
 
     def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int) -> tuple[float, Certificate]:
         own = self._statistic(self.encodings[concept.name].context, down, torch.minimum)

@@ -63,7 +63,12 @@ class KVProjector:
     """
 
     def __init__(
-        self, layers: Mapping[str, AttentionLayer], composition: Composition, gate: bool = True, keep: bool = True, max_bytes: int = 256 << 20
+        self,
+        layers: Mapping[str, AttentionLayer],
+        composition: Composition,
+        gate: bool = True,
+        keep: bool = True,
+        max_bytes: int = 256 << 20,
     ) -> None:
         self.modules = projections(layers)
         self.composition, self.gate, self.keep, self.max_bytes = composition, gate, keep, max_bytes

@@ -69,7 +69,9 @@ def _strength(value: Any, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or abs(number) > 100:
-        raise SepMEError(f"The strength {str(value)[:20]!r} of {name[:40]!r} is no number between -100 and 100; use 0 (kept) to 1 (erased).")
+        raise SepMEError(
+            f"The strength {str(value)[:20]!r} of {name[:40]!r} is no number between -100 and 100; use 0 (kept) to 1 (erased)."
+        )
     return number
 
 

@@ -58,7 +58,9 @@ class TrainOptions:
             raise SepMEError(f"There is no objective {self.objective!r}; choose one of {', '.join((*OBJECTIVES, 'closed-form'))}.")
         positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
         if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1:
-            raise SepMEError("steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, and momentum in [0, 1).")
+            raise SepMEError(
+                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, and momentum in [0, 1)."
+            )
 
 
 class Progress(NamedTuple):

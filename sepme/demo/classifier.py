@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 96, 96)
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(a, b, 5 if i == 0 else 3, stride=2 if i == 0 else 1, padding=2 if i == 0 else 1)]
             layers += [nn.GroupNorm(8, b), nn.ReLU()] + ([nn.MaxPool2d(2)] if i else [])
         self.features = nn.Sequential(*layers, nn.Flatten())

@@ -83,7 +83,9 @@ class Studio:
     def __init__(self, host: DiffusersHost, classifier: Classifier) -> None:
         self.host, self.classifier = host, classifier
 
-    def latents(self, pictures: Sequence[Picture], composition: Composition | None = None, toggles: Toggles | None = None, gate: bool = True) -> Tensor:
+    def latents(
+        self, pictures: Sequence[Picture], composition: Composition | None = None, toggles: Toggles | None = None, gate: bool = True
+    ) -> Tensor:
         return self.host.generate(
             [p.prompt for p in pictures], [p.seed for p in pictures], composition, toggles,
             steps=STEPS, guidance=GUIDANCE, gate=gate, latents_only=True,
@@ -141,7 +143,9 @@ def make_all(
 class Story:
     """All conditions of the demo for one set of deltas."""
 
-    def __init__(self, studio: Studio, names: Sequence[str], own: dict[str, Reference], both: dict[str, Reference], other: Reference) -> None:
+    def __init__(
+        self, studio: Studio, names: Sequence[str], own: dict[str, Reference], both: dict[str, Reference], other: Reference
+    ) -> None:
         self.studio, self.names, self.own, self.both, self.other = studio, list(names), own, both, other
 
     def others(self, name: str) -> Reference:

@@ -22,8 +22,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .classifier import Classifier
-from .world import BOTH_PROMPTS, COLOUR_NAMES, FILLER, OBJECT_PROMPTS, OBJECTS, PLAIN, STYLE_PROMPTS, STYLES
-from .world import Scene, draw, random_caption, random_scene, with_article
+from .world import (
+    BOTH_PROMPTS,
+    COLOUR_NAMES,
+    FILLER,
+    OBJECT_PROMPTS,
+    OBJECTS,
+    STYLE_PROMPTS,
+    STYLES,
+    Scene,
+    draw,
+    random_caption,
+    random_scene,
+)
 
 SCENES = 6144  # drawings in the pool that training draws from
 

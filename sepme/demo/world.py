@@ -21,7 +21,12 @@ COLOUR_NAMES = tuple(COLOURS)
 
 OBJECT_PROMPTS = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "one {}, centered")
 STYLE_PROMPTS = ("{} style", "a {} picture", "a {} drawing", "in {} style", "a picture in {} style")
-BOTH_PROMPTS = ("a {style} {thing}", "a {thing}, {style} style", "a drawing of a {thing} in {style} style", "a {style} picture of a {thing}")
+BOTH_PROMPTS = (
+    "a {style} {thing}",
+    "a {thing}, {style} style",
+    "a drawing of a {thing} in {style} style",
+    "a {style} picture of a {thing}",
+)
 # words around a caption that change nothing in the picture, so that the encoder learns to look past what it does not know
 FILLER = (
     "high quality", "on a table", "best quality", "in the morning", "very detailed", "for my friend", "simple shapes",

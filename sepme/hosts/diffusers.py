@@ -89,7 +89,9 @@ class DiffusersHost:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.device, self.unet.dtype)
 
-    def trajectory(self, context: Tensor, empty: Tensor, generator: torch.Generator, steps: int = 25, guidance: float = 3.0) -> tuple[Tensor, Tensor]:
+    def trajectory(
+        self, context: Tensor, empty: Tensor, generator: torch.Generator, steps: int = 25, guidance: float = 3.0
+    ) -> tuple[Tensor, Tensor]:
         seeds = torch.randint(1 << 31, (len(context),), generator=generator).tolist()
         x = self.latents(seeds)
         self.scheduler.set_timesteps(steps, device=self.device)
