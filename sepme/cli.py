@@ -25,6 +25,8 @@ from .delta import ConceptDelta
 from .errors import Interrupted, SepMEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Separable multi-concept erasure.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure this machine.")
+app.add_typer(bench, name="bench")
 log = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
@@ -379,6 +381,38 @@ def demo(
         log.print(f"Report: {out / 'report.html'}")
 
     _finish(metrics, as_json, show)
+
+
+@bench.command("train")
+def bench_train(
+    channels: Annotated[str, typer.Option(help="Channels of the UNet's blocks.")] = "64,128,256",
+    layers: Annotated[int, typer.Option(help="Resnets a block.")] = 2,
+    latent: Annotated[int, typer.Option(help="Width and height of the latents.")] = 32,
+    d_in: Annotated[int, typer.Option(help="Width of the text encoder.")] = 768,
+    tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 77,
+    batch: Annotated[int, typer.Option(help="Draws a step.")] = 1,
+    known: Annotated[int, typer.Option(help="Other prompts that must not change.")] = 1,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps timed.", min=1)] = 7,
+    as_json: Json = False,
+) -> None:
+    """Seconds and peak memory of a training step against the published scheme."""
+    from .bench.train import Size, run
+
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", channels):
+        raise SepMEError(f"{channels!r} are no numbers of channels; write them like 64,128,256.")
+    blocks = tuple(int(c) for c in channels.split(","))
+    result = run(Size(blocks, layers, latent, d_in, tokens, batch, known), pairs)
+
+    def show() -> None:
+        table = Table("", "published", "ours", "")
+        table.add_row(
+            "seconds a step", f"{result['seconds_published']:.3f}", f"{result['seconds_ours']:.3f}", f"{result['train_step_speedup']:.2f} x"
+        )
+        megabytes = [f"{result[k] / 1e6:.0f}" for k in ("memory_published", "memory_ours")]
+        table.add_row("peak MB", *megabytes, f"{result['train_memory_ratio']:.2f} x")
+        Console().print(table)
+
+    _finish(result, as_json, show)
 
 
 def main() -> None:
