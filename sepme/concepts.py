@@ -123,9 +123,9 @@ class ConceptBook:
 
         class Loader(yaml.SafeLoader):
             def compose_node(self, parent: Any, index: Any) -> Any:
-                if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+                if self.check_event(yaml.events.AliasEvent):
                     raise yaml.YAMLError("aliases are not allowed")
-                return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+                return super().compose_node(parent, index)
 
         if len(text) > MAX_BOOK_BYTES:
             raise SepMEError(f"{source} is larger than {MAX_BOOK_BYTES >> 20} MB; concept books are short lists of names.")

@@ -218,9 +218,9 @@ def _check_declared(path: Path, declared: Mapping[str, Any]) -> None:
             continue
         if not _UP.fullmatch(name):
             raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(shape, 2):
+        if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
             raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
+        shape = entry["shape"]
         if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH:
             raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected (d_out, {rank}); the file is damaged.")
         scale = declared.get(f"{name}.scale")

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class Stage:
             self.step = state["step"]
 
     def save(self) -> None:
-        state = {key: module.state_dict() for key, module in self.modules.items()}
+        state: dict[str, object] = {key: module.state_dict() for key, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
         state |= {"generator": self.generator.get_state(), "step": self.step}
         part = self.path.with_suffix(".part")
@@ -209,7 +210,7 @@ def latent_pool(work: Path, each: int = 40) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def load_stage(module: nn.Module, work: Path, stage: str, key: str | None = None) -> nn.Module:
+def load_stage(module: Any, work: Path, stage: str, key: str | None = None) -> Any:
     module.load_state_dict(torch.load(work / f"{stage}.pt", weights_only=True)[key or stage])
     return module
 
