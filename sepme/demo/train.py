@@ -128,7 +128,7 @@ def labels_of(scenes: list[Scene]) -> Tensor:
     return torch.tensor([[s.object, s.style, s.colour] for s in scenes])
 
 
-def train_classifier(work: Path, steps: int = 1000, batch: int = 64) -> Classifier:
+def train_classifier(work: Path, steps: int = 300, batch: int = 64) -> Classifier:
     torch.manual_seed(2)
     model = Classifier()
     stage = Stage("classifier", work, {"classifier": model}, steps, 2e-3, seed=12)
@@ -215,7 +215,7 @@ def load_stage(module: Any, work: Path, stage: str, key: str | None = None) -> A
     return module
 
 
-def train_diffusion(work: Path, steps: int = 4000, batch: int = 64, decay: float = 0.998) -> None:
+def train_diffusion(work: Path, steps: int = 2400, batch: int = 64, decay: float = 0.998) -> None:
     torch.manual_seed(3)
     tokenizer = build_tokenizer(work / "tokenizer")
     modules: dict[str, nn.Module] = {"unet": build_unet(), "text": build_text_encoder(tokenizer)}
@@ -232,10 +232,9 @@ def train_diffusion(work: Path, steps: int = 4000, batch: int = 64, decay: float
         noise = torch.randn(x.shape, generator=stage.generator)
         a = alphas[t][:, None, None, None]
         ids = tokenizer(list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
-            context = modules["text"](ids).last_hidden_state
-            predicted = modules["unet"](a.sqrt() * x + (1 - a).sqrt() * noise, t, context).sample
-        loss = F.mse_loss(predicted.float(), noise)
+        context = modules["text"](ids).last_hidden_state
+        predicted = modules["unet"](a.sqrt() * x + (1 - a).sqrt() * noise, t, context).sample
+        loss = F.mse_loss(predicted, noise)
         stage.update(loss)
         weight = min(decay, (step + 1) / (step + 10))
         for key, average in averages.items():
