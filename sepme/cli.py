@@ -46,11 +46,17 @@ def _finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 def _host(model: str) -> Any:
     try:
+        import diffusers
+        import transformers
+
         from .hosts.diffusers import DiffusersHost
     except ImportError as error:
         raise SepMEError(
             f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
         ) from None
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     return DiffusersHost.load(model)
 
 

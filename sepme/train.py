@@ -97,7 +97,7 @@ class _State:
             tensors |= {f"y.{name}": y.detach().cpu()}
             tensors |= {f"{k}.{name}": moments[k].cpu() for k in ("exp_avg", "exp_avg_sq") if k in moments}
         metadata = {"digest": digest, "momentum": self.momentum.hex(), "losses": json.dumps([v.hex() for v in self.losses])}
-        write_atomically(path, save(tensors, metadata=metadata))
+        write_atomically(path, save(tensors, metadata=metadata | {"content": _content(tensors, metadata)}))
 
     def load(self, path: Path, digest: str) -> bool:
         """Continue from a checkpoint; False when it belongs to another recipe.
@@ -110,16 +110,26 @@ class _State:
                 metadata = file.metadata() or {}
                 if metadata.get("digest") != digest:
                     return False
-                losses = [float.fromhex(v) for v in json.loads(metadata["losses"])]
-                for name, y in self.up.items():
-                    y.data.copy_(file.get_tensor(f"y.{name}"))
-                    moments = {k: file.get_tensor(f"{k}.{name}").to(y.device) for k in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[y] = {"step": torch.tensor(float(len(losses))), **moments}
-                self.generator.set_state(file.get_tensor("generator"))
-                self.losses, self.momentum = losses, float.fromhex(metadata["momentum"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("content") != _content(tensors, metadata):
+                raise ValueError("content")
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
             raise SepMEError(f"The checkpoint {path} is damaged; delete it and train again.") from None
+        self.losses, self.momentum = [float.fromhex(v) for v in json.loads(metadata["losses"])], float.fromhex(metadata["momentum"])
+        for name, y in self.up.items():
+            y.data.copy_(tensors[f"y.{name}"])
+            moments = {k: tensors[f"{k}.{name}"].to(y.device) for k in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[y] = {"step": torch.tensor(float(self.step)), **moments}
+        self.generator.set_state(tensors["generator"])
         return True
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a checkpoint's state."""
+    digest = hashlib.sha256(f"{metadata['momentum']}\n{metadata['losses']}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def recipe_of(planner: Planner, subspace: Subspace, options: TrainOptions, fingerprint: str) -> dict[str, Any]:

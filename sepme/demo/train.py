@@ -252,6 +252,9 @@ def train_export(work: Path, folder: Path = Path(__file__).parent / "model") -> 
     load_stage(build_unet(), work, "diffusion", "unet_average").half().save_pretrained(folder / "unet")
     load_stage(build_text_encoder(tokenizer), work, "diffusion", "text_average").half().save_pretrained(folder / "text_encoder")
     load_stage(AutoencoderTiny(), work, "vae").half().save_pretrained(folder / "vae")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    del config["block_out_channels"]  # AutoencoderTiny writes it and then warns about it
+    (folder / "vae" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     build_scheduler().save_pretrained(folder / "scheduler")
     classifier = load_stage(Classifier(), work, "classifier")
     save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")

@@ -47,7 +47,7 @@ def test_classifier_reads_drawings() -> None:
 
 def test_model_draws_what_it_is_asked(demo_host: DiffusersHost) -> None:
     """DDIM, 25 steps: at least 90 % of objects and of styles are read correctly."""
-    studio = Studio(demo_host, load_classifier(DEMO))
+    studio = Studio(demo_host, load_classifier(DEMO), steps=25)
     book = demo_book()
     for names in (OBJECTS, STYLES):
         pictures = [p for name in names for p in own_pictures(book[name], 10)]
