@@ -48,11 +48,17 @@ def _finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 def _host(model: str) -> Any:
     try:
+        import diffusers
+        import transformers
+
         from .hosts.diffusers import DiffusersHost
     except ImportError as error:
         raise SepMEError(
             f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
         ) from None
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     return DiffusersHost.load(model)
 
 
@@ -144,11 +150,11 @@ def train(
             tasks = {name: bar.add_task(name, total=options.steps, loss="") for name in group}
 
             def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
-                bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}" if step.step else "drawing")
+                bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
                 check()
 
             try:
-                deltas = make_deltas(planner, group, host, options, checkpoint, on_step, pictures)
+                deltas = make_deltas(planner, group, host, options, checkpoint, on_step, pictures, check)
             except Interrupted:
                 log.print(f"Stopped at {', '.join(group)}; run the same command with --resume to go on.")
                 raise typer.Exit(130) from None
@@ -246,12 +252,14 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
 
     deltas = [ConceptDelta.load(path) for path in files]
     host = _host(model)
-    from .layers import kv_fingerprint, projections
+    from .layers import kv_fingerprint
+    from .layers import shapes as kv_shapes
 
     layers = host.attention_layers()
-    shapes = {n: tuple(m.weight.shape) for n, m in projections(layers).items()}
+    shapes = kv_shapes(layers)
     fingerprint = kv_fingerprint(layers)
-    warnings, rows = [], []
+    warnings: list[str] = []
+    rows: list[dict[str, Any]] = []
     for delta in deltas:
         delta.check_fits(shapes)
         if delta.info.get("kv_fingerprint") not in (None, fingerprint):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -199,7 +200,7 @@ class Planner:
             return
         for name, encoding in self.encodings.items():
             for row, prompt in zip(encoding.context, self.book[name].prompts, strict=True):
-                same = [torch.equal(row, kept) for kept in self.preserved.context]
+                same = [_reads_the_same(row, kept) for kept in self.preserved.context]
                 if any(same):
                     raise SepMEError(
                         f"The prompt {prompt!r} of concept {name!r} reads the same to the text encoder as the preserved prompt "
@@ -212,9 +213,22 @@ class Planner:
         anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
         return _rows(own, self.options.padding), _rows(Encoding(anchor, own.mask), self.options.padding)
 
+    def _foreign(self, concept: Concept, other: str) -> list[bool]:
+        """Which of another concept's prompts lack this one's words; the rest carry it and never constrain it (METHOD, section 3)."""
+        return [not mentions(p, concept.name) for p in self.book[other].prompts]
+
+    def _constraint(self, concept: Concept, other: str) -> Tensor:
+        """Rows of ``A_i`` that another concept contributes."""
+        foreign = self._foreign(concept, other)
+        if all(foreign):
+            return self._reduced[other]
+        encoding = self.encodings[other]
+        return _rows(Encoding(encoding.context[foreign], encoding.mask[foreign]), self.options.padding)
+
     def _basis(self, name: str, others: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """(Sp, D, kept energy) of a concept against the empty prompt, the preserve list and ``others``."""
-        null = null_basis(torch.cat([self._fixed, *(self._reduced[n] for n in others)]), self.options.rtol)
+        concept = self.book[name]
+        null = null_basis(torch.cat([self._fixed, *(self._constraint(concept, n) for n in others)]), self.options.rtol)
         tokens = _rows(self.encodings[name], self.options.padding)
         basis = concept_basis(tokens, null, self.options.max_rank, self.options.energy)
         return null, basis, float((tokens @ basis).square().sum() / tokens.square().sum().clamp_min(1e-300))
@@ -277,26 +291,22 @@ class Planner:
     def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int, gate: float | None) -> tuple[float, Certificate]:
         own = self._statistic(self.encodings[concept.name].context, down, torch.minimum)
         high = float(own.min())
-        known = {n: e.context for n, e in self.encodings.items() if n != concept.name and not self._entangled(concept, n)}
-        groups = known | {"(empty prompt)": self.empty.context}
+        known = {n: e.context[self._foreign(concept, n)] for n, e in self.encodings.items() if n != concept.name}
+        groups = {n: c for n, c in known.items() if len(c)} | {"(empty prompt)": self.empty.context}
         if self.preserved is not None:
             groups["(preserved prompts)"] = self.preserved.context
         leakage = {n: float(self._statistic(c, down, torch.maximum).max()) for n, c in groups.items()}
         low = max(leakage.values())
-        ordinary = torch.zeros(0)
+        ordinary: list[float] = []
         if self.ordinary_context is not None:
-            strangers = [i for i, p in enumerate(self.ordinary) if not mentions(p, concept.name)]
-            ordinary = self._statistic(self.ordinary_context, down, torch.maximum)[strangers]
-        calibration, held_out = ordinary[0::2], ordinary[1::2]
-        soft_low = max([low, *calibration.tolist()])
+            ordinary = self._statistic(self.ordinary_context, down, torch.maximum).tolist()
+        stranger = [not mentions(p, concept.name) for p in self.ordinary]
+        soft_low = max([low, *compress(ordinary[0::2], stranger[0::2])])
         gate = _threshold(low, soft_low, high) if gate is None else gate
-        rate = float((held_out > gate).float().mean()) if len(held_out) else 0.0
+        touched = [value > gate for value in compress(ordinary[1::2], stranger[1::2])]
+        rate = sum(touched) / len(touched) if touched else 0.0
         gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
         return gate, Certificate(leakage, gated, kept, soft_low, high, rate, down.shape[0], null_dims)
-
-    def _entangled(self, concept: Concept, other: str) -> bool:
-        """Whether the other concept's name contains this one's words, so that its prompts carry this concept."""
-        return mentions(other, concept.name)
 
     @staticmethod
     def _statistic(context: Tensor, down: Tensor, worse: Any) -> Tensor:
@@ -305,6 +315,14 @@ class Planner:
         for dtype in (torch.float16, torch.bfloat16):
             result = worse(result, ratios(context.to(dtype), down))
         return result
+
+
+def _reads_the_same(one: Tensor, other: Tensor) -> bool:
+    """Whether the tokens ``(tokens, d_in)`` of two prompts agree up to what batches of other sizes round differently."""
+    if one.shape != other.shape:
+        return False
+    apart = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-12)
+    return float(apart.max()) < 1e-3
 
 
 def _threshold(low: float, soft_low: float, high: float) -> float:

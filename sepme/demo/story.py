@@ -27,7 +27,7 @@ from .classifier import Classifier, load_classifier
 from .world import BOTH_PROMPTS, COLOUR_NAMES, OBJECT_PROMPTS, OBJECTS, PLAIN, STYLE_PROMPTS, STYLES, Scene, draw, with_article
 
 OnProgress = Callable[[str, int, int], None]
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 10, 3.0
 
 
 def demo_book() -> ConceptBook:
@@ -80,15 +80,15 @@ def unrelated_pictures(count: int) -> list[Picture]:
 class Studio:
     """Draws batches of pictures under a composition and reads them."""
 
-    def __init__(self, host: DiffusersHost, classifier: Classifier) -> None:
-        self.host, self.classifier = host, classifier
+    def __init__(self, host: DiffusersHost, classifier: Classifier, steps: int = STEPS) -> None:
+        self.host, self.classifier, self.steps = host, classifier, steps
 
     def latents(
         self, pictures: Sequence[Picture], composition: Composition | None = None, toggles: Toggles | None = None, gate: bool = True
     ) -> Tensor:
         return self.host.generate(
             [p.prompt for p in pictures], [p.seed for p in pictures], composition, toggles,
-            steps=STEPS, guidance=GUIDANCE, gate=gate, latents_only=True,
+            steps=self.steps, guidance=GUIDANCE, gate=gate, latents_only=True,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -317,13 +317,14 @@ def tell(host: DiffusersHost, out: Path, images: int = 20, concepts: int = 12, o
         }
         all_deltas[key] = deltas
 
-    seconds = {k: r.pop("seconds_per_concept") for k, r in results.items()}
+    per_concept = {k: r.pop("seconds_per_concept") for k, r in results.items()}
     metrics: dict[str, Any] = results["gcirs"] | {
         "closed_form": results["closed_form"],
         "classifier_accuracy": classifier_accuracy(classifier),
-        "seconds_train_per_concept": seconds["gcirs"],
-        "seconds_closed_form_per_concept": seconds["closed_form"],
+        "seconds_train_per_concept": per_concept["gcirs"],
+        "seconds_closed_form_per_concept": per_concept["closed_form"],
         "images_per_condition": images,
+        "denoising_steps": STEPS,
         "threads": torch.get_num_threads(),
     }
     write_report(out / "report.html", metrics, names, {"own": own, "both": both}, shows, matrices, all_deltas)

@@ -50,8 +50,8 @@ class DiffusersHost:
             if kind != "StableDiffusionPipeline":
                 raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only StableDiffusionPipeline is supported so far.")
             pipe = StableDiffusionPipeline.from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, safety_checker=None, low_cpu_mem_usage=False
-            )
+                folder, use_safetensors=True, local_files_only=True, safety_checker=None, low_cpu_mem_usage=False
+            ).to(dtype)
         except SepMEError:
             raise
         except Exception as error:  # whatever a broken folder makes the loaders raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +165,7 @@ class Training:
                 for track in active if on_step is not None else ():
                     on_step(Progress(track.name, self.step_count, self.options.steps, track.losses[-1], track.momentum))  # type: ignore[misc]
         except Interrupted:
-            if checkpoint is not None:
+            if checkpoint is not None and self.step_count:
                 self.save(checkpoint, digest)
             raise
 
@@ -181,7 +182,7 @@ class Training:
             "momenta": json.dumps([self.momentum.hex(), *(t.momentum.hex() for t in self.tracks)]),
             "losses": json.dumps([[v.hex() for v in t.losses] for t in self.tracks]),
         }
-        write_atomically(path, save(tensors, metadata=metadata))
+        write_atomically(path, save(tensors, metadata=metadata | {"content": _content(tensors, metadata)}))
 
     def load(self, path: Path, digest: str) -> bool:
         """Continue from a checkpoint; False when it belongs to another recipe.
@@ -194,19 +195,29 @@ class Training:
                 metadata = file.metadata() or {}
                 if metadata.get("digest") != digest:
                     return False
-                losses = [[float.fromhex(v) for v in values] for values in json.loads(metadata["losses"])]
-                momenta = [float.fromhex(v) for v in json.loads(metadata["momenta"])]
-                for i, track in enumerate(self.tracks):
-                    for name, w in track.increment.w.items():
-                        w.data.copy_(file.get_tensor(f"{i}.w.{name}"))
-                        moments = {k: file.get_tensor(f"{i}.{k}.{name}").to(w.device) for k in MOMENTS}
-                        track.optimizer.state[w] = {"step": torch.tensor(float(len(losses[i]))), **moments}
-                    track.generator.set_state(file.get_tensor(f"{i}.generator"))
-                    track.losses, track.momentum = losses[i], momenta[i + 1]
-                self.momentum = momenta[0]
-        except (SafetensorError, OSError, KeyError, IndexError, ValueError, RuntimeError):
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("content") != _content(tensors, metadata):
+                raise ValueError("content")
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
             raise SepMEError(f"The checkpoint {path} is damaged; delete it and train again.") from None
+        self.momentum, *momenta = (float.fromhex(v) for v in json.loads(metadata["momenta"]))
+        losses = json.loads(metadata["losses"])
+        for i, track in enumerate(self.tracks):
+            track.losses, track.momentum = [float.fromhex(v) for v in losses[i]], momenta[i]
+            for name, w in track.increment.w.items():
+                w.data.copy_(tensors[f"{i}.w.{name}"])
+                moments = {k: tensors[f"{i}.{k}.{name}"].to(w.device) for k in MOMENTS}
+                track.optimizer.state[w] = {"step": torch.tensor(float(len(track.losses))), **moments}
+            track.generator.set_state(tensors[f"{i}.generator"])
         return True
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a checkpoint's state."""
+    digest = hashlib.sha256(f"{metadata['momenta']}\n{metadata['losses']}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _precise(prediction: Tensor) -> Tensor:

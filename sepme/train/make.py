@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ..protocols import Denoiser
 from .compress import compress
 from .increment import Increment
 from .loop import Track, Training
-from .options import OnStep, Progress, TrainOptions
+from .options import OnStep, TrainOptions
 from .source import Pictures, make_source
 
 
@@ -49,10 +49,11 @@ def make_delta(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     pictures: Pictures | None = None,
+    check: Callable[[], None] | None = None,
 ) -> ConceptDelta:
     """Make the delta of one concept, trained by itself; see :func:`make_deltas`."""
     given = None if pictures is None else {name: pictures}
-    return make_deltas(planner, [name], denoiser, options, checkpoint, on_step, given)[0]
+    return make_deltas(planner, [name], denoiser, options, checkpoint, on_step, given, check)[0]
 
 
 def make_deltas(
@@ -63,6 +64,7 @@ def make_deltas(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     pictures: Mapping[str, Pictures] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> list[ConceptDelta]:
     """Plan the concepts' directions and fill them, several concepts jointly (Eq. 3 with η).
 
@@ -70,16 +72,16 @@ def make_deltas(
         planner: holds the book and its tokens. names: the concepts. denoiser: the frozen model.
         checkpoint: where training state is kept meanwhile; training goes on from it when it is there and of the same recipe.
             The caller deletes it once the deltas are saved.
-        on_step: called after every step (and while images are drawn, with step 0); it may raise
-            :class:`~sepme.errors.Interrupted`, which stops training after a checkpoint.
+        on_step: called after every step; it may raise :class:`~sepme.errors.Interrupted`, which stops training after a checkpoint.
         pictures: by concept, the user's pictures of which x_t is made.
+        check: called between denoising steps while the frozen model draws what x_t is made of; it may raise Interrupted too.
 
     Returns:
         the deltas in the order of ``names``, each with certificate, recipe and ``losses`` in its info.
 
     Raises:
         SepMEError: no room in the null space, training diverged, or joint training in mode unrestricted.
-        Interrupted: raised by ``on_step``.
+        Interrupted: raised by ``on_step`` or ``check``.
     """
     options, pictures = options or TrainOptions(), pictures or {}
     if options.mode == "unrestricted" and len(names) > 1:
@@ -102,7 +104,7 @@ def make_deltas(
     if options.objective != "closed-form":
         tracks = []
         for name, plan, increment in zip(names, plans, increments, strict=True):
-            tracks.append(_track(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), on_step))
+            tracks.append(_track(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check))
         digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
         Training(tracks, denoiser, options).run(checkpoint, digest, on_step)
         losses = [t.losses for t in tracks]
@@ -138,15 +140,10 @@ def _track(
     increment: Increment,
     options: TrainOptions,
     pictures: Pictures | None,
-    on_step: OnStep | None,
+    check: Callable[[], None] | None,
 ) -> Track:
     contexts = planner.encodings[name].context
     empty = planner.empty.context.repeat(1, contexts.shape[1] // planner.empty.context.shape[1], 1)
-
-    def check() -> None:
-        if on_step is not None:
-            on_step(Progress(name, 0, options.steps, 0.0, 0.0))
-
     source = make_source(denoiser, contexts, empty, options, pictures, check)
     return Track.start(name, increment, source, contexts, empty, options)
 

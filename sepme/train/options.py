@@ -93,7 +93,7 @@ def plan_options(mode: str, /, **given: Any) -> PlanOptions:
 
 
 class Progress(NamedTuple):
-    """One training step of one concept as callbacks see it; step 0: its images are being prepared."""
+    """One training step of one concept as callbacks see it."""
 
     concept: str
     step: int

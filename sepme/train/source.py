@@ -77,7 +77,12 @@ class Pictures(NamedTuple):
 
 
 def make_source(
-    denoiser: Denoiser, contexts: Tensor, empty: Tensor, options: TrainOptions, pictures: Pictures | None, check: Callable[[], None]
+    denoiser: Denoiser,
+    contexts: Tensor,
+    empty: Tensor,
+    options: TrainOptions,
+    pictures: Pictures | None,
+    check: Callable[[], None] | None = None,
 ) -> Source:
     """A concept's source of x_t.
 

@@ -42,9 +42,8 @@ class Losses(dict[str, list[float]]):
         self.stop_after = stop_after
 
     def __call__(self, step: Progress) -> None:
-        if step.step:
-            self.setdefault(step.concept, []).append(step.loss)
-        if self.stop_after is not None and step.step == self.stop_after:
+        self.setdefault(step.concept, []).append(step.loss)
+        if step.step == self.stop_after:
             raise Interrupted
 
 
@@ -78,9 +77,13 @@ def test_interrupted_training_gives_the_same_bytes(mode: str, tiny_host: Hosts, 
     planner = planner_for(host, mode)
     options = TrainOptions(mode=mode, steps=5, batch=1, trajectories=2, checkpoint_every=2)
     through = [d.to_bytes() for d in make_deltas(planner, names, host, options, tmp_path / "a.safetensors")]
-    with pytest.raises(Interrupted):
-        make_deltas(planner, names, host, options, tmp_path / "b.safetensors", Losses(stop_after=0))
-    assert not (tmp_path / "b.safetensors").exists()  # stopped while images were drawn
+
+    def stop() -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):  # while images are drawn
+        make_deltas(planner, names, host, options, tmp_path / "b.safetensors", check=stop)
+    assert not (tmp_path / "b.safetensors").exists()
     with pytest.raises(Interrupted):
         make_deltas(planner, names, host, options, tmp_path / "b.safetensors", Losses(stop_after=3))
     rest = Losses()

@@ -1,0 +1,404 @@
+"""The projector on a real (tiny) pipeline: bit-exact where nothing is erased, K/V kept across steps, the model left as found."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sepme.composition import Composition
+from sepme.delta import ConceptDelta
+from sepme.errors import SepMEError
+from sepme.layers import projections
+from sepme.nullspace import ratios
+from sepme.ops import add_to_rows
+from sepme.runtime import KVProjector, patched
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def hosts(make_host: Callable[..., Any]) -> dict[torch.dtype, Any]:
+    return {d: make_host(d) for d in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def delta(host: Any, shapes_of: Callable[..., Any], make_random_delta: Callable[..., ConceptDelta]) -> ConceptDelta:
+    """Gate 0: open for every prompt."""
+    return make_random_delta("star", shapes_of(host), rank=4, seed=1, size=0.5)
+
+
+@pytest.fixture(scope="module")
+def other(host: Any, shapes_of: Callable[..., Any], make_random_delta: Callable[..., ConceptDelta]) -> ConceptDelta:
+    return make_random_delta("moon", shapes_of(host), rank=2, seed=2, size=0.5)
+
+
+def closed(delta: ConceptDelta) -> ConceptDelta:
+    return replace(delta, gate=1.0)  # a ratio is at most 1
+
+
+def batch(host: Any, prompts: list[str], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and context of a batch."""
+    x = host.latents([seed + i for i in range(len(prompts))])
+    return x, torch.full((len(prompts),), 500), host.encode(prompts).context
+
+
+@contextmanager
+def counted(host: Any) -> Iterator[dict[str, int]]:
+    """Counts the calls of the host's own projections, as forwards that were there before ours."""
+    calls: dict[str, int] = {}
+
+    def wrap(name: str, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def project(context: Tensor) -> Tensor:
+            calls[name] = calls.get(name, 0) + 1
+            return forward(context)
+
+        return project
+
+    with patched(projections(host.attention_layers()), wrap):
+        yield calls
+
+
+def forwards(host: Any) -> list[list[tuple[str, int]]]:
+    """Everything in the modules' __dict__, by identity and in order."""
+    return [[(k, id(v)) for k, v in m.__dict__.items()] for m in host.unet.modules()]
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- exactness
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_nothing_erased_is_bit_identical(hosts: dict[Any, Any], delta: ConceptDelta, dtype: torch.dtype, keep: bool) -> None:
+    """Strength 0, or a closed gate: noise predictions and whole pictures are the stock model's, bit for bit."""
+    host = hosts[dtype]
+    x, t, context = batch(host, ["a star", "a red cat", ""])
+    stock = host.predict(x, t, context)
+    picture = host.generate(["a star", "cat"], [1, 2], steps=3)
+    for made, strengths in ((delta, torch.zeros(1)), (delta, torch.zeros(3, 1)), (closed(delta), torch.ones(1))):
+        with KVProjector(host.attention_layers(), Composition((made,)), keep=keep).attached(strengths):
+            for _ in range(2):
+                assert torch.equal(host.predict(x, t, context), stock)
+    for made, toggles in ((delta, {"star": 0.0}), (closed(delta), {})):
+        assert torch.equal(host.generate(["a star", "cat"], [1, 2], Composition((made,)), toggles, steps=3, keep=keep), picture)
+    assert not torch.equal(host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=3, keep=keep), picture)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_untouched_rows_of_a_mixed_batch_are_bit_identical(hosts: dict[Any, Any], delta: ConceptDelta, dtype: torch.dtype) -> None:
+    """By strength and by gate; the touched row of the same batch changes."""
+    host = hosts[dtype]
+    x, t, context = batch(host, ["a star", "a red cat", "dog"])
+    stock = host.predict(x, t, context)
+    statistics = ratios(context, delta.down)
+    row = int(statistics.argmax())
+    gate = float(statistics.sort().values[1:].mean())
+    rest = [i for i in range(3) if i != row]
+    by_strength = torch.zeros(3, 1)
+    by_strength[row] = 1
+    for made, strengths in ((delta, by_strength), (replace(delta, gate=gate), torch.ones(3, 1))):
+        with KVProjector(host.attention_layers(), Composition((made,))).attached(strengths):
+            erased = host.predict(x, t, context)
+        assert torch.equal(erased[rest], stock[rest])
+        assert not torch.equal(erased[row], stock[row])
+
+
+def test_pictures_with_tags(host: Any, delta: ConceptDelta) -> None:
+    """A prompt's own tags beat the toggles, row by row; a kept row is the stock picture of the same batch."""
+    composition = Composition((delta,))
+    stock = host.generate(["a star"] * 3, [1, 2, 3], steps=3)
+    mixed = host.generate(["a star <keep:star>", "a star <erase:star:0.5>", "a star"], [1, 2, 3], composition, steps=3, negative="<keep:star>")
+    assert torch.equal(mixed[0], stock[0])
+    assert not torch.equal(mixed[1], stock[1])
+    assert not torch.equal(mixed[2], stock[2])
+    assert not torch.equal(mixed[1], host.generate(["a star"] * 3, [1, 2, 3], composition, steps=3, negative="<keep:star>")[1])
+    with pytest.raises(SepMEError, match="no concept 'sun' here"):
+        host.generate(["a star <erase:sun>"], [1], composition, steps=1)
+
+
+# --- what touched rows get
+
+
+def merged(make_host: Callable[..., Any], deltas: tuple[ConceptDelta, ...], strengths: list[float]) -> Any:
+    """A fresh pipeline with W + Σ s ΔW."""
+    host = make_host()
+    for name, module in projections(host.attention_layers()).items():
+        for delta, strength in zip(deltas, strengths, strict=True):
+            module.weight.data += strength * delta.weight_delta(name)
+    return host
+
+
+def test_equals_merged_weights(host: Any, delta: ConceptDelta, other: ConceptDelta, make_host: Callable[..., Any]) -> None:
+    """Per-row strengths (0, partial, negative, above 1), gate off: every row is the model with merged weights."""
+    deltas, prompts = (delta, other), ["a star", "a star", "a red cat", ""]
+    x, t, context = batch(host, prompts)
+    table = torch.tensor([[1.0, 0.0], [0.5, 1.0], [-1.0, 0.3], [2.0, 1.0]])
+    stock = host.predict(x, t, context)
+    with KVProjector(host.attention_layers(), Composition(deltas), gate=False).attached(table):
+        erased = host.predict(x, t, context)
+        projected = {n: m(context) for n, m in projections(host.attention_layers()).items()}
+    for row, strengths in enumerate(table.tolist()):
+        reference = merged(make_host, deltas, strengths)
+        expected = reference.predict(x, t, context)[row]
+        change = (expected - stock[row]).abs().max()
+        assert change > 1e-3
+        assert (erased[row] - expected).abs().max() <= 1e-4 * change
+        for name, module in projections(reference.attention_layers()).items():
+            assert torch.allclose(projected[name][row], module(context)[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_touched_rows_are_rounded_once(hosts: dict[Any, Any], delta: ConceptDelta, dtype: torch.dtype) -> None:
+    """``W x + s Y Dᵀ x``: the host's product plus a float32 correction, rounded to the model's dtype once."""
+    host = hosts[dtype]
+    _, _, context = batch(host, ["a star", "dog"])
+    modules = projections(host.attention_layers())
+    stock = {n: m(context) for n, m in modules.items()}
+    with KVProjector(host.attention_layers(), Composition((delta,)), gate=False).attached(torch.tensor([0.5])):
+        for name, module in modules.items():
+            correction = 0.5 * (context.float() @ delta.down.T) @ delta.up_factor(name).T
+            expected = (stock[name].float() + correction).to(dtype)
+            found = module(context)
+            assert found.dtype == dtype
+            assert (found.float() - expected.float()).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_add_to_rows_writes_only_touched_rows() -> None:
+    base, h, up = torch.randn(4, 3, 5).bfloat16(), torch.randn(2, 3, 2), torch.randn(5, 2)
+    before = base.clone()
+    assert add_to_rows(base, h, up, torch.tensor([2, 0])) is base
+    assert torch.equal(base[[1, 3]], before[[1, 3]])
+    assert torch.equal(base[[2, 0]], (before[[2, 0]].float() + h @ up.T).bfloat16())
+
+
+def test_gradients_flow_and_nothing_is_kept(host: Any, delta: ConceptDelta) -> None:
+    x, t, context = batch(host, ["a star"])
+    projector = KVProjector(host.attention_layers(), Composition((delta,)))
+    with projector.attached(), torch.enable_grad():
+        point = x.clone().requires_grad_()
+        host.predict(point, t, context).square().sum().backward()
+        assert projector.kept_bytes == 0
+    assert point.grad is not None
+    assert point.grad.abs().max() > 0
+
+
+# --- keys and values are kept
+
+
+def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta) -> None:
+    """Many steps of a pipeline, one call of every to_k and to_v; without keeping, one a step."""
+    names = set(projections(host.attention_layers()))
+    with counted(host) as calls:
+        host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
+        assert calls == dict.fromkeys(names, 1)
+        kept = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
+        assert calls == dict.fromkeys(names, 2)  # another run, nothing left of the first
+        fresh = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7, keep=False)
+        assert calls == dict.fromkeys(names, 2 + 7)
+    assert torch.equal(kept, fresh)
+
+
+def test_equal_content_in_a_new_tensor_is_kept(host: Any, delta: ConceptDelta) -> None:
+    """Hosts may build the context anew each step, or alternate between batches."""
+    x, t, context = batch(host, ["a star", "cat"])
+    _, _, second = batch(host, ["dog", "cat"])
+    with counted(host) as calls, KVProjector(host.attention_layers(), Composition((delta,))).attached():
+        for _ in range(3):
+            host.predict(x, t, context.clone())
+            host.predict(x, t, second.clone())
+        assert set(calls.values()) == {2}
+        host.predict(x[:1], t[:1], context[:1].clone())  # another shape is another batch: products round differently
+        assert set(calls.values()) == {3}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whatever_changes_is_computed_again(make_host: Callable[..., Any], delta: ConceptDelta, other: ConceptDelta, mode: Any) -> None:
+    """Context, strengths and weights, changed in place or replaced, and the dtype: always what a fresh projector gives."""
+    host = make_host()
+    composition = Composition((delta, other))
+    with mode():
+        x, t, context = batch(host, ["a star", "cat"])
+        table = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        module = host.attention_layers()["middle_block.1.transformer_blocks.0.attn2"].to_k
+        projector = KVProjector(host.attention_layers(), composition)
+
+        def fresh(strengths: Tensor) -> Tensor:
+            with KVProjector(host.attention_layers(), composition, keep=False).attached(strengths):
+                return host.predict(x, t, context)
+
+        def replace_context(value: Tensor) -> None:
+            nonlocal context
+            context = value
+
+        def double_precision() -> None:
+            nonlocal x, context
+            host.unet.double()
+            x, context = x.double(), context.double()
+
+        changes: list[Callable[[], Any]] = [
+            lambda: context.mul_(1.5),
+            lambda: context[1, 3].add_(0.5),
+            lambda: replace_context(context.flip(0)),
+            lambda: table.mul_(0.5),
+            lambda: setattr(projector, "strengths", table.flip(0)),
+            lambda: setattr(projector, "strengths", torch.tensor([0.0, -1.0])),
+            lambda: module.weight.mul_(1.25),
+            lambda: setattr(module, "weight", nn.Parameter(module.weight * 0.5, requires_grad=False)),
+            double_precision,
+        ]
+        with projector.attached(table):
+            last = host.predict(x, t, context)
+            for change in changes:
+                change()
+                now = host.predict(x, t, context)
+                assert now.dtype == x.dtype
+                assert not torch.equal(now, last)
+                projector_view, last = now, now
+                with_strengths = projector.strengths
+                saved = dict(projections(host.attention_layers()))
+                assert len(saved) == 10
+                # the reference runs outside of the patch
+                forwards_now = {n: m.__dict__.pop("forward") for n, m in saved.items()}
+                assert torch.equal(projector_view, fresh(with_strengths))
+                for n, m in saved.items():
+                    m.forward = forwards_now[n]
+
+
+def test_a_new_weight_at_the_old_address_is_noticed(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
+    """Another parameter object may lie where the freed one lay, with the same version counter."""
+    host = make_host()
+    module = host.attention_layers()["middle_block.1.transformer_blocks.0.attn2"].to_k
+    context = host.encode(["a star"]).context
+    reused = False
+    with KVProjector(host.attention_layers(), Composition((closed(delta),))).attached():
+        for i in range(50):
+            values = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(i))
+            address = module.weight.data_ptr()
+            module(context)
+            module.weight = None
+            gc.collect()
+            module.weight = nn.Parameter(values.clone(), requires_grad=False)
+            reused |= module.weight.data_ptr() == address
+            assert torch.equal(module(context), nn.functional.linear(context, values))
+    assert reused
+
+
+def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
+    """The least recently used batch goes first; a cap smaller than one batch keeps nothing and stays right."""
+    x, t, first = batch(host, ["a star"])
+    contexts = [first, *(batch(host, [p])[2] for p in ("cat", "dog"))]
+    composition = Composition((delta,))
+    stock = []
+    for context in contexts:
+        with KVProjector(host.attention_layers(), composition, keep=False).attached():
+            stock.append(host.predict(x, t, context))
+    probe = KVProjector(host.attention_layers(), composition)
+    with probe.attached():
+        host.predict(x, t, first)
+        one = probe.kept_bytes
+        assert one > sum(10 * m.weight.shape[0] * 4 for m in projections(host.attention_layers()).values())
+    assert probe.kept_bytes == 0
+
+    two = KVProjector(host.attention_layers(), composition, max_bytes=2 * one)
+    with counted(host) as calls, two.attached():
+        for index, expected_calls in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):  # 2 pushes out 1, not 0
+            assert torch.equal(host.predict(x, t, contexts[index].clone()), stock[index])
+            assert set(calls.values()) == {expected_calls}
+            assert two.kept_bytes <= 2 * one
+    for cap in (0, one // 2):
+        small = KVProjector(host.attention_layers(), composition, max_bytes=cap)
+        with small.attached():
+            for round_ in range(20):
+                index = round_ % 3
+                assert torch.equal(host.predict(x, t, contexts[index] * 1.0), stock[index])
+                host.predict(x, t, torch.randn(1, 10, 64, generator=torch.Generator().manual_seed(round_)))
+            assert small.kept_bytes < one  # does not grow with the number of prompts
+
+
+# --- the model is left as it was found
+
+
+def test_the_model_is_left_as_found(host: Any, delta: ConceptDelta) -> None:
+    before, weights = forwards(host), {n: p.clone() for n, p in host.unet.named_parameters()}
+    x, t, context = batch(host, ["a star"])
+    projector = KVProjector(host.attention_layers(), Composition((delta,)))
+    with projector.attached():
+        host.predict(x, t, context)
+        assert all("forward" in m.__dict__ for m in projections(host.attention_layers()).values())
+        with KVProjector(host.attention_layers(), Composition((delta,))).attached(torch.zeros(1)):
+            host.predict(x, t, context)
+    assert forwards(host) == before
+    with pytest.raises(ZeroDivisionError), projector.attached():
+        1 / 0  # noqa: B018
+    assert forwards(host) == before
+    with pytest.raises(RuntimeError), projector.attached():
+        host.predict(x, t, context[:, :, :5])
+    assert forwards(host) == before
+    with pytest.raises(SepMEError, match="do not fit"), projector.attached(torch.ones(3, 1)):
+        host.predict(x, t, context)
+    assert forwards(host) == before
+    assert all(torch.equal(p, weights[n]) for n, p in host.unet.named_parameters())
+
+
+def test_a_forward_that_was_there_is_put_back(host: Any, delta: ConceptDelta) -> None:
+    """Another extension's instance forward (identity and place in __dict__), also when wrapping fails half way."""
+    modules = projections(host.attention_layers())
+    with counted(host) as calls:
+        found = {n: m.__dict__["forward"] for n, m in modules.items()}
+        before = forwards(host)
+        with KVProjector(host.attention_layers(), Composition((delta,))).attached():
+            assert all(m.__dict__["forward"] is not found[n] for n, m in modules.items())
+            host.encode(["a star"])
+        assert forwards(host) == before
+
+        def failing(name: str, module: nn.Module, forward: Any) -> Any:
+            if name.startswith("middle_block"):
+                raise KeyError(name)
+            return forward
+
+        with pytest.raises(KeyError), patched(modules, failing):
+            pass
+        assert forwards(host) == before
+        assert calls == {}
+    with pytest.raises(KeyError), patched(modules, failing):
+        pass
+    assert not any("forward" in m.__dict__ for m in modules.values())
+
+
+def test_strengths_are_one_unless_given(host: Any, delta: ConceptDelta) -> None:
+    """Also after an earlier use of the same projector with others."""
+    x, t, context = batch(host, ["a star"])
+    projector = KVProjector(host.attention_layers(), Composition((delta,)))
+    stock = host.predict(x, t, context)
+    with projector.attached():
+        erased = host.predict(x, t, context)
+    with projector.attached(torch.zeros(1)):
+        assert torch.equal(host.predict(x, t, context), stock)
+    with projector.attached():
+        assert torch.equal(host.predict(x, t, context), erased)
+    assert not torch.equal(erased, stock)
+
+
+def test_an_empty_composition_changes_nothing(host: Any) -> None:
+    x, t, context = batch(host, ["a star"])
+    stock = host.predict(x, t, context)
+    with KVProjector(host.attention_layers(), Composition(())).attached():
+        assert torch.equal(host.predict(x, t, context), stock)
+
+
+def test_deltas_of_another_model_are_refused(host: Any, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    foreign = make_random_delta("star", {"middle_block.1.transformer_blocks.0.attn2.to_k": (8, 64)})
+    with pytest.raises(SepMEError, match=r"but the model is unet-64x5-\w+; train the concept on this model"):
+        KVProjector(host.attention_layers(), Composition((foreign,)))
