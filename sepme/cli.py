@@ -94,9 +94,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     null_space: Annotated[str, typer.Option(help="exact or tolerance.")] = "tolerance",
-    tolerance: Annotated[float, typer.Option(help="Relative singular value that counts as null.")] = 0.03,
+    tolerance: Annotated[float, typer.Option(help="Relative singular value that counts as null.")] = 0.006,
     max_rank: Annotated[int, typer.Option(help="Cap on the rank of a delta.")] = 8,
-    warm_start: Annotated[bool, typer.Option("--warm-start", help="Start from the closed form.")] = False,
+    warm_start: Annotated[bool, typer.Option(help="Start G-CiRs from the closed form.")] = True,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -47,7 +47,7 @@ class TrainOptions:
     threshold: float = 0.0
     min_steps: int = 10
     trajectories: int = 8
-    warm_start: bool = False
+    warm_start: bool = True
     ridge: float = 1e-6
     values_only: bool = False
     checkpoint_every: int = 50
@@ -189,7 +189,7 @@ def make_delta(
     info = {
         "known": known,
         "preserve": {"count": len(preserve), "sha256": digest} | ({"prompts": preserve} if len(preserve) <= 100 else {}),
-        "objective": {"name": options.objective, "steps": len(losses)} | asdict(options),
+        "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": fingerprint,
         "clip_skip": 0,

@@ -292,11 +292,11 @@ def test_values_only_leaves_keys(planner: Planner, host: Any, quick: tuple[Conce
 
 
 def test_beta_is_folded_in(planner: Planner, host: Any) -> None:
-    """Adam's first step on w has size lr whatever β is, so Y is β lr."""
+    """Adam's first step on w has size lr whatever β is (where gradients are well above its ε), so Y is β lr."""
     for beta in (1.0, 0.25):
         delta = make_delta(planner, "star", host, TrainOptions(**QUICK | {"steps": 1, "beta": beta, "learning_rate": 0.5}))
         sizes = torch.cat([delta.up_factor(n).abs().flatten() for n in delta.up])
-        assert sizes.median() == pytest.approx(0.5 * beta, rel=1e-3)
+        assert float(sizes.max()) == pytest.approx(0.5 * beta, rel=1e-2)
         assert delta.info["objective"]["beta"] == beta
 
 
