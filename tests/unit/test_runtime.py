@@ -118,7 +118,9 @@ def test_pictures_with_tags(host: Any, delta: ConceptDelta) -> None:
     """A prompt's own tags beat the toggles, row by row; a kept row is the stock picture of the same batch."""
     composition = Composition((delta,))
     stock = host.generate(["a star"] * 3, [1, 2, 3], steps=3)
-    mixed = host.generate(["a star <keep:star>", "a star <erase:star:0.5>", "a star"], [1, 2, 3], composition, steps=3, negative="<keep:star>")
+    mixed = host.generate(
+        ["a star <keep:star>", "a star <erase:star:0.5>", "a star"], [1, 2, 3], composition, steps=3, negative="<keep:star>"
+    )
     assert torch.equal(mixed[0], stock[0])
     assert not torch.equal(mixed[1], stock[1])
     assert not torch.equal(mixed[2], stock[2])
