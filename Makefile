@@ -17,7 +17,7 @@ demo: .venv/.ready
 	@echo "Open demo/report.html"
 
 test: .venv/.ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -100,18 +100,20 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints, skip finished concepts.")] = False,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
     batch: Annotated[int, typer.Option(help="Draws a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate; 0: 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")] = 0.0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
     regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     null_space: Annotated[str | None, typer.Option(help="exact or tolerance; by default tolerance, in mode paper exact.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.03).")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Share of the concept that the rank must carry, cap allowing (0.999; in mode paper 1, of the delta)."),
+        typer.Option(help="Share of the concept that the rank must carry, cap allowing (0.9; in mode paper 1, of the delta)."),
     ] = None,
-    warm_start: Annotated[bool, typer.Option("--warm-start", help="Start from the closed form.")] = False,
+    warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -125,7 +127,7 @@ def train(
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
     options = TrainOptions(
         objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,
-        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,
+        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):

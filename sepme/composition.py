@@ -34,7 +34,7 @@ class Composition:
     """An immutable set of deltas of one architecture.
 
     Raises:
-        SepMEError: no deltas, two of one name, or of different architectures.
+        SepMEError: two deltas of one name, or of different architectures.
     """
 
     deltas: tuple[ConceptDelta, ...]
@@ -80,6 +80,8 @@ class Composition:
         Raises:
             SepMEError: the strengths do not fit the batch.
         """
+        if not self.deltas:
+            return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
         if context.shape[-1] != self.down.shape[1]:
             raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")
         if strengths.shape not in ((len(self.deltas),), (context.shape[0], len(self.deltas))):

@@ -40,9 +40,9 @@ class PlanOptions:
     """
 
     mode: Mode = "tolerance"
-    tolerance: float = 0.03
+    tolerance: float = 0.006
     max_rank: int = 8
-    energy: float = 0.999
+    energy: float = 0.9
     min_kept_energy: float = 1e-4
     padding: Padding = "all"
 

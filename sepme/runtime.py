@@ -44,11 +44,12 @@ class _Kept:
     context: Tensor
     strengths: Tensor
     touch: Touch
-    outputs: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
+    outputs: dict[str, tuple[weakref.ref[Tensor], Any, Tensor]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(out.numel() * out.element_size() for _, out in self.outputs.values())
+        tensors = [self.context, self.touch.h, *(out for _, _, out in self.outputs.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class KVProjector:
@@ -86,8 +87,7 @@ class KVProjector:
         Args:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; all 1 by default.
         """
-        if strengths is not None:
-            self.strengths = strengths
+        self.strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
         try:
             with patched(self.modules, self._wrap):
                 yield self
@@ -112,10 +112,10 @@ class KVProjector:
             weight = weight_of(module)
             state = (weight.data_ptr(), _version(weight), weight.dtype)
             hit = entry.outputs.get(name)
-            if hit is None or hit[0] != state:
-                hit = entry.outputs[name] = (state, self._compute(name, forward, context, entry.touch))
+            if hit is None or hit[0]() is not weight or hit[1] != state:
+                hit = entry.outputs[name] = (weakref.ref(weight), state, self._compute(name, forward, context, entry.touch))
                 self._shrink(entry)
-            return hit[1]
+            return hit[2]
 
         return project
 
@@ -128,10 +128,10 @@ class KVProjector:
 
     def _entry(self, context: Tensor) -> _Kept:
         """What is kept for this context: by identity within a forward pass, by content across passes."""
-        version = _version(context)
+        versions = (_version(context), _version(self.strengths))
         if self._seen is not None:
-            reference, seen_version, strengths, entry = self._seen
-            if reference() is context and version is not None and seen_version == version and strengths is self.strengths:
+            reference, seen_versions, strengths, entry = self._seen
+            if reference() is context and strengths is self.strengths and None not in versions and seen_versions == versions:
                 return entry
         for key, entry in self._kept.items():
             same = entry.context.shape == context.shape and entry.context.dtype == context.dtype and entry.context.device == context.device
@@ -143,7 +143,7 @@ class KVProjector:
             entry = _Kept(context.detach().clone(), self.strengths.clone(), touch)
             self._count += 1
             self._kept[self._count] = entry
-        self._seen = (weakref.ref(context), version, self.strengths, entry)
+        self._seen = (weakref.ref(context), versions, self.strengths, entry)
         return entry
 
     def _shrink(self, newest: _Kept) -> None:

@@ -175,11 +175,11 @@ def _finish(
     info = {
         "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c is not plan.concept],
         "preserve": _preserve(planner.book.preserve),
-        "objective": {"name": options.objective, "steps": len(losses)} | asdict(options),
+        "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": recipe["kv_fingerprint"],
         "clip_skip": 0,
-        "certificate": subspace.certificate.to_json() | {"separable": options.mode != "unrestricted"},
+        "certificate": subspace.certificate.to_json() | ({"separable": False} if options.mode == "unrestricted" else {}),
         "losses": [round(v, 8) for v in losses],
     }
     untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in kv.items() if n not in up}

@@ -13,9 +13,9 @@ from ..objectives import OBJECTIVES
 
 # subspace: this project's. paper, unrestricted: arXiv 2402.05947 and its extension SRS-ME as published.
 MODES: dict[str, dict[str, Any]] = {
-    "subspace": {"learning_rate": 0.03, "beta": 1.0, "source": "trajectory"},
-    "paper": {"learning_rate": 0.1, "beta": 1e-4, "source": "drawn"},
-    "unrestricted": {"learning_rate": 1e-5, "beta": 1.0, "source": "drawn"},
+    "subspace": {"learning_rate": 0.03, "beta": 1.0, "source": "trajectory", "warm_start": True},
+    "paper": {"learning_rate": 0.1, "beta": 1e-4, "source": "drawn", "warm_start": False},
+    "unrestricted": {"learning_rate": 1e-5, "beta": 1.0, "source": "drawn", "warm_start": False},
 }
 PLANS: dict[str, dict[str, Any]] = {
     "subspace": {},
@@ -26,7 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Hyper-parameters. Those left at 0 or '' take the mode's own default (:data:`MODES`).
+    """Hyper-parameters. Those left at None take the mode's own default (:data:`MODES`).
 
     Attributes:
         objective: ``gcirs`` or ``closed-form``.
@@ -47,18 +47,18 @@ class TrainOptions:
     objective: str = "gcirs"
     mode: str = "subspace"
     steps: int = 1000
-    learning_rate: float = 0.0
+    learning_rate: float = None  # type: ignore[assignment]
     batch: int = 4
-    beta: float = 0.0
+    beta: float = None  # type: ignore[assignment]
     regularisation: float = 1e-6
     regularise: str = "w"
     momentum: float = 0.9
     threshold: float = 0.0
     min_steps: int = 10
     eta_cap: float = 100.0
-    source: str = ""
+    source: str = None  # type: ignore[assignment]
     trajectories: int = 8
-    warm_start: bool = False
+    warm_start: bool = None  # type: ignore[assignment]
     ridge: float = 1e-6
     values_only: bool = False
     checkpoint_every: int = 50
@@ -69,7 +69,8 @@ class TrainOptions:
         _choice("mode", self.mode, MODES)
         _choice("regularisation", self.regularise, ("w", "delta"))
         for key, value in MODES[self.mode].items():
-            object.__setattr__(self, key, getattr(self, key) or value)
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
         _choice("source", self.source, ("trajectory", "drawn"))
         positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
         if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or self.eta_cap < 0:

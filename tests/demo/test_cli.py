@@ -94,8 +94,14 @@ def test_generate_with_tags(run: Run, trained: Path, tmp_path: Path) -> None:
 
 
 BAD = {
-    "unknown name to erase": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "moon"], "moon"),
-    "unknown name to keep": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--keep", "moon"], "moon"),
+    "unknown name to erase": (
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "moon"],
+        "moon",
+    ),
+    "unknown name to keep": (
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--keep", "moon"],
+        "moon",
+    ),
     "unknown tag": (["generate", "demo", "x <erase:moon>", "-o", "{tmp}/a.png"], "moon"),
     "strength is no number": (
         ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "star:nan"],

@@ -51,5 +51,7 @@ def test_model_draws_what_it_is_asked(demo_host: DiffusersHost) -> None:
     book = demo_book()
     for names in (OBJECTS, STYLES):
         pictures = [p for name in names for p in own_pictures(book[name], 10)]
-        correct = torch.cat([studio.correct(studio.decode(studio.latents(pictures[i : i + 20])), pictures[i : i + 20]) for i in (0, 20, 40)])
+        correct = torch.cat(
+            [studio.correct(studio.decode(studio.latents(pictures[i : i + 20])), pictures[i : i + 20]) for i in (0, 20, 40)]
+        )
         assert float(correct.float().mean()) >= 0.9, names

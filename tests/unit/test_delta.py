@@ -106,7 +106,9 @@ def test_same_delta_same_bytes(delta: ConceptDelta, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(first)
     code = "import sys; from sepme.delta import ConceptDelta; ConceptDelta.load(sys.argv[1]).save(sys.argv[2])"
     paths = [str(tmp_path / n) for n in ("a.safetensors", "b.safetensors")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True, cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", code, *paths], check=True, cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
     assert Path(paths[1]).read_bytes() == first
 
 
@@ -139,7 +141,12 @@ def test_factors_are_rounded_to_half_with_a_scale(delta: ConceptDelta) -> None:
             assert made.up[name].dtype == torch.float16
             assert (made.up_factor(name) - value).abs().max() <= 2**-11 * value.abs().max()
             assert torch.equal(made.weight_delta(name), made.up_factor(name) @ made.down)
-    assert ConceptDelta.from_factors(delta.concept, delta.down, {f"{LAYER}.to_k": torch.zeros(6, 3)}, 0.1, {}).up_factor(f"{LAYER}.to_k").eq(0).all()
+    assert (
+        ConceptDelta.from_factors(delta.concept, delta.down, {f"{LAYER}.to_k": torch.zeros(6, 3)}, 0.1, {})
+        .up_factor(f"{LAYER}.to_k")
+        .eq(0)
+        .all()
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -261,7 +268,11 @@ def test_foreign_safetensors(tmp_path: Path) -> None:
 
 
 def test_another_version(delta: ConceptDelta, tmp_path: Path) -> None:
-    refused(tmp_path, relabelled(delta, format="sepme.delta/2"), "is format 'sepme.delta/2', not sepme.delta/1.*a newer format needs a newer SepME")
+    refused(
+        tmp_path,
+        relabelled(delta, format="sepme.delta/2"),
+        "is format 'sepme.delta/2', not sepme.delta/1.*a newer format needs a newer SepME",
+    )
 
 
 NAME = f"up.{LAYER}.to_k"
@@ -387,7 +398,7 @@ def leftovers(folder: Path) -> list[str]:
 def test_unwritable_folder(delta: ConceptDelta, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     for path in (tmp_path / "file" / "a.safetensors", tmp_path / "file" / "deeper" / "a.safetensors", tmp_path / ("x" * 300)):
-        with pytest.raises(SepMEError, match="cannot be written .*; choose a folder that you may write to"):
+        with pytest.raises(SepMEError, match=r"cannot be written .*; choose a folder that you may write to"):
             delta.save(path)
     assert (tmp_path / "file").read_bytes() == b"x"
     assert leftovers(tmp_path) == []

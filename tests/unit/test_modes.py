@@ -108,8 +108,7 @@ def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_p
         stored = own @ delta.weight_delta(name).T
         assert float((stored - full).norm() / full.norm()) < 1e-3  # float16 in the file
         assert float((known @ delta.weight_delta(name).T).norm() / stored.norm()) < 1e-5
-    assert delta.info["certificate"]["separable"] is True
-    assert max(delta.info["certificate"]["leakage_linear"].values()) < 1e-5
+    assert "separable" not in delta.info["certificate"]
     capped = make_delta(planner_for(host, "paper", max_rank=2), "tree", host, options)
     assert capped.rank == 2
     loss = capped.info["compression"]["response_loss"]["2"]

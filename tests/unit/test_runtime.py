@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,7 +118,9 @@ def test_pictures_with_tags(host: Any, delta: ConceptDelta) -> None:
     """A prompt's own tags beat the toggles, row by row; a kept row is the stock picture of the same batch."""
     composition = Composition((delta,))
     stock = host.generate(["a star"] * 3, [1, 2, 3], steps=3)
-    mixed = host.generate(["a star <keep:star>", "a star <erase:star:0.5>", "a star"], [1, 2, 3], composition, steps=3, negative="<keep:star>")
+    mixed = host.generate(
+        ["a star <keep:star>", "a star <erase:star:0.5>", "a star"], [1, 2, 3], composition, steps=3, negative="<keep:star>"
+    )
     assert torch.equal(mixed[0], stock[0])
     assert not torch.equal(mixed[1], stock[1])
     assert not torch.equal(mixed[2], stock[2])
@@ -277,22 +278,20 @@ def test_whatever_changes_is_computed_again(make_host: Callable[..., Any], delta
 
 
 def test_a_new_weight_at_the_old_address_is_noticed(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
-    """Another parameter object may lie where the freed one lay, with the same version counter."""
+    """Allocators give freed memory again: another parameter at the same address, with the same version counter."""
     host = make_host()
     module = host.attention_layers()["middle_block.1.transformer_blocks.0.attn2"].to_k
     context = host.encode(["a star"]).context
-    reused = False
+    memory = module.weight.numpy().copy()
+    module.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+    state = (module.weight.data_ptr(), module.weight._version)
     with KVProjector(host.attention_layers(), Composition((closed(delta),))).attached():
-        for i in range(50):
-            values = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(i))
-            address = module.weight.data_ptr()
-            module(context)
-            module.weight = None
-            gc.collect()
-            module.weight = nn.Parameter(values.clone(), requires_grad=False)
-            reused |= module.weight.data_ptr() == address
-            assert torch.equal(module(context), nn.functional.linear(context, values))
-    assert reused
+        before = module(context)
+        module.weight = None
+        memory *= 2  # behind PyTorch's back, as if freed and filled again
+        module.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+        assert (module.weight.data_ptr(), module.weight._version) == state
+        assert torch.equal(module(context), 2 * before)
 
 
 def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
@@ -344,7 +343,7 @@ def test_the_model_is_left_as_found(host: Any, delta: ConceptDelta) -> None:
         1 / 0  # noqa: B018
     assert forwards(host) == before
     with pytest.raises(RuntimeError), projector.attached():
-        host.predict(x, t, context[:, :, :5])
+        host.predict(x[:, :2], t, context)
     assert forwards(host) == before
     with pytest.raises(SepMEError, match="do not fit"), projector.attached(torch.ones(3, 1)):
         host.predict(x, t, context)

@@ -22,13 +22,13 @@ from sepme.train import Progress, TrainOptions, make_delta
 
 ORDINARY = ("a cat", "a big dog", "big house", "a red tree", "a photo of a dog", "blue")
 BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}")) for n in ("star", "circle")), ("a photo of a house",))
-QUICK: dict[str, Any] = {"steps": 12, "batch": 2, "trajectories": 3, "threshold": -1e9}
+QUICK: dict[str, Any] = {"steps": 12, "batch": 2, "trajectories": 3, "threshold": -1e9, "warm_start": False}
 TRAJECTORY = 25  # passes of the frozen model before the first step
 
 
 @pytest.fixture(scope="module")
 def planner(host: Any) -> Planner:
-    return Planner(host, BOOK, PlanOptions(mode="exact", max_rank=4), ORDINARY)
+    return Planner(host, BOOK, PlanOptions(mode="exact", max_rank=4, energy=0.999), ORDINARY)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_loss_is_equation_2(planner: Planner, host: Any, make_host: Callable[...
         r_changed = changed.predict(x, t, context) - changed.predict(x, t, empty)
         r = host.predict(x, t, context) - host.predict(x, t, empty)
         assert (r_changed - r).abs().max() > 0.1 * r.abs().max()
-        assert float(loss) == pytest.approx(float(sum(a * b for a, b in zip(r_changed.flatten(), r.flatten(), strict=True)) / r.numel()), rel=1e-4)
+        assert float(loss) == pytest.approx(
+            float(sum(a * b for a, b in zip(r_changed.flatten(), r.flatten(), strict=True)) / r.numel()), rel=1e-4
+        )
 
 
 def test_first_loss_is_the_mean_square_of_r(planner: Planner, host: Any, quick: tuple[ConceptDelta, list[Progress]]) -> None:
@@ -89,7 +91,7 @@ def test_first_loss_is_the_mean_square_of_r(planner: Planner, host: Any, quick: 
 def test_training_decorrelates(planner: Planner, host: Any, make_host: Callable[..., Any]) -> None:
     """The loss falls to zero and training stops there; measured again with merged weights at points never trained on."""
     steps: list[Progress] = []
-    options = TrainOptions(steps=300, batch=4, trajectories=4)
+    options = TrainOptions(steps=300, batch=4, trajectories=4, warm_start=False)
     delta = make_delta(planner, "star", host, options, on_step=steps.append)
     assert options.min_steps <= len(steps) < 300
     assert steps[-1].momentum <= 0 < steps[0].loss
@@ -143,7 +145,9 @@ def test_stops_at_the_first_momentum_under_the_threshold(planner: Planner, host:
 # --- bytes
 
 
-def test_same_recipe_same_bytes(planner: Planner, host: Any, make_host: Callable[..., Any], quick: tuple[ConceptDelta, list[Progress]]) -> None:
+def test_same_recipe_same_bytes(
+    planner: Planner, host: Any, make_host: Callable[..., Any], quick: tuple[ConceptDelta, list[Progress]]
+) -> None:
     """Also in a model loaded again, and from nothing but the recipe in the file; the global random state plays no part."""
     first = quick[0].to_bytes()
     torch.manual_seed(123)
@@ -164,12 +168,11 @@ def stop_at(step: int, error: type[BaseException] = Interrupted) -> Callable[[Pr
     return check
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 12])
-def test_interrupt_and_resume(planner: Planner, host: Any, quick: tuple[ConceptDelta, list[Progress]], tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize(("at", "warm"), [(1, False), (4, False), (7, True), (12, False)])
+def test_interrupt_and_resume(planner: Planner, host: Any, tmp_path: Path, at: int, warm: bool) -> None:
     """Stopped after any step and continued: the bytes of the uninterrupted run, and only the missing steps are made."""
-    checkpoint, options = tmp_path / "star.checkpoint.safetensors", TrainOptions(**QUICK | {"checkpoint_every": 4})
+    checkpoint, options = tmp_path / "star.checkpoint.safetensors", TrainOptions(**QUICK | {"checkpoint_every": 4, "warm_start": warm})
     reference = make_delta(planner, "star", host, options)
-    assert reference.content_hash() == quick[0].content_hash()
     with pytest.raises(Interrupted):
         make_delta(planner, "star", host, options, checkpoint, stop_at(at))
     assert checkpoint.exists()
@@ -192,7 +195,9 @@ def test_resume_after_a_crash(planner: Planner, host: Any, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
 
-def test_another_recipes_checkpoint_is_ignored(planner: Planner, host: Any, quick: tuple[ConceptDelta, list[Progress]], tmp_path: Path) -> None:
+def test_another_recipes_checkpoint_is_ignored(
+    planner: Planner, host: Any, quick: tuple[ConceptDelta, list[Progress]], tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "c.safetensors"
     with pytest.raises(Interrupted):
         make_delta(planner, "star", host, TrainOptions(**QUICK | {"seed": 5}), checkpoint, stop_at(5))
@@ -292,11 +297,11 @@ def test_values_only_leaves_keys(planner: Planner, host: Any, quick: tuple[Conce
 
 
 def test_beta_is_folded_in(planner: Planner, host: Any) -> None:
-    """Adam's first step on w has size lr whatever β is, so Y is β lr."""
+    """Adam's first step on w has size lr whatever β is (where gradients are well above its ε), so Y is β lr."""
     for beta in (1.0, 0.25):
         delta = make_delta(planner, "star", host, TrainOptions(**QUICK | {"steps": 1, "beta": beta, "learning_rate": 0.5}))
         sizes = torch.cat([delta.up_factor(n).abs().flatten() for n in delta.up])
-        assert sizes.median() == pytest.approx(0.5 * beta, rel=1e-3)
+        assert float(sizes.max()) == pytest.approx(0.5 * beta, rel=1e-2)
         assert delta.info["objective"]["beta"] == beta
 
 
@@ -312,7 +317,16 @@ def test_regularisation_pulls_to_zero(planner: Planner, host: Any, quick: tuple[
 
 @pytest.mark.parametrize(
     "options",
-    [{"objective": "magic"}, {"steps": 0}, {"learning_rate": 0}, {"batch": 0}, {"beta": 0}, {"trajectories": 0}, {"checkpoint_every": 0}, {"momentum": 1.0}],
+    [
+        {"objective": "magic"},
+        {"steps": 0},
+        {"learning_rate": 0},
+        {"batch": 0},
+        {"beta": 0},
+        {"trajectories": 0},
+        {"checkpoint_every": 0},
+        {"momentum": 1.0},
+    ],
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(SepMEError):
@@ -338,8 +352,8 @@ def test_what_a_delta_says_of_itself(planner: Planner, host: Any, quick: tuple[C
 def test_the_protocols_are_all_it_needs(world: SimpleNamespace, objective: str) -> None:
     """The double world, no pipeline in sight: both objectives take the concept out of its own prompts, half precision too."""
     encoder, denoiser = world.Encoder(), world.Denoiser()
-    planner = Planner(encoder, BOOK, PlanOptions(max_rank=4), ORDINARY)
-    delta = make_delta(planner, "star", denoiser, TrainOptions(objective=objective, steps=40, trajectories=4))
+    planner = Planner(encoder, BOOK, PlanOptions(tolerance=0.03, max_rank=4, energy=0.999), ORDINARY)
+    delta = make_delta(planner, "star", denoiser, TrainOptions(objective=objective, steps=40, trajectories=4, warm_start=False))
     assert delta.architecture.startswith("unet-48x2-")
     assert delta.rank == 4
     changed = world.Denoiser()
