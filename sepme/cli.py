@@ -25,6 +25,8 @@ from .delta import ConceptDelta
 from .errors import Interrupted, SepMEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Separable multi-concept erasure.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure this machine.")
+app.add_typer(bench, name="bench")
 log = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
@@ -87,32 +89,46 @@ def train(
     book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")],
     objective: Annotated[str, typer.Option(help="gcirs or closed-form.")] = "gcirs",
-    mode: Annotated[str, typer.Option(help="How increments are parametrised: subspace.")] = "subspace",
+    mode: Annotated[
+        str, typer.Option(help="How increments are parametrised: subspace, paper (as published) or unrestricted (never to be restored).")
+    ] = "subspace",
+    joint: Annotated[bool, typer.Option("--joint", help="Train the concepts together, balanced, not one by one.")] = False,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to noise (a subfolder named as a concept's file goes before the folder itself).")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Train only these concepts of the book.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints, skip finished concepts.")] = False,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
-    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.03,
+    batch: Annotated[int, typer.Option(help="Draws a step.")] = 4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
+    regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    null_space: Annotated[str, typer.Option(help="exact or tolerance.")] = "tolerance",
-    tolerance: Annotated[float, typer.Option(help="Relative singular value that counts as null.")] = 0.006,
-    max_rank: Annotated[int, typer.Option(help="Cap on the rank of a delta.")] = 8,
-    warm_start: Annotated[bool, typer.Option(help="Start G-CiRs from the closed form.")] = True,
+    null_space: Annotated[str | None, typer.Option(help="exact or tolerance; by default tolerance, in mode paper exact.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of the concept that the rank must carry, cap allowing (0.9; in mode paper 1, of the delta)."),
+    ] = None,
+    warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make one delta file for every concept of a book."""
-    from .nullspace import Planner, PlanOptions
+    from .nullspace import Planner
     from .train import Progress as Step
-    from .train import TrainOptions, make_delta
+    from .train import TrainOptions, make_deltas, plan_options
 
-    if mode != "subspace":
-        raise SepMEError(f"There is no mode {mode!r}; the only mode so far is subspace.")
     concept_book = ConceptBook.load(book)
-    chosen = [concept_book[n].name for n in only] if only else [c.name for c in concept_book.concepts]
-    plan = PlanOptions(mode=null_space, tolerance=tolerance, max_rank=max_rank)  # type: ignore[arg-type]
+    chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
+    plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
     options = TrainOptions(
-        objective=objective, steps=steps, learning_rate=learning_rate, seed=seed, warm_start=warm_start, values_only=values_only
-    )
+        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,
+        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
+    )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book would get the same file name; rename one.")
@@ -120,33 +136,56 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     host = _host(model)
-    planner = Planner(host, concept_book, plan)
     results = []
     with interruptible() as check, _bar() as bar:
-        for name, path in paths.items():
-            checkpoint = path.with_suffix(".checkpoint.safetensors")
+        pictures = _pictures(host, images, chosen, check)
+        planner = Planner(host, concept_book, plan)
+        for group in [chosen] if joint else [[name] for name in chosen]:
+            checkpoint = (out / "joint" if len(group) > 1 else paths[group[0]].with_suffix("")).with_suffix(".checkpoint.safetensors")
             if not resume:
                 checkpoint.unlink(missing_ok=True)
-            elif path.exists() and not checkpoint.exists():
-                results.append(_summary(ConceptDelta.load(path), path))
-                log.print(f"{name}: already made ({path})")
+            elif all(paths[n].exists() for n in group) and not checkpoint.exists():
+                for name in group:
+                    results.append(_summary(ConceptDelta.load(paths[name]), paths[name]))
+                    log.print(f"{name}: already made ({paths[name]})")
                 continue
-            task = bar.add_task(name, total=options.steps, loss="")
+            tasks = {name: bar.add_task(name, total=options.steps, loss="") for name in group}
 
-            def on_step(step: Step, task: Any = task) -> None:
-                bar.update(task, completed=step.step, loss=f"loss {step.loss:.5f}")
+            def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
+                bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
                 check()
 
             try:
-                delta = make_delta(planner, name, host, options, checkpoint, on_step)
+                deltas = make_deltas(planner, group, host, options, checkpoint, on_step, pictures, check)
             except Interrupted:
-                log.print(f"Stopped at {name}; run the same command with --resume to go on.")
+                log.print(f"Stopped at {', '.join(group)}; run the same command with --resume to go on.")
                 raise typer.Exit(130) from None
-            delta.save(path)
+            for delta in deltas:
+                name = delta.concept.name
+                delta.save(paths[name])
+                bar.update(tasks[name], completed=options.steps, loss=f"{len(delta.info['losses'])} steps")
+                results.append(_summary(delta, paths[name]))
             checkpoint.unlink(missing_ok=True)
-            bar.update(task, completed=options.steps, loss=f"{len(delta.info['losses'])} steps")
-            results.append(_summary(delta, path))
     _finish({"deltas": results}, as_json, lambda: _show_summaries(results))
+
+
+def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None]) -> dict[str, Any]:
+    """The user's pictures of every concept as clean latents; concepts without a subfolder share the folder."""
+    from .images import load_folder
+    from .train import Pictures
+
+    read: dict[Path, Pictures] = {}
+    result: dict[str, Any] = {}
+    if folder is None:
+        return result
+    for name in names:
+        own = folder / file_name(name)
+        own = own if own.is_dir() else folder
+        if own not in read:
+            images, digest = load_folder(own, host.image_size)
+            read[own] = Pictures(host.encode_images(images, check), digest)
+        result[name] = read[own]
+    return result
 
 
 def _check_writable(folder: Path) -> None:
@@ -352,6 +391,38 @@ def demo(
         log.print(f"Report: {out / 'report.html'}")
 
     _finish(metrics, as_json, show)
+
+
+@bench.command("train")
+def bench_train(
+    channels: Annotated[str, typer.Option(help="Channels of the UNet's blocks.")] = "64,128,256",
+    layers: Annotated[int, typer.Option(help="Resnets a block.")] = 2,
+    latent: Annotated[int, typer.Option(help="Width and height of the latents.")] = 32,
+    d_in: Annotated[int, typer.Option(help="Width of the text encoder.")] = 768,
+    tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 77,
+    batch: Annotated[int, typer.Option(help="Draws a step.")] = 1,
+    known: Annotated[int, typer.Option(help="Other prompts that must not change.")] = 1,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps timed.", min=1)] = 7,
+    as_json: Json = False,
+) -> None:
+    """Seconds and peak memory of a training step against the published scheme."""
+    from .bench.train import Size, run
+
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", channels):
+        raise SepMEError(f"{channels!r} are no numbers of channels; write them like 64,128,256.")
+    blocks = tuple(int(c) for c in channels.split(","))
+    result = run(Size(blocks, layers, latent, d_in, tokens, batch, known), pairs)
+
+    def show() -> None:
+        table = Table("", "published", "ours", "")
+        table.add_row(
+            "seconds a step", f"{result['seconds_published']:.3f}", f"{result['seconds_ours']:.3f}", f"{result['train_step_speedup']:.2f} x"
+        )
+        megabytes = [f"{result[k] / 1e6:.0f}" for k in ("memory_published", "memory_ours")]
+        table.add_row("peak MB", *megabytes, f"{result['train_memory_ratio']:.2f} x")
+        Console().print(table)
+
+    _finish(result, as_json, show)
 
 
 def main() -> None:

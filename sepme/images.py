@@ -1,7 +1,8 @@
-"""Pictures as files: PNG grids."""
+"""Pictures as files: PNG grids out, folders of pictures in."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from .delta import write_atomically
+from .errors import SepMEError
+
+READABLE = {".png", ".jpg", ".jpeg", ".webp"}
+MAX_PICTURES = 1000
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
@@ -37,3 +42,35 @@ def png(sheet: Tensor, scale: int = 1) -> bytes:
 def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int = 1) -> Path:
     """Write images ``(n, 3, h, w)`` in [-1, 1] as one PNG."""
     return write_atomically(path, png(grid(images, columns), scale))
+
+
+def load_folder(folder: Path, size: int) -> tuple[Tensor, str]:
+    """Read the PNG, JPEG and WebP files of a folder, by name: middle square, resized, transparency on white.
+
+    Returns:
+        images ``(n, 3, size, size)`` float32 in [-1, 1], and the SHA-256 of their pixels.
+
+    Raises:
+        SepMEError: no folder, no pictures or too many in it, or one that cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in READABLE and p.is_file())
+    except OSError as error:
+        raise SepMEError(f"The folder of pictures {folder} cannot be read ({error.strerror}); check the path.") from None
+    if not 1 <= len(paths) <= MAX_PICTURES:
+        raise SepMEError(f"{folder} holds {len(paths)} PNG, JPEG or WebP files; 1 to {MAX_PICTURES} are needed.")
+    images = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    for image, path in zip(images, paths, strict=True):
+        try:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as file:
+                picture = ImageOps.exif_transpose(file).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise SepMEError(f"The picture {path} cannot be read ({reason}); repair it or take it out of the folder.") from None
+        image.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size, size, 3))
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1, digest

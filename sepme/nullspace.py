@@ -245,8 +245,30 @@ class Planner:
         null, basis, kept = self._basis(name, others)
         if kept < self.options.min_kept_energy or basis.shape[1] == 0:
             raise SepMEError(self._refusal(name, others, kept))
+        return self.certify(name, basis, null.shape[1])
+
+    def null_space(self, name: str) -> Tensor:
+        """Sp ``(d_in, m)`` float64 of a concept against all others of the book (mode ``paper``).
+
+        Raises:
+            SepMEError: too little of the concept's energy lies in it; the message says how many concepts fit.
+        """
+        name = self.book[name].name
+        others = [c.name for c in self.book.concepts if c.name != name]
+        null = self._basis(name, others)[0]
+        tokens = _rows(self.encodings[name], self.options.padding)
+        kept = float((tokens @ null).square().sum() / tokens.square().sum().clamp_min(1e-300))
+        if kept < self.options.min_kept_energy:
+            raise SepMEError(self._refusal(name, others, kept))
+        return null
+
+    def certify(self, name: str, basis: Tensor, null_dims: int, gate: float | None = None) -> Subspace:
+        """The subspace spanned by a basis ``(d_in, k)``, with certificate and gate (calibrated unless given)."""
+        concept = self.book[name]
+        tokens = _rows(self.encodings[concept.name], self.options.padding)
+        kept = float((tokens @ basis).square().sum() / tokens.square().sum().clamp_min(1e-300))
         down = basis.T.float().contiguous()
-        gate, certificate = self._calibrate(concept, down, kept, null.shape[1])
+        gate, certificate = self._calibrate(concept, down, kept, null_dims, gate)
         return Subspace(concept, down, gate, certificate, self.options)
 
     def _refusal(self, name: str, others: list[str], kept: float) -> str:
@@ -266,7 +288,7 @@ class Planner:
             f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.options.mode}); {advice}."
         )
 
-    def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int) -> tuple[float, Certificate]:
+    def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int, gate: float | None) -> tuple[float, Certificate]:
         own = self._statistic(self.encodings[concept.name].context, down, torch.minimum)
         high = float(own.min())
         known = {n: e.context[self._foreign(concept, n)] for n, e in self.encodings.items() if n != concept.name}
@@ -280,7 +302,7 @@ class Planner:
             ordinary = self._statistic(self.ordinary_context, down, torch.maximum).tolist()
         stranger = [not mentions(p, concept.name) for p in self.ordinary]
         soft_low = max([low, *compress(ordinary[0::2], stranger[0::2])])
-        gate = _threshold(low, soft_low, high)
+        gate = _threshold(low, soft_low, high) if gate is None else gate
         touched = [value > gate for value in compress(ordinary[1::2], stranger[1::2])]
         rate = sum(touched) / len(touched) if touched else 0.0
         gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}

@@ -1,8 +1,8 @@
-"""What a host implements, and nothing more: a text encoder and a denoiser."""
+"""What a host implements, and nothing more: a text encoder and a denoiser (and, for training on a folder, an image encoder)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -50,10 +50,32 @@ class Denoiser(Protocol):
         """Noised latents ``x_t`` of clean latents at timesteps ``t``."""
         ...
 
-    def trajectory(self, context: Tensor, empty: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
-        """Points of the frozen model's own denoising runs, one run a row of ``context``.
+    @property
+    def timesteps(self) -> int:
+        """Number of training timesteps; ``t`` lies in 0 .. timesteps − 1."""
+        ...
+
+    def trajectory(
+        self, context: Tensor, empty: Tensor, generator: Any, *, on_step: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Points of the frozen model's own denoising runs, one run a row of ``context``; ``on_step`` is called at every step.
 
         Returns:
             ``x_t (steps, batch, ...)`` and timesteps ``(steps,)``.
         """
+        ...
+
+    def drawn(self, context: Tensor, empty: Tensor, generator: Any, *, on_step: Callable[[], None] | None = None) -> Tensor:
+        """Clean latents ``x_0 (batch, ...)`` of images that the frozen model draws, DDIM in 50 steps."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    @property
+    def image_size(self) -> int:
+        """Width and height in pixels of the model's images."""
+        ...
+
+    def encode_images(self, images: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
+        """Clean latents ``x_0 (n, ...)`` of images ``(n, 3, image_size, image_size)`` float32 in [-1, 1]."""
         ...

@@ -94,7 +94,14 @@ class TinyDenoiser(nn.Module):
         level = (t.float() / 1000).reshape(-1, 1, 1, 1)
         return (1 - level).sqrt() * x_0 + level.sqrt() * noise
 
-    def trajectory(self, context: Tensor, empty: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    timesteps = 1000
+
+    def drawn(self, context: Tensor, empty: Tensor, generator: torch.Generator, *, on_step: Callable[[], None] | None = None) -> Tensor:
+        return self.trajectory(context, empty, generator)[0][-1]
+
+    def trajectory(
+        self, context: Tensor, empty: Tensor, generator: torch.Generator, *, on_step: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         times = torch.tensor([801, 601, 401, 201, 1])
         x, points = torch.randn(len(context), 4, 4, 4, generator=generator), []
         for t in times:

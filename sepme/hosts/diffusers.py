@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +89,65 @@ class DiffusersHost:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.device, self.unet.dtype)
 
-    def trajectory(
-        self, context: Tensor, empty: Tensor, generator: torch.Generator, steps: int = 25, guidance: float = 3.0
-    ) -> tuple[Tensor, Tensor]:
-        seeds = torch.randint(1 << 31, (len(context),), generator=generator).tolist()
-        x = self.latents(seeds)
+    @property
+    def timesteps(self) -> int:
+        return int(self.scheduler.config.num_train_timesteps)
+
+    def _runs(self, context: Tensor, empty: Tensor, generator: torch.Generator, steps: int, guidance: float) -> Iterator[Tensor]:
+        """DDIM runs of the model as it is: the start latents, then the latents after every step."""
+        x = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
         self.scheduler.set_timesteps(steps, device=self.device)
-        both, points = torch.cat([empty, context]), []
+        both = torch.cat([empty, context])
+        yield x
         for t in self.scheduler.timesteps:
-            points.append(x)
             nothing, something = self.unet(torch.cat([x, x]), t, encoder_hidden_states=both).sample.chunk(2)
             x = self.scheduler.step(nothing + guidance * (something - nothing), t, x).prev_sample
-        return torch.stack(points), self.scheduler.timesteps.clone()
+            yield x
+
+    def trajectory(
+        self,
+        context: Tensor,
+        empty: Tensor,
+        generator: torch.Generator,
+        steps: int = 25,
+        guidance: float = 3.0,
+        on_step: Callable[[], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        points = []
+        for x in self._runs(context, empty, generator, steps, guidance):
+            points.append(x)
+            if on_step is not None:
+                on_step()
+        return torch.stack(points[:-1]), self.scheduler.timesteps.clone()
+
+    def drawn(
+        self,
+        context: Tensor,
+        empty: Tensor,
+        generator: torch.Generator,
+        steps: int = 50,
+        guidance: float = 7.5,
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        for x in self._runs(context, empty, generator, steps, guidance):  # noqa: B007
+            if on_step is not None:
+                on_step()
+        return x
+
+    @property
+    def image_size(self) -> int:
+        return int(self.unet.config.sample_size * self.pipe.vae_scale_factor)
+
+    def encode_images(self, images: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
+        latents = []
+        for part in images.split(4):
+            with torch.no_grad():
+                encoded = self.pipe.vae.encode(part.to(self.device, self.pipe.vae.dtype))
+            x_0 = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+            latents.append((x_0 * self.pipe.vae.config.scaling_factor).to(self.unet.dtype))
+            if on_step is not None:
+                on_step()
+        return torch.cat(latents)
 
     def generate(
         self,

@@ -27,4 +27,5 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"gcirs": GCiRs}
+# built with protected=True where the empty prompt lies in A
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"gcirs": GCiRs}

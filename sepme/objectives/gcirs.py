@@ -10,11 +10,17 @@ from torch import Tensor
 class GCiRs:
     """Eq. 2: ``L_cor = Avg( r(c; θ+Δθ) ⊙ r(c; θ) )`` with ``r(c; θ) = ε(x_t, c, t; θ) − ε(x_t, c_∅, t; θ)``.
 
-    The empty prompt lies in A, so the delta leaves ``ε(x_t, c_∅)`` as it is: three passes, one with a graph.
+    Args:
+        protected: the empty prompt lies in A, so the delta leaves ``ε(x_t, c_∅)`` as it is: three passes, one with a graph.
+            False (mode unrestricted): four passes, two with a graph.
     """
 
     name = "gcirs"
 
+    def __init__(self, protected: bool = True) -> None:
+        self.protected = protected
+
     def loss(self, frozen: Callable[[Tensor], Tensor], erased: Callable[[Tensor], Tensor], context: Tensor, empty: Tensor) -> Tensor:
         nothing = frozen(empty)
-        return ((erased(context) - nothing) * (frozen(context) - nothing)).mean()
+        original = frozen(context) - nothing
+        return ((erased(context) - (nothing if self.protected else erased(empty))) * original).mean()

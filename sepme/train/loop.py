@@ -1,0 +1,225 @@
+"""The one training loop: one concept alone, or several at once (Eq. 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..delta import write_atomically
+from ..errors import Interrupted, SepMEError
+from ..layers import projections
+from ..objectives import OBJECTIVES
+from ..protocols import Denoiser
+from ..runtime import Forward, patched
+from .increment import Increment
+from .options import OnStep, Progress, TrainOptions
+from .source import Source
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Track:
+    """One concept's way through training.
+
+    Attributes:
+        contexts: its prompts ``(prompts, tokens, d_in)``. empty: the empty prompt's ``(1, tokens, d_in)``.
+        generator: of every draw. losses: L_cor by step. momentum: of its own losses.
+    """
+
+    name: str
+    increment: Increment
+    source: Source
+    contexts: Tensor
+    empty: Tensor
+    generator: torch.Generator
+    optimizer: torch.optim.Adam
+    losses: list[float] = field(default_factory=list)
+    momentum: float = 0.0
+
+    @staticmethod
+    def start(name: str, increment: Increment, source: Source, contexts: Tensor, empty: Tensor, options: TrainOptions) -> Track:
+        optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
+        return Track(name, increment, source, contexts, empty, torch.Generator().manual_seed(options.seed), optimizer)
+
+
+def balance(losses: Sequence[float], cap: float) -> list[float]:
+    """``η_i = (max_k L_k)² / L_i²``, at most ``cap``; 1 for the largest, and for all when cap is 0."""
+    top = max(losses)
+    if cap == 0:
+        return [1.0] * len(losses)
+    return [1.0 if loss == top else min(cap, (top / loss) ** 2) if loss else cap for loss in losses]
+
+
+class Training:
+    """Minimise ``Σ_i η_i L_cor(c_i, Δθ) + λ‖W‖_p`` (Eq. 3 and 11), all tracks' increments active: ``Δθ = Σ_i Δθ_i``.
+
+    ``A_i ΔW_iᵀ = 0``, so a concept's loss has no gradient with respect to another's w: each is differentiated by its own w alone,
+    with one graph in memory at a time, and then weighed by η.
+    """
+
+    def __init__(self, tracks: Sequence[Track], denoiser: Denoiser, options: TrainOptions) -> None:
+        self.tracks, self.denoiser, self.options = tracks, denoiser, options
+        found = projections(denoiser.attention_layers())
+        self.modules = {name: found[name] for name in tracks[0].increment.w}
+        self.objective = OBJECTIVES[options.objective](protected=options.mode != "unrestricted")
+        self.momentum = 0.0
+
+    @property
+    def step_count(self) -> int:
+        return max(len(t.losses) for t in self.tracks)
+
+    def settled(self, track: Track) -> bool:
+        """A concept is frozen once its own momentum is ≤ τ, never in the first steps; its increment stays active."""
+        return len(track.losses) >= self.options.min_steps and track.momentum <= self.options.threshold
+
+    @property
+    def done(self) -> bool:
+        """``L_mom ≤ τ``, never in the first steps; or every concept frozen; or no steps left."""
+        stopped = self.step_count >= self.options.min_steps and self.momentum <= self.options.threshold
+        return stopped or self.step_count >= self.options.steps or all(self.settled(t) for t in self.tracks)
+
+    def step(self) -> list[Track]:
+        """One step of every concept that is not frozen; returns those.
+
+        Raises:
+            SepMEError: the loss diverged.
+        """
+        active = [t for t in self.tracks if not self.settled(t)]
+        losses, gradients = zip(*(self._differentiate(t) for t in active), strict=True)
+        for track, loss in zip(active, losses, strict=True):
+            if not abs(loss) < 1e6:
+                raise SepMEError(f"Training of {track.name!r} diverged at step {self.step_count}; lower the learning rate.")
+        eta = balance(losses, self.options.eta_cap)
+        for track, gradient, weight in zip(active, gradients, eta, strict=True):
+            self._descend(track, gradient, weight)
+        total = sum(e * loss for e, loss in zip(eta, losses, strict=True))
+        self.momentum = self._smooth(self.momentum, total, first=self.step_count == 0)
+        for track, loss in zip(active, losses, strict=True):
+            track.momentum = self._smooth(track.momentum, loss, first=not track.losses)
+            track.losses.append(loss)
+        return active
+
+    def _smooth(self, momentum: float, loss: float, first: bool) -> float:
+        """``L_mom ← α L_mom + (1 − α) L``, from the first loss on."""
+        alpha = self.options.momentum
+        return loss if first else alpha * momentum + (1 - alpha) * loss
+
+    def _differentiate(self, track: Track) -> tuple[float, tuple[Tensor, ...]]:
+        """L_cor of one draw, and its gradient with respect to the concept's own w."""
+        x_t, t, prompts = track.source.draw(track.generator, self.options.batch)
+        context = track.contexts[prompts]
+
+        def frozen(c: Tensor) -> Tensor:
+            with torch.no_grad():
+                return _precise(self.denoiser.predict(x_t, t, c))
+
+        def erased(c: Tensor) -> Tensor:
+            increments = [(other.increment, other.increment.features(c)) for other in self.tracks]
+
+            def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
+                def project(c: Tensor) -> Tensor:
+                    out = forward(c)
+                    for increment, features in increments:
+                        out = out + increment.term(name, features).to(out.dtype)
+                    return out
+
+                return project
+
+            with patched(self.modules, wrap):
+                return _precise(self.denoiser.predict(x_t, t, c))
+
+        loss = self.objective.loss(frozen, erased, context, track.empty.expand_as(context))
+        return float(loss.detach()), torch.autograd.grad(loss, list(track.increment.w.values()))
+
+    def _descend(self, track: Track, gradient: Sequence[Tensor], eta: float) -> None:
+        w = list(track.increment.w.values())
+        for parameter, g in zip(w, gradient, strict=True):
+            parameter.grad = g if eta == 1 else eta * g
+        if self.options.regularisation:
+            (self.options.regularisation * track.increment.penalty(self.options.regularise)).backward()
+        track.optimizer.step()
+        track.optimizer.zero_grad()
+
+    def run(self, checkpoint: Path | None, digest: str, on_step: OnStep | None) -> None:
+        """Train to the end, going on from a checkpoint of the same recipe; one is kept meanwhile.
+
+        Raises:
+            Interrupted: raised by ``on_step``; the state is saved first.
+        """
+        if checkpoint is not None and checkpoint.exists():
+            self.load(checkpoint, digest)
+        try:
+            while not self.done:
+                active = self.step()
+                if checkpoint is not None and self.step_count % self.options.checkpoint_every == 0:
+                    self.save(checkpoint, digest)
+                for track in active if on_step is not None else ():
+                    on_step(Progress(track.name, self.step_count, self.options.steps, track.losses[-1], track.momentum))  # type: ignore[misc]
+        except Interrupted:
+            if checkpoint is not None and self.step_count:
+                self.save(checkpoint, digest)
+            raise
+
+    def save(self, path: Path, digest: str) -> None:
+        """Write w, Adam's moments, generators, losses and momenta."""
+        tensors = {}
+        for i, track in enumerate(self.tracks):
+            tensors[f"{i}.generator"] = track.generator.get_state()
+            for name, w in track.increment.w.items():
+                tensors[f"{i}.w.{name}"] = w.detach().cpu()
+                tensors |= {f"{i}.{k}.{name}": track.optimizer.state[w][k].cpu() for k in MOMENTS}
+        metadata = {
+            "digest": digest,
+            "momenta": json.dumps([self.momentum.hex(), *(t.momentum.hex() for t in self.tracks)]),
+            "losses": json.dumps([[v.hex() for v in t.losses] for t in self.tracks]),
+        }
+        write_atomically(path, save(tensors, metadata=metadata | {"content": _content(tensors, metadata)}))
+
+    def load(self, path: Path, digest: str) -> bool:
+        """Continue from a checkpoint; False when it belongs to another recipe.
+
+        Raises:
+            SepMEError: the checkpoint is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("digest") != digest:
+                    return False
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("content") != _content(tensors, metadata):
+                raise ValueError("content")
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
+            raise SepMEError(f"The checkpoint {path} is damaged; delete it and train again.") from None
+        self.momentum, *momenta = (float.fromhex(v) for v in json.loads(metadata["momenta"]))
+        losses = json.loads(metadata["losses"])
+        for i, track in enumerate(self.tracks):
+            track.losses, track.momentum = [float.fromhex(v) for v in losses[i]], momenta[i]
+            for name, w in track.increment.w.items():
+                w.data.copy_(tensors[f"{i}.w.{name}"])
+                moments = {k: tensors[f"{i}.{k}.{name}"].to(w.device) for k in MOMENTS}
+                track.optimizer.state[w] = {"step": torch.tensor(float(len(track.losses))), **moments}
+            track.generator.set_state(tensors[f"{i}.generator"])
+        return True
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of a checkpoint's state."""
+    digest = hashlib.sha256(f"{metadata['momenta']}\n{metadata['losses']}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _precise(prediction: Tensor) -> Tensor:
+    """At least float32; float64 where the model is."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))

@@ -1,0 +1,106 @@
+"""Hyper-parameters, with the defaults of each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..delta import MAX_RANK
+from ..errors import SepMEError
+from ..nullspace import PlanOptions
+from ..objectives import OBJECTIVES
+
+# subspace: this project's. paper, unrestricted: arXiv 2402.05947 and its extension SRS-ME as published.
+MODES: dict[str, dict[str, Any]] = {
+    "subspace": {"learning_rate": 0.03, "beta": 1.0, "source": "trajectory", "warm_start": True},
+    "paper": {"learning_rate": 0.1, "beta": 1e-4, "source": "drawn", "warm_start": False},
+    "unrestricted": {"learning_rate": 1e-5, "beta": 1.0, "source": "drawn", "warm_start": False},
+}
+PLANS: dict[str, dict[str, Any]] = {
+    "subspace": {},
+    "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0},
+    "unrestricted": {},
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Hyper-parameters. Those left at None take the mode's own default (:data:`MODES`).
+
+    Attributes:
+        objective: ``gcirs`` or ``closed-form``.
+        mode: ``subspace`` (Y along D), ``paper`` (full-width w, Eq. 9-10, compressed afterwards) or ``unrestricted`` (any ΔW).
+        steps: at most so many. learning_rate: Adam's, on w. batch: draws a step. beta: β of Eq. 9, folded into Y.
+        regularisation: λ of Eq. 11. regularise: ``w``: ``‖w‖_1 / M`` as in Eq. 11; ``delta``: ``‖ΔW‖_1 / M`` as in the published code.
+        momentum: α, threshold: τ of the momentum stop. min_steps: no stop before.
+        eta_cap: largest η_i in joint training; 0: every η_i is 1.
+        source: what x_t is made of: ``trajectory`` (points of the frozen model's denoising runs) or ``drawn`` (noised images of the
+            frozen model). trajectories: how many runs or images.
+        warm_start: start from the closed form. ridge: μ of the closed form. values_only: leave to_k as it is.
+        checkpoint_every: steps between checkpoints. seed: of every draw.
+
+    Raises:
+        SepMEError: an unknown choice, a value out of range, or options that do not go together.
+    """
+
+    objective: str = "gcirs"
+    mode: str = "subspace"
+    steps: int = 1000
+    learning_rate: float = None  # type: ignore[assignment]
+    batch: int = 4
+    beta: float = None  # type: ignore[assignment]
+    regularisation: float = 1e-6
+    regularise: str = "w"
+    momentum: float = 0.9
+    threshold: float = 0.0
+    min_steps: int = 10
+    eta_cap: float = 100.0
+    source: str = None  # type: ignore[assignment]
+    trajectories: int = 8
+    warm_start: bool = None  # type: ignore[assignment]
+    ridge: float = 1e-6
+    values_only: bool = False
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("objective", self.objective, (*OBJECTIVES, "closed-form"))
+        _choice("mode", self.mode, MODES)
+        _choice("regularisation", self.regularise, ("w", "delta"))
+        for key, value in MODES[self.mode].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        _choice("source", self.source, ("trajectory", "drawn"))
+        positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
+        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or self.eta_cap < 0:
+            raise SepMEError(
+                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum in [0, 1), "
+                "and the cap on eta at least 0."
+            )
+        if self.mode != "subspace" and (self.warm_start or self.objective == "closed-form"):
+            raise SepMEError(f"The closed form fills the concept's subspace; use it with mode subspace, not {self.mode}.")
+
+
+def _choice(what: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise SepMEError(f"There is no {what} {value!r}; choose one of {', '.join(known)}.")
+
+
+def plan_options(mode: str, /, **given: Any) -> PlanOptions:
+    """How directions are planned for a training mode; values that are None take the mode's default (:data:`PLANS`)."""
+    _choice("mode", mode, MODES)
+    return PlanOptions(**PLANS[mode] | {k: v for k, v in given.items() if v is not None})
+
+
+class Progress(NamedTuple):
+    """One training step of one concept as callbacks see it."""
+
+    concept: str
+    step: int
+    steps: int
+    loss: float
+    momentum: float
+
+
+OnStep = Callable[[Progress], None]

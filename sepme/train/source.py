@@ -1,0 +1,102 @@
+"""Where ``x_t`` comes from: points of denoising runs, or noised images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..protocols import Denoiser
+from .options import TrainOptions
+
+
+class Draw(NamedTuple):
+    """``x_t`` ``(batch, ...)``, ``t`` ``(batch,)`` int64 and the indices ``(batch,)`` of the concept's prompts."""
+
+    x_t: Tensor
+    t: Tensor
+    prompts: Tensor
+
+
+class Source(Protocol):
+    def draw(self, generator: torch.Generator, batch: int) -> Draw:
+        """The next batch; all randomness is the generator's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Points ``(steps, runs, ...)`` at times ``(steps,)`` of runs with the prompts ``(runs,)``."""
+
+    points: Tensor
+    times: Tensor
+    prompts: Tensor
+
+    def draw(self, generator: torch.Generator, batch: int) -> Draw:
+        run = torch.randint(len(self.prompts), (batch,), generator=generator)
+        at = torch.randint(len(self.times), (batch,), generator=generator)
+        return Draw(self.points[at, run], self.times[at], self.prompts[run])
+
+
+@dataclass(frozen=True)
+class Images:
+    """Clean latents ``(n, ...)``, noised at every draw at t uniform over all timesteps.
+
+    ``prompts`` ``(n,)`` drew them; None: any of the concept's ``count`` prompts may stand beside any image.
+    """
+
+    latents: Tensor
+    prompts: Tensor | None
+    count: int
+    denoiser: Denoiser
+
+    def draw(self, generator: torch.Generator, batch: int) -> Draw:
+        index = torch.randint(len(self.latents), (batch,), generator=generator)
+        t = torch.randint(self.denoiser.timesteps, (batch,), generator=generator)
+        x_0 = self.latents[index]
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.promote_types(x_0.dtype, torch.float32)).to(x_0)
+        if self.prompts is not None:
+            prompts = self.prompts[index]
+        else:
+            prompts = torch.randint(self.count, (batch,), generator=generator)
+        t = t.to(x_0.device)
+        return Draw(self.denoiser.noise(x_0, noise, t), t, prompts)
+
+
+class Pictures(NamedTuple):
+    """A folder's pictures as clean latents ``(n, ...)``, and the SHA-256 of their pixels for the recipe."""
+
+    latents: Tensor
+    sha256: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"count": len(self.latents), "sha256": self.sha256}
+
+
+def make_source(
+    denoiser: Denoiser,
+    contexts: Tensor,
+    empty: Tensor,
+    options: TrainOptions,
+    pictures: Pictures | None,
+    check: Callable[[], None] | None = None,
+) -> Source:
+    """A concept's source of x_t.
+
+    Args:
+        contexts: the concept's prompts ``(prompts, tokens, d_in)``. empty: the empty prompt's ``(1, tokens, d_in)``.
+        pictures: the user's own pictures instead of what ``options.source`` says.
+        check: called between denoising steps; it may raise :class:`~sepme.errors.Interrupted`.
+    """
+    if pictures is not None:
+        return Images(pictures.latents, None, len(contexts), denoiser)
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    prompts = torch.randint(len(contexts), (options.trajectories,), generator=generator)
+    rows, nothing = contexts[prompts], empty.expand(len(prompts), -1, -1)
+    with torch.no_grad():
+        if options.source == "drawn":
+            return Images(denoiser.drawn(rows, nothing, generator, on_step=check), prompts, len(contexts), denoiser)
+        return Trajectories(*denoiser.trajectory(rows, nothing, generator, on_step=check), prompts)
