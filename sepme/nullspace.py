@@ -6,23 +6,29 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import resources
-from typing import Any, Literal
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .concepts import Concept, ConceptBook, mentions
+from .concepts import Concept, ConceptBook, mentions, normalised
+from .directions import RowSpace, concept_basis, kept_energy, null_basis, null_basis_of_gram, soft_bases, stacked
 from .errors import SepMEError
+from .gate import Certificate, certify, leakage_matrix, ordinary_prompts, ratios, statistics
 from .protocols import Encoding, TextEncoder
+from .tokens import OnProgress, Padding, PreserveFile, encode, silent, token_rows
 
-Mode = Literal["exact", "tolerance"]
-Padding = Literal["all", "none"]
+__all__ = ["Certificate", "PlanOptions", "Planner", "Subspace", "encode", "leakage_matrix", "mentions", "ordinary_prompts", "ratios"]
+
+Mode = Literal["exact", "tolerance", "soft", "auto"]
 EXACT_RTOL = 1e-6
-CHUNK = 256  # prompts encoded at once
+GRAM_RTOL = 1e-4  # smaller singular values are not read off a Gram matrix, which squares them
+AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once a concept: minutes on two cores
+SOFT_ROWS = 1 << 13  # token rows whitened at once
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,10 @@ class PlanOptions:
     """How directions are chosen.
 
     Attributes:
-        mode: ``exact`` (numerical null space) or ``tolerance`` (directions of A under a relative singular value count as null).
+        mode: ``exact`` (numerical null space), ``tolerance`` (directions of A under a relative singular value count as null),
+            ``soft`` (generalised eigenvectors), or ``auto``: the strictest of them that leaves room for every concept.
         tolerance: that relative singular value.
+        epsilon: ε of ``soft``, relative to the mean ``‖c_t‖²`` of all tokens.
         max_rank: cap on k.
         energy: share of the concept's energy in the null space that k directions must carry, if the cap allows.
         min_kept_energy: refuse when less than this share of the concept's energy lies along D.
@@ -40,53 +48,22 @@ class PlanOptions:
 
     mode: Mode = "tolerance"
     tolerance: float = 0.03
+    epsilon: float = 0.3
     max_rank: int = 8
     energy: float = 0.999
     min_kept_energy: float = 1e-4
     padding: Padding = "all"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("exact", "tolerance") or self.padding not in ("all", "none"):
+        if self.mode not in ("exact", "tolerance", "soft", "auto") or self.padding not in ("all", "none"):
             raise SepMEError(
-                f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes are exact and tolerance, padding is all or none."
+                f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes: exact, tolerance, soft, auto; padding: all, none."
             )
-        if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1):
-            raise SepMEError("tolerance and energy must lie between 0 and 1, and max_rank must be at least 1.")
+        if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1 and self.epsilon > 0):
+            raise SepMEError("tolerance and energy must lie between 0 and 1, max_rank must be at least 1, and epsilon above 0.")
 
-    @property
-    def rtol(self) -> float:
-        return EXACT_RTOL if self.mode == "exact" else self.tolerance
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known about a subspace, measured on real tokens.
-
-    Attributes:
-        leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
-        leakage_gated: the same, 0 where the gate stays closed.
-        kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
-        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
-        false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
-        rank: k. null_dims: directions left for this concept (columns of Sp).
-    """
-
-    leakage_linear: dict[str, float]
-    leakage_gated: dict[str, float]
-    kept_energy: float
-    gate_low: float
-    gate_high: float
-    false_touch_rate: float
-    rank: int
-    null_dims: int
-
-    @property
-    def gate_overlap(self) -> float:
-        """By how much prompts that must stay untouched reach into the concept's own; 0 when the gate separates them."""
-        return max(0.0, self.gate_low - self.gate_high)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"gate_overlap": self.gate_overlap}
+    def rtol(self, mode: Mode) -> float:
+        return EXACT_RTOL if mode == "exact" else self.tolerance
 
 
 @dataclass(frozen=True)
@@ -100,124 +77,168 @@ class Subspace:
     options: PlanOptions = field(default_factory=PlanOptions)
 
 
-def ratios(context: Tensor, down: Tensor) -> Tensor:
-    """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row, ``(rows,)`` float32, of context ``(rows, tokens, d_in)``."""
-    context = context.float()
-    projected = (context @ down.to(context).T).norm(dim=-1)
-    return (projected / context.norm(dim=-1).clamp_min(1e-12)).amax(dim=-1)
+class Found(NamedTuple):
+    """D ``(d_in, k)`` float64, the share of the concept's energy along it, and the directions it was chosen from."""
 
-
-@cache
-def ordinary_prompts() -> tuple[str, ...]:
-    """The shipped corpus of ordinary prompts; even lines calibrate gates, odd ones measure false touches."""
-    text = (resources.files(__package__) / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line)
-
-
-def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
-    """Encode many prompts, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
-
-    Raises:
-        SepMEError: the encoder returned NaN or infinite values.
-    """
-    parts = [encoder.encode(list(prompts[i : i + CHUNK])) for i in range(0, len(prompts), CHUNK)]
-    longest = max(p.context.shape[1] for p in parts)
-    contexts, masks = [], []
-    for part in parts:
-        repeat = longest // part.context.shape[1]
-        if part.context.shape[1] * repeat != longest:
-            raise SepMEError("The text encoder returned rows of incompatible lengths; prompts must fill whole chunks of tokens.")
-        contexts.append(part.context.detach().repeat(1, repeat, 1))
-        masks.append(part.mask.repeat(1, repeat))
-    context = torch.cat(contexts)
-    if not context.isfinite().all():
-        raise SepMEError("The text encoder returned NaN or infinite values; check the checkpoint, or run the encoder in float32.")
-    return Encoding(context, torch.cat(masks))
-
-
-def _rows(encoding: Encoding, padding: Padding) -> Tensor:
-    """Token rows ``(n, d_in)`` float64."""
-    context = encoding.context.double()
-    return context.reshape(-1, context.shape[-1]) if padding == "all" else context[encoding.mask]
-
-
-def _reduce(rows: Tensor) -> Tensor:
-    """The triangular factor R of a QR decomposition: same row space and singular values in at most d_in rows."""
-    return torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
-
-
-def null_basis(rows: Tensor, rtol: float) -> Tensor:
-    """Sp: orthonormal columns ``(d_in, m)`` float64 that ``rows`` (n, d_in) maps to (numerical) zero, ``A Sp = 0``.
-
-    ``‖A v‖ ≤ rtol · σ_max`` for every unit v in their span.
-    """
-    _, values, basis = torch.linalg.svd(_reduce(rows.double()), full_matrices=True)
-    rank = int((values > rtol * values[:1]).sum())
-    return basis[rank:].T
-
-
-def concept_basis(tokens: Tensor, null: Tensor, max_rank: int, energy: float) -> Tensor:
-    """D ``(d_in, k)`` float64, orthonormal: the leading right singular vectors of ``C Sp``, inside the span of Sp.
-
-    k is the smallest rank that carries ``energy`` of ``‖C Sp‖²``, at most ``max_rank``; directions at rounding level are dropped.
-    """
-    if null.shape[1] == 0:
-        return null
-    _, values, right = torch.linalg.svd(tokens.double() @ null, full_matrices=False)
-    power = values.square()
-    share = power.cumsum(0) / power.sum().clamp_min(1e-300)
-    k = min(int((share < energy).sum()) + 1, max_rank, int((values > 1e-9 * tokens.norm()).sum()))
-    return torch.linalg.qr(null @ right[:k].T).Q
+    basis: Tensor
+    kept: float
+    null_dims: int
 
 
 class Planner:
     """Encodes a book's prompts once and plans a subspace for each of its concepts.
 
+    A book's preserve file is read twice, once for D and once for the gates, a batch at a time.
+
     Args:
         encoder: the host's text encoder.
-        book: every known concept (old and new) and the preserve list.
+        book: every known concept (old and new) and what must be preserved.
         ordinary: calibration corpus; the shipped one by default.
+        on_progress: called while prompts are read and concepts planned; it may raise :class:`Interrupted`.
     """
 
     def __init__(
-        self, encoder: TextEncoder, book: ConceptBook, options: PlanOptions | None = None, ordinary: Sequence[str] | None = None
+        self,
+        encoder: TextEncoder,
+        book: ConceptBook,
+        options: PlanOptions | None = None,
+        ordinary: Sequence[str] | None = None,
+        on_progress: OnProgress = silent,
     ) -> None:
-        self.book, self.options = book, options or PlanOptions()
+        self.book, self.options, self.encoder, self.on_progress = book, options or PlanOptions(), encoder, on_progress
         self.ordinary = tuple(ordinary_prompts() if ordinary is None else ordinary)
+        self.names = [c.name for c in book.concepts]
         self.empty = encode(encoder, [""])
-        self.encodings = {c.name: encode(encoder, c.prompts) for c in book.concepts}
-        self.anchors = {c.name: encode(encoder, [c.anchor]) for c in book.concepts}
+        anchors = {a: encode(encoder, [a]) for a in dict.fromkeys(c.anchor for c in book.concepts)}
+        self.anchors = {c.name: anchors[c.anchor] for c in book.concepts}
+        self.encodings: dict[str, Encoding] = {}
+        for i, concept in enumerate(book.concepts):
+            on_progress("Reading concepts", i, len(book.concepts))
+            self.encodings[concept.name] = encode(encoder, concept.prompts)
         self.preserved = encode(encoder, book.preserve) if book.preserve else None
         self.ordinary_context = encode(encoder, self.ordinary).context if self.ordinary else None
-        self._check_preserved()
-        fixed = [self.empty] + ([self.preserved] if self.preserved is not None else [])
-        self._fixed = torch.cat([_rows(e, self.options.padding) for e in fixed])
-        self._reduced = {n: _reduce(_rows(e, self.options.padding)) for n, e in self.encodings.items()}
+        self._plans: dict[str, Subspace] = {}
+        self._found: dict[tuple[Mode, str], Found] = {}
+        self._read_fixed()
 
-    def _check_preserved(self) -> None:
-        if self.preserved is None:
-            return
-        for name, encoding in self.encodings.items():
-            for row, prompt in zip(encoding.context, self.book[name].prompts, strict=True):
-                same = [torch.equal(row, kept) for kept in self.preserved.context]
-                if any(same):
+    def _read_fixed(self) -> None:
+        """First pass over everything that is kept: the rows it forbids, their number and digest."""
+        options, empty = self.options, self.empty.context
+        triangle = options.mode in ("exact", "auto") or (options.mode == "tolerance" and options.tolerance < GRAM_RTOL)
+        self._fixed = RowSpace(empty.shape[-1], empty.device, triangle)
+        self._fixed.add(token_rows(self.empty, options.padding))
+        digest, self.preserve_count = hashlib.sha256(), 0
+        own = {f: (n, p) for n, e in self.encodings.items() for f, p in zip(_fingerprints(e), self.book[n].prompts, strict=True)}
+        own |= {normalised(p).encode(): (c.name, p) for c in self.book.concepts for p in c.prompts}
+        for prompts, encoding in self._kept_batches("Preserve file: reading"):
+            for prompt, fingerprint in zip(prompts, _fingerprints(encoding), strict=True):
+                name, text = own.get(fingerprint) or own.get(normalised(prompt).encode()) or ("", "")
+                if name:
                     raise SepMEError(
-                        f"The prompt {prompt!r} of concept {name!r} reads the same to the text encoder as the preserved prompt "
-                        f"{self.book.preserve[same.index(True)]!r}; it cannot be erased and kept at once, so remove one."
+                        f"The prompt {text!r} of concept {name!r} reads the same to the text encoder as the preserved prompt "
+                        f"{prompt!r}; it cannot be erased and kept at once, so remove one."
                     )
+                digest.update(prompt.encode() + b"\n")
+            self._fixed.add(token_rows(encoding, options.padding))
+            self.preserve_count += len(prompts)
+        self.preserve_digest = digest.hexdigest()
+
+    def _kept_batches(self, what: str) -> Iterator[tuple[Sequence[str], Encoding]]:
+        """The preserve list, then the preserve file a batch at a time."""
+        if self.preserved is not None:
+            yield self.book.preserve, self.preserved
+        if self.book.preserve_file:
+            file = PreserveFile(self.book.preserve_file)
+            for prompts, done in file.batches():
+                yield prompts, encode(self.encoder, prompts)
+                self.on_progress(what, done, file.size)
+
+    @cached_property
+    def _total(self) -> Tensor:
+        """G ``(d_in, d_in)``: of everything that is kept and of all concepts."""
+        return self._gram(self.names)
+
+    def _gram(self, names: Sequence[str]) -> Tensor:
+        gram = self._fixed.gram.clone()
+        for name in names:
+            rows = self._rows(name)
+            gram.addmm_(rows.T, rows)
+        return gram
+
+    def _rows(self, name: str) -> Tensor:
+        return token_rows(self.encodings[name], self.options.padding)
 
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
         """Tokens C ``(n, d_in)`` of a concept's prompts and its anchor's C*, aligned by position; float64."""
         own, anchor = self.encodings[name], self.anchors[name].context
         anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
-        return _rows(own, self.options.padding), _rows(Encoding(anchor, own.mask), self.options.padding)
+        return self._rows(name), token_rows(Encoding(anchor, own.mask), self.options.padding)
 
-    def _basis(self, name: str, others: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """(Sp, D, kept energy) of a concept against the empty prompt, the preserve list and ``others``."""
-        null = null_basis(torch.cat([self._fixed, *(self._reduced[n] for n in others)]), self.options.rtol)
-        tokens = _rows(self.encodings[name], self.options.padding)
-        basis = concept_basis(tokens, null, self.options.max_rank, self.options.energy)
-        return null, basis, float((tokens @ basis).square().sum() / tokens.square().sum().clamp_min(1e-300))
+    @cached_property
+    def mode(self) -> Mode:
+        """The mode in use; ``auto`` is the strictest that leaves room for every concept, and soft where finding out takes too long."""
+        if self.options.mode != "auto":
+            return self.options.mode
+        strict: tuple[Mode, ...] = ("exact", "tolerance")
+        if len(self.names) * self.empty.context.shape[-1] ** 3 > AUTO_WORK:
+            strict = ()
+        for mode in strict:
+            if all(self._has_room(found) for found in self._find(self.names, mode)):
+                return mode
+        return "soft"
+
+    def _has_room(self, found: Found) -> bool:
+        return found.basis.shape[1] > 0 and found.kept >= self.options.min_kept_energy
+
+    def _find(self, names: Sequence[str], mode: Mode) -> Iterator[Found]:
+        """D of each of these concepts against everything else of the book."""
+        if mode == "soft":
+            missing = [n for n in names if (mode, n) not in self._found]
+            size = max(1, SOFT_ROWS * len(self.names) // max(1, sum(e.mask.numel() for e in self.encodings.values())))
+            for i in range(0, len(missing), size):
+                self.on_progress(f"Planning ({mode})", i, len(names))
+                part = missing[i : i + size]
+                self._found |= dict(zip([(mode, n) for n in part], self._soft(part, self._factor, self._total_null_dims), strict=True))
+        for i, name in enumerate(names):
+            if (mode, name) not in self._found:
+                self.on_progress(f"Planning ({mode})", i, len(names))
+                self._found[mode, name] = self._null(name, [n for n in self.names if n != name], mode)
+            yield self._found[mode, name]
+
+    def _null(self, name: str, others: Sequence[str], mode: Mode) -> Found:
+        """D inside the null space of the kept rows and ``others``."""
+        rtol, own = self.options.rtol(mode), self._rows(name)
+        if rtol < GRAM_RTOL:
+            assert self._fixed.triangle is not None
+            null = null_basis(stacked([self._fixed.triangle, *map(self._rows, others)]), rtol)
+        elif len(others) == len(self.names) - 1:
+            null = null_basis_of_gram(self._total - own.T @ own, rtol)
+        else:
+            null = null_basis_of_gram(self._gram(others), rtol)
+        basis = concept_basis(own, null, self.options.max_rank, self.options.energy)
+        return Found(basis, kept_energy(own, basis), null.shape[1])
+
+    def _soft(self, names: Sequence[str], factor: Tensor, null_dims: int) -> list[Found]:
+        rows = [self._rows(n) for n in names]
+        bases = soft_bases(factor, rows, self.options.max_rank, self.options.energy)
+        return [Found(b, kept_energy(r, b), null_dims) for r, b in zip(rows, bases, strict=True)]
+
+    def _cholesky(self, gram: Tensor, count: int) -> Tensor:
+        epsilon = self.options.epsilon * float(gram.trace()) / count
+        return torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return self._cholesky(self._total, self._count(self.names))
+
+    def _count(self, names: Sequence[str]) -> int:
+        masks = [self.encodings[n].mask for n in names]
+        return self._fixed.count + sum(m.numel() if self.options.padding == "all" else int(m.sum()) for m in masks)
+
+    @cached_property
+    def _total_null_dims(self) -> int:
+        values = torch.linalg.eigvalsh(self._total)
+        return int((values <= self.options.tolerance**2 * values[-1]).sum())
 
     def plan(self, name: str) -> Subspace:
         """Plan one concept's subspace against all others of the book.
@@ -225,76 +246,70 @@ class Planner:
         Raises:
             SepMEError: no room is left; the message says how many concepts fit.
         """
-        concept = self.book[name]
-        name = concept.name
-        others = [c.name for c in self.book.concepts if c.name != name]
-        null, basis, kept = self._basis(name, others)
-        if kept < self.options.min_kept_energy or basis.shape[1] == 0:
-            raise SepMEError(self._refusal(name, others, kept))
-        down = basis.T.float().contiguous()
-        gate, certificate = self._calibrate(concept, down, kept, null.shape[1])
-        return Subspace(concept, down, gate, certificate, self.options)
+        return self.plan_all([name])[self.book[name].name]
 
-    def _refusal(self, name: str, others: list[str], kept: float) -> str:
+    def plan_all(self, names: Sequence[str] | None = None) -> dict[str, Subspace]:
+        """Plan several concepts (all by default) with one pass over the prompts that calibrate gates; plans are kept.
+
+        Raises:
+            SepMEError: no room is left for one of them; the message says how many concepts fit.
+        """
+        wanted = self.names if names is None else [self.book[n].name for n in names]
+        todo = [n for n in dict.fromkeys(wanted) if n not in self._plans]
+        if todo:
+            found = []
+            for name, one in zip(todo, self._find(todo, self.mode), strict=True):
+                if not self._has_room(one):
+                    raise SepMEError(self._refusal(name, one.kept))
+                found.append(one)
+            self._calibrate(todo, found)
+        return {n: self._plans[n] for n in wanted}
+
+    def _refusal(self, name: str, kept: float) -> str:
+        others = [n for n in self.names if n != name]
+
         def fits(count: int) -> bool:
-            return self._basis(name, others[:count])[2] >= self.options.min_kept_energy
+            if self.mode != "soft":
+                return self._has_room(self._null(name, others[:count], self.mode))
+            known = [name, *others[:count]]
+            return self._has_room(self._soft([name], self._cholesky(self._gram(known), self._count(known)), 0)[0])
 
         low, high = -1, len(others)  # fits(low), not fits(high)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside the preserve list"
-        if self.options.mode == "exact":
-            advice = "use mode tolerance, or fewer concepts or prompts"
-        else:
-            advice = "raise the tolerance, or use fewer concepts or prompts"
-        return (
-            f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.options.mode}); {advice}."
-        )
+        room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside what is preserved"
+        advice = {
+            "exact": "use mode tolerance, soft or auto, or fewer concepts or prompts",
+            "tolerance": "raise the tolerance, use mode soft or auto, or fewer concepts or prompts",
+            "soft": "raise epsilon, or use fewer concepts or prompts",
+        }[self.mode]
+        return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."
 
-    def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int) -> tuple[float, Certificate]:
-        own = self._statistic(self.encodings[concept.name].context, down, torch.minimum)
-        high = float(own.min())
-        known = {n: e.context for n, e in self.encodings.items() if n != concept.name and not self._entangled(concept, n)}
-        groups = known | {"(empty prompt)": self.empty.context}
-        if self.preserved is not None:
-            groups["(preserved prompts)"] = self.preserved.context
-        leakage = {n: float(self._statistic(c, down, torch.maximum).max()) for n, c in groups.items()}
-        low = max(leakage.values())
-        ordinary = torch.zeros(0)
-        if self.ordinary_context is not None:
-            strangers = [i for i, p in enumerate(self.ordinary) if not mentions(p, concept.name)]
-            ordinary = self._statistic(self.ordinary_context, down, torch.maximum)[strangers]
-        calibration, held_out = ordinary[0::2], ordinary[1::2]
-        soft_low = max([low, *calibration.tolist()])
-        gate = _threshold(low, soft_low, high)
-        rate = float((held_out > gate).float().mean()) if len(held_out) else 0.0
-        gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
-        return gate, Certificate(leakage, gated, kept, soft_low, high, rate, down.shape[0], null_dims)
-
-    def _entangled(self, concept: Concept, other: str) -> bool:
-        """Whether the other concept's name contains this one's words, so that its prompts carry this concept."""
-        return mentions(other, concept.name)
-
-    @staticmethod
-    def _statistic(context: Tensor, down: Tensor, worse: Any) -> Tensor:
-        """Gate statistic, the worse of the context as it is and rounded as half precision encoders round it."""
-        result = ratios(context, down)
-        for dtype in (torch.float16, torch.bfloat16):
-            result = worse(result, ratios(context.to(dtype), down))
-        return result
+    def _calibrate(self, names: Sequence[str], found: Sequence[Found]) -> None:
+        """Second pass: gates and certificates of these concepts, on all known, preserved and ordinary prompts."""
+        downs = [f.basis.T.float().contiguous() for f in found]
+        least: dict[str, Tensor] = {}  # by name of the prompts, one value a planned concept
+        worst = {"(empty prompt)": statistics(self.empty.context, downs).amax(dim=0)}
+        for i, (name, encoding) in enumerate(self.encodings.items()):
+            self.on_progress("Gates", i, len(self.encodings))
+            values = statistics(encoding.context, downs)
+            worst[name], least[name] = values.amax(dim=0), values.amin(dim=0)
+        for _, encoding in self._kept_batches("Preserve file: gates"):
+            values = statistics(encoding.context, downs).amax(dim=0)
+            worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
+        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else statistics(self.ordinary_context, downs)
+        table = {n: v.tolist() for n, v in worst.items()}
+        for i, (name, one, down) in enumerate(zip(names, found, downs, strict=True)):
+            # the name of one concept in another's: those prompts carry this concept too
+            leakage = {n: v[i] for n, v in table.items() if n != name and not (n in self.encodings and mentions(n, name))}
+            strangers = [not mentions(p, name) for p in self.ordinary]
+            values = ordinary[:, i].cpu()[torch.tensor(strangers, dtype=torch.bool)]
+            gate, certificate = certify(leakage, least[name][i], values[0::2], values[1::2], one.kept, len(down), one.null_dims, self.mode)
+            self._plans[name] = Subspace(self.book[name], down, gate, certificate, self.options)
 
 
-def _threshold(low: float, soft_low: float, high: float) -> float:
-    """γ: the geometric mean of what must stay shut and what must open; known and preserved prompts come first when they overlap."""
-    floor = max(low * 1.02, 1e-6)
-    if high <= floor:
-        return floor
-    if high <= soft_low:
-        return max(floor, high * 0.98)
-    return (max(soft_low, 1e-3 * high) * high) ** 0.5
-
-
-def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:
-    """``(len(downs), len(contexts))``: worst gate statistic of delta i on the prompts of j."""
-    return torch.stack([torch.stack([ratios(c, d).max() for c in contexts.values()]) for d in downs.values()])
+def _fingerprints(encoding: Encoding) -> list[bytes]:
+    """A hash of each row of the context, for finding prompts that read the same to the encoder."""
+    rows = encoding.context.detach().cpu().contiguous().flatten(1).view(torch.uint8)
+    return [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]

@@ -175,10 +175,10 @@ def make_delta(
         up, losses = _train(planner, subspace, denoiser, options, start, checkpoint, digest, on_step)
     known = [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c is not subspace.concept]
     preserve = planner.book.preserve
-    digest = hashlib.sha256("\n".join(preserve).encode()).hexdigest()
     info = {
         "known": known,
-        "preserve": {"count": len(preserve), "sha256": digest} | ({"prompts": preserve} if len(preserve) <= 100 else {}),
+        "preserve": {"count": planner.preserve_count, "sha256": planner.preserve_digest}
+        | ({"prompts": preserve} if len(preserve) <= 100 else {}),
         "objective": {"name": options.objective, "steps": len(losses)} | asdict(options),
         "recipe": recipe,
         "kv_fingerprint": fingerprint,
