@@ -6,11 +6,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .errors import SepMEError
+from .tokens import Padding
+
+Mode = Literal["exact", "tolerance", "soft", "auto"]
+EXACT_RTOL = 1e-6
+GRAM_RTOL = 1e-4  # smaller singular values are not read off a Gram matrix, which squares them
 TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How directions are chosen.
+
+    Attributes:
+        mode: ``exact`` (numerical null space), ``tolerance`` (directions of A under a relative singular value count as null),
+            ``soft`` (generalised eigenvectors), or ``auto``: the strictest of them that leaves room for every concept.
+        tolerance: that relative singular value.
+        epsilon: ε of ``soft``, relative to the mean ``‖c_t‖²`` of all tokens.
+        max_rank: cap on k.
+        energy: share of the concept's energy in the null space that k directions must carry, if the cap allows.
+        min_kept_energy: refuse when less than this share of the concept's energy lies along D.
+        padding: whether tokens after the prompt's end constrain and carry concepts (``all``) or not (``none``).
+    """
+
+    mode: Mode = "tolerance"
+    tolerance: float = 0.03
+    epsilon: float = 0.3
+    max_rank: int = 8
+    energy: float = 0.999
+    min_kept_energy: float = 1e-4
+    padding: Padding = "all"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("exact", "tolerance", "soft", "auto") or self.padding not in ("all", "none"):
+            raise SepMEError(
+                f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes: exact, tolerance, soft, auto; padding: all, none."
+            )
+        if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1 and self.epsilon > 0):
+            raise SepMEError("tolerance and energy must lie between 0 and 1, max_rank must be at least 1, and epsilon above 0.")
+
+    def rtol(self, mode: Mode) -> float:
+        return EXACT_RTOL if mode == "exact" else self.tolerance
 
 
 def reduce_rows(rows: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..closed_form import apply, shift
 from ..concepts import Concept, ConceptBook
 from ..delta import ConceptDelta
-from ..directions import null_basis
+from ..directions import EXACT_RTOL, null_basis
 from ..errors import SepMEError
 from ..layers import diffusers_to_ldm
-from ..nullspace import EXACT_RTOL, Planner, PlanOptions
+from ..nullspace import Planner, PlanOptions
 from ..protocols import Encoding
 from ..tokens import OnProgress, silent
 from . import alternate, seconds
@@ -98,29 +98,31 @@ def quality(rows: Tensor, basis: Tensor) -> dict[str, float]:
 def bench_solver(options: SolverOptions, on_progress: OnProgress = silent) -> list[dict[str, Any]]:
     """Both solvers on growing A; a size that sympy could not finish in the budget is solved by ours alone."""
     results: list[dict[str, Any]] = []
-    started, last, fits = time.perf_counter(), 0.0, True
+    started, rate = time.perf_counter(), 0.0  # seconds a unit of work (elimination: rows² d_in) that sympy took last
     for i, (rows, d_in) in enumerate(options.sizes):
         on_progress("Solver", i, len(options.sizes))
         matrix = torch.randn(rows, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
-        ours = null_basis(matrix, EXACT_RTOL)  # also warms up
-        result: dict[str, Any] = {"rows": rows, "d_in": d_in, "ours": quality(matrix, ours)}
-        spent = time.perf_counter() - started
-        # each size doubles rows and columns: between 8 and 12 times the work
-        fits = fits and spent + 12 * last * options.pairs <= options.budget
-        if fits:
-            published: list[Tensor] = []
-            timing = alternate(
-                lambda a=matrix, out=published: out.append(sympy_null_basis(a)),  # type: ignore[misc]
-                lambda a=matrix: null_basis(a, EXACT_RTOL),  # type: ignore[misc]
-                options.pairs,
-            )
-            last = timing.first
-            result["sympy"] = quality(matrix, published[0]) | {"seconds": timing.first}
-            result["ours"]["seconds"], result["speedup"] = timing.second, timing.ratio
+        expected = rate * rows**2 * d_in * options.pairs
+        result: dict[str, Any] = {"rows": rows, "d_in": d_in}
+        if time.perf_counter() - started + expected <= options.budget:
+            result |= _both(matrix, options.pairs)
+            rate = result["sympy"]["seconds"] / (rows**2 * d_in)
         else:
-            result["ours"]["seconds"] = median(seconds(lambda a=matrix: null_basis(a, EXACT_RTOL)) for _ in range(options.pairs))  # type: ignore[misc]
+            took = median(seconds(lambda: null_basis(matrix, EXACT_RTOL)) for _ in range(options.pairs))  # noqa: B023
+            result["ours"] = quality(matrix, null_basis(matrix, EXACT_RTOL)) | {"seconds": took}
         results.append(result)
+    on_progress("Solver", len(options.sizes), len(options.sizes))
     return results
+
+
+def _both(matrix: Tensor, pairs: int) -> dict[str, Any]:
+    ours, published = null_basis(matrix, EXACT_RTOL), list[Tensor]()
+    timing = alternate(lambda: published.append(sympy_null_basis(matrix)), lambda: null_basis(matrix, EXACT_RTOL), pairs)
+    return {
+        "sympy": quality(matrix, published[0]) | {"seconds": timing.first},
+        "ours": quality(matrix, ours) | {"seconds": timing.second},
+        "speedup": timing.ratio,
+    }
 
 
 def bench_plan(d_in: int, concepts: int, on_progress: OnProgress = silent) -> dict[str, Any]:
