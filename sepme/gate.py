@@ -58,15 +58,22 @@ def ordinary_prompts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-def statistics(context: Tensor, downs: Sequence[Tensor]) -> Tensor:
+def side_by_side(downs: Sequence[Tensor]) -> Tensor:
+    """``Dᵀ`` ``(k, d_in)`` of several deltas as one ``(largest k, deltas, d_in)``, zeros where a delta has fewer directions.
+
+    In this order the sum over k of :func:`statistics` runs over a long contiguous last dimension.
+    """
+    return pad_sequence(list(downs))
+
+
+def statistics(context: Tensor, downs: Tensor) -> Tensor:
     """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row under each delta, ``(rows, deltas)`` float32.
 
     Args:
-        context: ``(rows, tokens, d_in)``. downs: ``Dᵀ`` ``(k, d_in)`` of each delta.
+        context: ``(rows, tokens, d_in)``. downs: of :func:`side_by_side`.
     """
     context = context.float()
-    # (k, deltas, d_in): the sum over k then runs over a long contiguous last dimension
-    d = pad_sequence(list(downs)).to(context)
+    d = downs.to(context)
     ranks, deltas, d_in = d.shape
     rows = max(1, BLOCK // (context.shape[1] * ranks * deltas))
     parts = []
@@ -78,7 +85,7 @@ def statistics(context: Tensor, downs: Sequence[Tensor]) -> Tensor:
 
 def ratios(context: Tensor, down: Tensor) -> Tensor:
     """Gate statistic of each row under one delta, ``(rows,)`` float32, of context ``(rows, tokens, d_in)``."""
-    return statistics(context, [down])[:, 0]
+    return statistics(context, down[:, None])[:, 0]
 
 
 def threshold(low: float, soft_low: float, high: float) -> float:
@@ -111,4 +118,5 @@ def certify(
 
 def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:
     """``(len(downs), len(contexts))``: worst gate statistic of delta i on the prompts of j."""
-    return torch.stack([statistics(c, list(downs.values())).amax(dim=0) for c in contexts.values()], dim=1)
+    stacked = side_by_side(list(downs.values()))
+    return torch.stack([statistics(c, stacked).amax(dim=0) for c in contexts.values()], dim=1)

@@ -29,14 +29,14 @@ from .directions import (
     stacked,
 )
 from .errors import SepMEError
-from .gate import Certificate, certify, leakage_matrix, ordinary_prompts, ratios, statistics
+from .gate import Certificate, certify, leakage_matrix, ordinary_prompts, ratios, side_by_side, statistics
 from .protocols import Encoding, TextEncoder
 from .tokens import OnProgress, PreserveFile, encode, silent, token_rows
 
 __all__ = ["Certificate", "PlanOptions", "Planner", "Subspace", "encode", "leakage_matrix", "mentions", "ordinary_prompts", "ratios"]
 
 AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once a concept: minutes on two cores
-SOFT_ROWS = 1 << 13  # token rows whitened at once
+GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,24 @@ class Planner:
 
     def _gram(self, names: Sequence[str]) -> Tensor:
         gram = self._fixed.gram.clone()
-        for name in names:
-            rows = self._rows(name)
+        for group in self._groups(names):
+            rows = torch.cat([self._rows(n) for n in group])
             gram.addmm_(rows.T, rows)
         return gram
+
+    def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Consecutive concepts whose prompts have equally many tokens, a few thousand token rows together."""
+        group: list[str] = []
+        rows = 0
+        for name in names:
+            mask = self.encodings[name].mask
+            if group and (rows + mask.numel() > GROUP_ROWS or mask.shape[1] != self.encodings[group[0]].mask.shape[1]):
+                yield group
+                group, rows = [], 0
+            group.append(name)
+            rows += mask.numel()
+        if group:
+            yield group
 
     def _rows(self, name: str) -> Tensor:
         return token_rows(self.encodings[name], self.options.padding)
@@ -166,12 +180,9 @@ class Planner:
     def _find(self, names: Sequence[str], mode: Mode) -> Iterator[Found]:
         """D of each of these concepts against everything else of the book."""
         if mode == "soft":
-            missing = [n for n in names if (mode, n) not in self._found]
-            size = max(1, SOFT_ROWS * len(self.names) // max(1, sum(e.mask.numel() for e in self.encodings.values())))
-            for i in range(0, len(missing), size):
-                self.on_progress(f"Planning ({mode})", i, len(names))
-                part = missing[i : i + size]
-                self._found |= dict(zip([(mode, n) for n in part], self._soft(part, self._factor, self._total_null_dims), strict=True))
+            for group in self._groups([n for n in names if (mode, n) not in self._found]):
+                self.on_progress(f"Planning ({mode})", len(self._found), len(self.names))
+                self._found |= dict(zip([(mode, n) for n in group], self._soft(group, self._factor, self._total_null_dims), strict=True))
         for i, name in enumerate(names):
             if (mode, name) not in self._found:
                 self.on_progress(f"Planning ({mode})", i, len(names))
@@ -262,16 +273,19 @@ class Planner:
     def _calibrate(self, names: Sequence[str], found: Sequence[Found]) -> None:
         """Second pass: gates and certificates of these concepts, on all known, preserved and ordinary prompts."""
         downs = [f.basis.T.float().contiguous() for f in found]
+        stacked_downs = side_by_side(downs)
         least: dict[str, Tensor] = {}  # by name of the prompts, one value a planned concept
-        worst = {"(empty prompt)": statistics(self.empty.context, downs).amax(dim=0)}
-        for i, (name, encoding) in enumerate(self.encodings.items()):
-            self.on_progress("Gates", i, len(self.encodings))
-            values = statistics(encoding.context, downs)
-            worst[name], least[name] = values.amax(dim=0), values.amin(dim=0)
+        worst = {"(empty prompt)": statistics(self.empty.context, stacked_downs).amax(dim=0)}
+        for group in self._groups(self.names):
+            self.on_progress("Gates", len(least), len(self.names))
+            contexts = [self.encodings[n].context for n in group]
+            parts = statistics(torch.cat(contexts), stacked_downs).split([len(c) for c in contexts])
+            for name, values in zip(group, parts, strict=True):
+                worst[name], least[name] = values.amax(dim=0), values.amin(dim=0)
         for _, encoding in self._kept_batches("Preserve file: gates"):
-            values = statistics(encoding.context, downs).amax(dim=0)
+            values = statistics(encoding.context, stacked_downs).amax(dim=0)
             worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
-        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else statistics(self.ordinary_context, downs)
+        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else statistics(self.ordinary_context, stacked_downs)
         table = {n: v.tolist() for n, v in worst.items()}
         for i, (name, one, down) in enumerate(zip(names, found, downs, strict=True)):
             # the name of one concept in another's: those prompts carry this concept too

@@ -126,6 +126,7 @@ def recipe_of(planner: Planner, subspace: Subspace, options: TrainOptions, finge
     """All that is needed to make the file again on the same machine."""
     return {
         "book": json.loads(planner.book.dumps()),
+        "preserve_sha256": planner.preserve_digest,
         "concept": subspace.concept.name,
         "plan": asdict(subspace.options),
         "train": asdict(options),

@@ -24,7 +24,7 @@ from sepme.closed_form import apply, shift, solve
 from sepme.concepts import Concept, ConceptBook
 from sepme.directions import null_basis, null_basis_of_gram, soft_bases
 from sepme.errors import SepMEError
-from sepme.gate import ratios, statistics
+from sepme.gate import ratios, side_by_side, statistics
 from sepme.nullspace import Planner, PlanOptions
 from sepme.protocols import Encoding
 from sepme.tokens import CHUNK, PreserveFile
@@ -206,7 +206,7 @@ def test_statistics_of_many_deltas_are_those_of_each() -> None:
     context = torch.randn(6, TOKENS, D_IN, generator=generator)
     downs = [torch.linalg.qr(torch.randn(D_IN, k, generator=generator)).Q.T for k in (1, 3, 2)]
     reference = torch.stack([((context @ d.T).norm(dim=-1) / context.norm(dim=-1)).amax(dim=1) for d in downs], dim=1)
-    torch.testing.assert_close(statistics(context, downs), reference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics(context, side_by_side(downs)), reference, rtol=1e-5, atol=1e-6)
 
 
 def test_closed_form_of_many_is_that_of_each() -> None:
