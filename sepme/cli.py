@@ -241,12 +241,14 @@ def verify(
 
     deltas = [ConceptDelta.load(path) for path in files]
     host = _host(model)
-    from .layers import kv_fingerprint, projections
+    from .layers import kv_fingerprint
+    from .layers import shapes as kv_shapes
 
     layers = host.attention_layers()
-    shapes = {n: tuple(m.weight.shape) for n, m in projections(layers).items()}
+    shapes = kv_shapes(layers)
     fingerprint = kv_fingerprint(layers)
-    warnings, rows = [], []
+    warnings: list[str] = []
+    rows: list[dict[str, Any]] = []
     for delta in deltas:
         delta.check_fits(shapes)
         if delta.info.get("kv_fingerprint") not in (None, fingerprint):

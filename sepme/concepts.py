@@ -31,7 +31,9 @@ class Concept:
         if len(name) > MAX_NAME or re.search(r"[<>:\x00-\x1f]", name):
             raise SepMEError(f"The concept name {name[:40]!r} is too long or has one of the characters < > : in it; choose a plain name.")
         prompts = tuple(p.strip() for p in self.prompts) or tuple(t.format(name) for t in TEMPLATES)
-        for prompt in (*prompts, self.anchor):
+        for prompt in (name, *prompts, self.anchor):
+            if re.search("[\ud800-\udfff]", prompt):
+                raise SepMEError(f"Concept {name[:40]!r} holds half a character, which is not valid text; type it again.")
             if len(prompt) > MAX_PROMPT:
                 raise SepMEError(f"A prompt of concept {name!r} has {len(prompt)} characters; keep it under {MAX_PROMPT}.")
         if not all(prompts):
@@ -130,20 +132,19 @@ class ConceptBook:
 
         class Loader(yaml.SafeLoader):
             def compose_node(self, parent: Any, index: Any) -> Any:
-                if self.check_event(yaml.events.AliasEvent):  # type: ignore[no-untyped-call]
+                if self.check_event(yaml.events.AliasEvent):
                     raise yaml.YAMLError("aliases are not allowed")
-                return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+                return super().compose_node(parent, index)
 
         if len(text) > MAX_BOOK_BYTES:
             raise SepMEError(f"{source} is larger than {MAX_BOOK_BYTES >> 20} MB; concept books are short lists of names.")
         try:
-            return ConceptBook.parse(yaml.load(text, Loader=Loader), source)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            if isinstance(error, SepMEError):
-                raise
+            data = yaml.load(text, Loader=Loader)
+        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # the last two: wrong !!tags
             mark = getattr(error, "problem_mark", None)
             where = f" at line {mark.line + 1}" if mark else ""
             raise SepMEError(f"{source} is not readable YAML or JSON{where}; check its indentation and quotes.") from None
+        return ConceptBook.parse(data, source)
 
     @staticmethod
     def load(path: str | Path) -> ConceptBook:

@@ -132,10 +132,18 @@ class ConceptDelta:
             "modelspec.title": f"SepME: {self.concept.name}",
             "modelspec.description": "A separable concept erasure for cross-attention to_k and to_v.",
         }
-        return texts | {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
+        texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
+        return texts | {"header_hash": _header_hash(texts)}
 
     def to_bytes(self) -> bytes:
-        return save(self.tensors(), metadata=dict(sorted(self.metadata().items())))
+        """The file. safetensors writes metadata in random order, so the header is written again, sorted."""
+        data = save(self.tensors(), metadata=self.metadata())
+        end = 8 + struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:end])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        return struct.pack("<Q", len(raw)) + raw + data[end:]
 
     def save(self, path: str | Path) -> Path:
         """Write the file: temporary file in the same folder, fsync, rename.
@@ -165,6 +173,12 @@ class ConceptDelta:
             if not tensor.isfinite().all():
                 raise SepMEError(f"{path}: tensor {name!r} holds NaN or infinite values; train it again.")
         return _assemble(path, metadata, tensors)
+
+
+def _header_hash(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what the header says, but for itself and what other tools may show or change."""
+    own = {k: v for k, v in metadata.items() if k != "header_hash" and not k.startswith("modelspec.")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:
@@ -218,9 +232,9 @@ def _check_declared(path: Path, declared: Mapping[str, Any]) -> None:
             continue
         if not _UP.fullmatch(name):
             raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(shape, 2):
+        if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
             raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
+        shape = entry["shape"]
         if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH:
             raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected (d_out, {rank}); the file is damaged.")
         scale = declared.get(f"{name}.scale")
@@ -241,18 +255,16 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
             raise ValueError("prompts")
         concept = Concept(metadata["concept"], tuple(prompts), metadata.get("anchor", ""))
         gate = float(metadata["gate"])
-        own = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash"}
+        own = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}
         info = {k: json.loads(v) for k, v in metadata.items() if k not in own and not k.startswith("modelspec.")}
     except (KeyError, ValueError, RecursionError) as error:
-        if isinstance(error, SepMEError):
-            raise
         raise SepMEError(f"{path}: its metadata is damaged ({_first_line(error)}); get the file again.") from None
     if not (math.isfinite(gate) and gate >= 0):
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")
     up = {k[3:]: v for k, v in tensors.items() if k.startswith("up.") and not k.endswith(".scale")}
     scale = {k: float(tensors[f"up.{k}.scale"]) for k in up}
     delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info)
-    if metadata.get("content_hash") != delta.content_hash():
+    if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != _header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
 
@@ -275,7 +287,8 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         os.chmod(part, 0o644)
         os.replace(part, path)
     except OSError as error:
+        raise SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.") from None
+    finally:
         if part is not None and os.path.exists(part):
             os.unlink(part)
-        raise SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.") from None
     return path

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Rounding c to bfloat16 moves it by at most 2⁻⁹ ‖c‖, and so the statistic by at most 2⁻⁸; float16 is finer.
 ROUNDING = 2.0**-8
+HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 24  # elements of H held at once
 
 
@@ -25,8 +26,8 @@ class Certificate:
         leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
         leakage_gated: the same, 0 where the gate stays closed.
         kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
-        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts. Both are
-            the worst that rounding to half precision can make of them.
+        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
+            All are the worst that rounding to half precision makes of them.
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
         rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
             leaves under the tolerance). mode: how D was chosen, ``auto`` resolved.
@@ -83,6 +84,19 @@ def statistics(context: Tensor, downs: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def extremes(context: Tensor, downs: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
+    """The largest and smallest statistic ``(rows, deltas)`` that rounding the context to half precision leads to.
+
+    Args:
+        measured: round and measure (three times the work), or else bound.
+    """
+    values = statistics(context, downs)
+    if not measured:
+        return values + ROUNDING, values - ROUNDING
+    every = torch.stack([values, *(statistics(context.to(d), downs) for d in HALVES)])
+    return every.amax(dim=0), every.amin(dim=0)
+
+
 def ratios(context: Tensor, down: Tensor) -> Tensor:
     """Gate statistic of each row under one delta, ``(rows,)`` float32, of context ``(rows, tokens, d_in)``."""
     return statistics(context, down[:, None])[:, 0]
@@ -99,24 +113,30 @@ def threshold(low: float, soft_low: float, high: float) -> float:
 
 
 def certify(
-    leakage: dict[str, float], own: Tensor, calibration: Tensor, held_out: Tensor, kept: float, rank: int, null_dims: int, mode: str
+    leakage: dict[str, float],
+    high: float,
+    calibration: Sequence[float],
+    held_out: Sequence[float],
+    kept: float,
+    rank: int,
+    null_dims: int,
+    mode: str,
 ) -> tuple[float, Certificate]:
     """γ and the certificate.
 
     Args:
-        leakage: statistic of what must never be touched, by name. own: of the concept's prompts.
-        calibration, held_out: of ordinary prompts, ``(n,)``; they may be empty.
+        leakage: worst statistic of what must never be touched, by name. high: smallest of the concept's own prompts.
+        calibration, held_out: of ordinary prompts; they may be empty.
     """
-    low = max(leakage.values()) + ROUNDING
-    high = float(own.min()) - ROUNDING
-    soft_low = max([low, *(calibration + ROUNDING).tolist()])
+    low = max(leakage.values())
+    soft_low = max([low, *calibration])
     gate = threshold(low, soft_low, high)
-    rate = float((held_out > gate).float().mean()) if len(held_out) else 0.0
+    touched = [value > gate for value in held_out]
+    rate = sum(touched) / len(touched) if touched else 0.0
     gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
     return gate, Certificate(leakage, gated, kept, soft_low, high, rate, rank, null_dims, mode)
 
 
 def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:
     """``(len(downs), len(contexts))``: worst gate statistic of delta i on the prompts of j."""
-    stacked = side_by_side(list(downs.values()))
-    return torch.stack([statistics(c, stacked).amax(dim=0) for c in contexts.values()], dim=1)
+    return torch.stack([torch.stack([ratios(c, d).max() for c in contexts.values()]) for d in downs.values()])

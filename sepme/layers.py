@@ -63,19 +63,31 @@ def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:
     return {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in PROJECTIONS}
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight ``(d_out, d_in)`` of a projection."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def shapes(layers: Mapping[str, AttentionLayer]) -> dict[str, tuple[int, int]]:
+    """``(d_out, d_in)`` by projection name."""
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights(layers).items()}
+
+
 def weights(layers: Mapping[str, AttentionLayer]) -> dict[str, Tensor]:
     """K/V weights ``(d_out, d_in)`` by projection name, detached."""
-    return {name: module.weight.detach() for name, module in projections(layers).items()}  # type: ignore[union-attr,operator]
+    return {name: weight_of(module).detach() for name, module in projections(layers).items()}
 
 
-def architecture(shapes: Mapping[str, tuple[int, int]]) -> str:
+def architecture(kv_shapes: Mapping[str, tuple[int, int]]) -> str:
     """Name of the architecture with these K/V shapes: sd15, sd21, sdxl, or one made of d_in and the layer list."""
-    d_ins = sorted({s[1] for s in shapes.values()})
+    d_ins = sorted({s[1] for s in kv_shapes.values()})
     known = {(768, 32): "sd15", (1024, 32): "sd21", (2048, 140): "sdxl"}
-    if len(d_ins) == 1 and (d_ins[0], len(shapes)) in known:
-        return known[d_ins[0], len(shapes)]
-    digest = hashlib.sha256(repr(sorted((n, tuple(s)) for n, s in shapes.items())).encode()).hexdigest()[:8]
-    return f"unet-{'+'.join(map(str, d_ins))}x{len(shapes) // 2}-{digest}"
+    if len(d_ins) == 1 and (d_ins[0], len(kv_shapes)) in known:
+        return known[d_ins[0], len(kv_shapes)]
+    digest = hashlib.sha256(repr(sorted((n, tuple(s)) for n, s in kv_shapes.items())).encode()).hexdigest()[:8]
+    return f"unet-{'+'.join(map(str, d_ins))}x{len(kv_shapes) // 2}-{digest}"
 
 
 def kv_fingerprint(layers: Mapping[str, AttentionLayer]) -> str:

@@ -6,10 +6,10 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,15 @@ from .directions import (
     stacked,
 )
 from .errors import SepMEError
-from .gate import Certificate, certify, leakage_matrix, ordinary_prompts, ratios, side_by_side, statistics
+from .gate import Certificate, certify, extremes, leakage_matrix, ordinary_prompts, ratios, side_by_side
+from .preserved import Preserved
 from .protocols import Encoding, TextEncoder
-from .tokens import OnProgress, PreserveFile, encode, silent, token_rows
+from .tokens import OnProgress, encode, silent, token_rows
 
 __all__ = ["Certificate", "PlanOptions", "Planner", "Subspace", "encode", "leakage_matrix", "mentions", "ordinary_prompts", "ratios"]
 
 AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once a concept: minutes on two cores
+MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it
 GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
 
 
@@ -88,55 +90,50 @@ class Planner:
         for i, concept in enumerate(book.concepts):
             on_progress("Reading concepts", i, len(book.concepts))
             self.encodings[concept.name] = encode(encoder, concept.prompts)
-        self.preserved = encode(encoder, book.preserve) if book.preserve else None
         self.ordinary_context = encode(encoder, self.ordinary).context if self.ordinary else None
         self._plans: dict[str, Subspace] = {}
         self._found: dict[tuple[Mode, str], Found] = {}
-        self._read_fixed()
-
-    def _read_fixed(self) -> None:
-        """First pass over everything that is kept: the rows it forbids, their number and digest."""
-        options, empty = self.options, self.empty.context
-        triangle = options.mode in ("exact", "auto") or (options.mode == "tolerance" and options.tolerance < GRAM_RTOL)
-        self._fixed = RowSpace(empty.shape[-1], empty.device, triangle)
-        self._fixed.add(token_rows(self.empty, options.padding))
-        digest, self.preserve_count = hashlib.sha256(), 0
-        own = {f: (n, p) for n, e in self.encodings.items() for f, p in zip(_fingerprints(e), self.book[n].prompts, strict=True)}
-        own |= {normalised(p).encode(): (c.name, p) for c in self.book.concepts for p in c.prompts}
-        for prompts, encoding in self._kept_batches("Preserve file: reading"):
-            for prompt, fingerprint in zip(prompts, _fingerprints(encoding), strict=True):
-                name, text = own.get(fingerprint) or own.get(normalised(prompt).encode()) or ("", "")
-                if name:
-                    raise SepMEError(
-                        f"The prompt {text!r} of concept {name!r} reads the same to the text encoder as the preserved prompt "
-                        f"{prompt!r}; it cannot be erased and kept at once, so remove one."
-                    )
-                digest.update(prompt.encode() + b"\n")
-            self._fixed.add(token_rows(encoding, options.padding))
-            self.preserve_count += len(prompts)
-        self.preserve_digest = digest.hexdigest()
-
-    def _kept_batches(self, what: str) -> Iterator[tuple[Sequence[str], Encoding]]:
-        """The preserve list, then the preserve file a batch at a time."""
-        if self.preserved is not None:
-            yield self.book.preserve, self.preserved
-        if self.book.preserve_file:
-            file = PreserveFile(self.book.preserve_file)
-            for prompts, done in file.batches():
-                yield prompts, encode(self.encoder, prompts)
-                self.on_progress(what, done, file.size)
+        mode, rtol = self.options.mode, self.options.rtol(self.options.mode)
+        triangle = mode in ("exact", "auto") or (mode == "tolerance" and rtol < GRAM_RTOL)
+        self._fixed = RowSpace(self.empty.context.shape[-1], self.empty.context.device, triangle)
+        self._fixed.add(token_rows(self.empty, self.options.padding))
+        self.preserved = Preserved(encoder, book, on_progress)
+        self.preserved.read(self.encodings, lambda e: self._fixed.add(token_rows(e, self.options.padding)))
 
     @cached_property
     def _total(self) -> Tensor:
         """G ``(d_in, d_in)``: of everything that is kept and of all concepts."""
-        return self._gram(self.names)
-
-    def _gram(self, names: Sequence[str]) -> Tensor:
         gram = self._fixed.gram.clone()
-        for group in self._groups(names):
+        for group in self._groups(self.names):
             rows = torch.cat([self._rows(n) for n in group])
             gram.addmm_(rows.T, rows)
         return gram
+
+    def _gram(self, name: str, others: Sequence[str]) -> Tensor:
+        """G of the kept rows, the concept's own, and what ``others`` constrain it with."""
+        if len(others) == len(self.names) - 1:
+            gram, signed = self._total.clone(), [(-1.0, self._rows(o, [not f for f in free])) for o, free in self._carriers(name).items()]
+        else:
+            gram, signed = self._fixed.gram.clone(), [(1.0, r) for r in (self._rows(name), *self._constraints(name, others))]
+        for sign, rows in signed:
+            gram.addmm_(rows.T, rows, alpha=sign)
+        return gram
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        return {c.name: "\n".join(map(normalised, c.prompts)) for c in self.book.concepts}
+
+    def _carriers(self, name: str) -> dict[str, list[bool]]:
+        """Other concepts with prompts that hold this one's words, and which of their prompts do not; the rest carry it and
+        never constrain it (METHOD, section 3)."""
+        words = normalised(name)
+        found = {o: [not mentions(p, name) for p in self.book[o].prompts] for o, t in self._texts.items() if o != name and words in t}
+        return {o: free for o, free in found.items() if not all(free)}
+
+    def _constraints(self, name: str, others: Sequence[str]) -> Iterator[Tensor]:
+        """Rows of ``A_i`` that other concepts contribute."""
+        carriers = self._carriers(name)
+        return (self._rows(o, carriers.get(o)) for o in others)
 
     def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Consecutive concepts whose prompts have equally many tokens, a few thousand token rows together."""
@@ -152,8 +149,12 @@ class Planner:
         if group:
             yield group
 
-    def _rows(self, name: str) -> Tensor:
-        return token_rows(self.encodings[name], self.options.padding)
+    def _rows(self, name: str, which: list[bool] | None = None) -> Tensor:
+        """Token rows of a concept's prompts, or of some of them."""
+        encoding = self.encodings[name]
+        if which is not None:
+            encoding = Encoding(encoding.context[which], encoding.mask[which])
+        return token_rows(encoding, self.options.padding)
 
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
         """Tokens C ``(n, d_in)`` of a concept's prompts and its anchor's C*, aligned by position; float64."""
@@ -180,44 +181,46 @@ class Planner:
     def _find(self, names: Sequence[str], mode: Mode) -> Iterator[Found]:
         """D of each of these concepts against everything else of the book."""
         if mode == "soft":
-            for group in self._groups([n for n in names if (mode, n) not in self._found]):
+            plain = [n for n in names if (mode, n) not in self._found and not self._carriers(n)]
+            for group in self._groups(plain):
                 self.on_progress(f"Planning ({mode})", len(self._found), len(self.names))
-                self._found |= dict(zip([(mode, n) for n in group], self._soft(group, self._factor, self._total_null_dims), strict=True))
+                self._found |= dict(zip([(mode, n) for n in group], self._soft(group, self._factor), strict=True))
         for i, name in enumerate(names):
             if (mode, name) not in self._found:
                 self.on_progress(f"Planning ({mode})", i, len(names))
-                self._found[mode, name] = self._null(name, [n for n in self.names if n != name], mode)
+                self._found[mode, name] = self._one(name, [n for n in self.names if n != name], mode)
             yield self._found[mode, name]
 
-    def _null(self, name: str, others: Sequence[str], mode: Mode) -> Found:
-        """D inside the null space of the kept rows and ``others``."""
+    def _one(self, name: str, others: Sequence[str], mode: Mode) -> Found:
+        """D of one concept against the kept rows and ``others``."""
+        if mode == "soft":
+            return self._soft([name], self._cholesky(self._gram(name, others)))[0]
         rtol, own = self.options.rtol(mode), self._rows(name)
-        if rtol < GRAM_RTOL:
-            assert self._fixed.triangle is not None
-            null = null_basis(stacked([self._fixed.triangle, *map(self._rows, others)]), rtol)
-        elif len(others) == len(self.names) - 1:
-            null = null_basis_of_gram(self._total - own.T @ own, rtol)
+        if rtol >= GRAM_RTOL:
+            null = null_basis_of_gram(self._gram(name, others) - own.T @ own, rtol)
         else:
-            null = null_basis_of_gram(self._gram(others), rtol)
+            assert self._fixed.triangle is not None
+            null = null_basis(stacked([self._fixed.triangle, *self._constraints(name, others)]), rtol)
         basis = concept_basis(own, null, self.options.max_rank, self.options.energy)
         return Found(basis, kept_energy(own, basis), null.shape[1])
 
-    def _soft(self, names: Sequence[str], factor: Tensor, null_dims: int) -> list[Found]:
+    def _soft(self, names: Sequence[str], factor: Tensor) -> list[Found]:
         rows = [self._rows(n) for n in names]
         bases = soft_bases(factor, rows, self.options.max_rank, self.options.energy)
-        return [Found(b, kept_energy(r, b), null_dims) for r, b in zip(rows, bases, strict=True)]
+        return [Found(b, kept_energy(r, b), self._total_null_dims) for r, b in zip(rows, bases, strict=True)]
 
-    def _cholesky(self, gram: Tensor, count: int) -> Tensor:
-        epsilon = self.options.epsilon * float(gram.trace()) / count
-        return torch.linalg.cholesky(gram + epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    def _cholesky(self, gram: Tensor) -> Tensor:
+        return torch.linalg.cholesky(gram + self._epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+    @cached_property
+    def _epsilon(self) -> float:
+        masks = [e.mask for e in self.encodings.values()]
+        count = self._fixed.count + sum(m.numel() if self.options.padding == "all" else int(m.sum()) for m in masks)
+        return self.options.epsilon * float(self._total.trace()) / count
 
     @cached_property
     def _factor(self) -> Tensor:
-        return self._cholesky(self._total, self._count(self.names))
-
-    def _count(self, names: Sequence[str]) -> int:
-        masks = [self.encodings[n].mask for n in names]
-        return self._fixed.count + sum(m.numel() if self.options.padding == "all" else int(m.sum()) for m in masks)
+        return self._cholesky(self._total)
 
     @cached_property
     def _total_null_dims(self) -> int:
@@ -253,16 +256,13 @@ class Planner:
         others = [n for n in self.names if n != name]
 
         def fits(count: int) -> bool:
-            if self.mode != "soft":
-                return self._has_room(self._null(name, others[:count], self.mode))
-            known = [name, *others[:count]]
-            return self._has_room(self._soft([name], self._cholesky(self._gram(known), self._count(known)), 0)[0])
+            return self._has_room(self._one(name, others[:count], self.mode))
 
         low, high = -1, len(others)  # fits(low), not fits(high)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside what is preserved"
+        room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside the preserve list"
         advice = {
             "exact": "use mode tolerance, soft or auto, or fewer concepts or prompts",
             "tolerance": "raise the tolerance, use mode soft or auto, or fewer concepts or prompts",
@@ -273,30 +273,29 @@ class Planner:
     def _calibrate(self, names: Sequence[str], found: Sequence[Found]) -> None:
         """Second pass: gates and certificates of these concepts, on all known, preserved and ordinary prompts."""
         downs = [f.basis.T.float().contiguous() for f in found]
-        stacked_downs = side_by_side(downs)
-        least: dict[str, Tensor] = {}  # by name of the prompts, one value a planned concept
-        worst = {"(empty prompt)": statistics(self.empty.context, stacked_downs).amax(dim=0)}
+        abreast, measured = side_by_side(downs), len(self.names) <= MANY
+        worst = {"(empty prompt)": extremes(self.empty.context, abreast, measured)[0].amax(dim=0)}
+        least: dict[str, Tensor] = {}  # by whose prompts, one value a planned concept
         for group in self._groups(self.names):
             self.on_progress("Gates", len(least), len(self.names))
             contexts = [self.encodings[n].context for n in group]
-            parts = statistics(torch.cat(contexts), stacked_downs).split([len(c) for c in contexts])
-            for name, values in zip(group, parts, strict=True):
-                worst[name], least[name] = values.amax(dim=0), values.amin(dim=0)
-        for _, encoding in self._kept_batches("Preserve file: gates"):
-            values = statistics(encoding.context, stacked_downs).amax(dim=0)
+            most, smallest = (v.split([len(c) for c in contexts]) for v in extremes(torch.cat(contexts), abreast, measured))
+            worst |= {n: v.amax(dim=0) for n, v in zip(group, most, strict=True)}
+            least |= {n: v.amin(dim=0) for n, v in zip(group, smallest, strict=True)}
+        for _, encoding in self.preserved.batches("Preserve file: gates"):
+            values = extremes(encoding.context, abreast, measured)[0].amax(dim=0)
             worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
-        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else statistics(self.ordinary_context, stacked_downs)
-        table = {n: v.tolist() for n, v in worst.items()}
+        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else extremes(self.ordinary_context, abreast, measured)[0]
+        table, ordinary = {n: v.tolist() for n, v in worst.items()}, ordinary.cpu()
         for i, (name, one, down) in enumerate(zip(names, found, downs, strict=True)):
-            # the name of one concept in another's: those prompts carry this concept too
-            leakage = {n: v[i] for n, v in table.items() if n != name and not (n in self.encodings and mentions(n, name))}
-            strangers = [not mentions(p, name) for p in self.ordinary]
-            values = ordinary[:, i].cpu()[torch.tensor(strangers, dtype=torch.bool)]
-            gate, certificate = certify(leakage, least[name][i], values[0::2], values[1::2], one.kept, len(down), one.null_dims, self.mode)
+            leakage = {n: v[i] for n, v in table.items() if n != name}
+            for other, free in self._carriers(name).items():
+                del leakage[other]
+                if any(free):
+                    values = extremes(self.encodings[other].context[free], down[:, None], measured)[0]
+                    leakage[other] = float(values.max())
+            column, stranger = ordinary[:, i].tolist(), [not mentions(p, name) for p in self.ordinary]
+            calibration, held_out = (list(compress(column[k::2], stranger[k::2])) for k in (0, 1))
+            high = float(least[name][i])
+            gate, certificate = certify(leakage, high, calibration, held_out, one.kept, len(down), one.null_dims, self.mode)
             self._plans[name] = Subspace(self.book[name], down, gate, certificate, self.options)
-
-
-def _fingerprints(encoding: Encoding) -> list[bytes]:
-    """A hash of each row of the context, for finding prompts that read the same to the encoder."""
-    rows = encoding.context.detach().cpu().contiguous().flatten(1).view(torch.uint8)
-    return [hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in rows]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .composition import Composition, Touch
-from .layers import projections
+from .layers import projections, shapes, weight_of
 from .ops import add_to_rows
 from .protocols import AttentionLayer
 
@@ -73,7 +73,7 @@ class KVProjector:
         self.modules = projections(layers)
         self.composition, self.gate, self.keep, self.max_bytes = composition, gate, keep, max_bytes
         for delta in composition.deltas[:1]:
-            delta.check_fits({n: (m.weight.shape[0], m.weight.shape[1]) for n, m in self.modules.items()})  # type: ignore[union-attr,index]
+            delta.check_fits(shapes(layers))
         self.strengths = torch.ones(len(composition.deltas))
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._seen: tuple[weakref.ref[Tensor], Any, Tensor, _Kept] | None = None
@@ -109,7 +109,7 @@ class KVProjector:
                 touch = self.composition.touch(context, self.strengths, self.gate)
                 return self._compute(name, forward, context, touch)
             entry = self._entry(context)
-            weight = module.weight
+            weight = weight_of(module)
             state = (weight.data_ptr(), _version(weight), weight.dtype)
             hit = entry.outputs.get(name)
             if hit is None or hit[0] != state:

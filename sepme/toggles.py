@@ -24,7 +24,7 @@ def parse_tags(prompt: str) -> tuple[str, dict[str, float]]:
     Returns:
         the prompt without tags (spaces closed up) and strengths by name; the last tag of a name wins.
     """
-    toggles: dict[str, float] = {}
+    found: list[dict[str, float]] = []
 
     def take(match: re.Match[str]) -> str:
         kind, name, strength = match[1].lower(), match[2].strip(), match[3]
@@ -32,13 +32,13 @@ def parse_tags(prompt: str) -> tuple[str, dict[str, float]]:
             raise SepMEError(f"The tag {match[0]!r} names no concept; write <erase:name>.")
         if kind == "keep" and strength is not None:
             raise SepMEError(f"The tag {match[0]!r} has a strength; <keep:name> takes none, use <erase:name:strength>.")
-        toggles[name] = 0.0 if kind == "keep" else _strength(strength if strength is not None else 1.0, name)
+        found.append({name: 0.0 if kind == "keep" else _strength(strength if strength is not None else 1.0, name)})
         return " "
 
     cleaned = _TAG.sub(take, prompt)
     if cleaned != prompt:
         cleaned = re.sub(r"\s*,(\s*,)+", ",", re.sub(r"\s+", " ", cleaned)).strip(" ,").replace(" ,", ",")
-    return cleaned, toggles
+    return cleaned, merge(*found)
 
 
 def parse_json(text: str) -> dict[str, float]:
@@ -47,7 +47,9 @@ def parse_json(text: str) -> dict[str, float]:
         return {}
     try:
         data = json.loads(text, object_pairs_hook=_unique)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SepMEError):
+            raise
         raise SepMEError('The toggles are not JSON; write them like {"van gogh": 1.0, "picasso": 0.0}.') from None
     if not isinstance(data, dict):
         raise SepMEError('The toggles must be one JSON object like {"van gogh": 1.0}.')
@@ -55,10 +57,9 @@ def parse_json(text: str) -> dict[str, float]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
+    if len({normalised(name) for name, _ in pairs}) < len(pairs):
         raise SepMEError("The toggles name a concept twice; name each once.")
-    return data
+    return dict(pairs)
 
 
 def _strength(value: Any, name: str) -> float:

@@ -126,7 +126,7 @@ def recipe_of(planner: Planner, subspace: Subspace, options: TrainOptions, finge
     """All that is needed to make the file again on the same machine."""
     return {
         "book": json.loads(planner.book.dumps()),
-        "preserve_sha256": planner.preserve_digest,
+        "preserve_sha256": planner.preserved.digest,
         "concept": subspace.concept.name,
         "plan": asdict(subspace.options),
         "train": asdict(options),
@@ -178,7 +178,7 @@ def make_delta(
     preserve = planner.book.preserve
     info = {
         "known": known,
-        "preserve": {"count": planner.preserve_count, "sha256": planner.preserve_digest}
+        "preserve": {"count": planner.preserved.count, "sha256": planner.preserved.digest}
         | ({"prompts": preserve} if len(preserve) <= 100 else {}),
         "objective": {"name": options.objective, "steps": len(losses)} | asdict(options),
         "recipe": recipe,

@@ -317,12 +317,12 @@ def tell(host: DiffusersHost, out: Path, images: int = 20, concepts: int = 12, o
         }
         all_deltas[key] = deltas
 
-    seconds = {k: r.pop("seconds_per_concept") for k, r in results.items()}
+    per_concept = {k: r.pop("seconds_per_concept") for k, r in results.items()}
     metrics: dict[str, Any] = results["gcirs"] | {
         "closed_form": results["closed_form"],
         "classifier_accuracy": classifier_accuracy(classifier),
-        "seconds_train_per_concept": seconds["gcirs"],
-        "seconds_closed_form_per_concept": seconds["closed_form"],
+        "seconds_train_per_concept": per_concept["gcirs"],
+        "seconds_closed_form_per_concept": per_concept["closed_form"],
         "images_per_condition": images,
         "threads": torch.get_num_threads(),
     }

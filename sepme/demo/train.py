@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class Stage:
             self.step = state["step"]
 
     def save(self) -> None:
-        state = {key: module.state_dict() for key, module in self.modules.items()}
+        state: dict[str, object] = {key: module.state_dict() for key, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
         state |= {"generator": self.generator.get_state(), "step": self.step}
         part = self.path.with_suffix(".part")
@@ -127,7 +128,7 @@ def labels_of(scenes: list[Scene]) -> Tensor:
     return torch.tensor([[s.object, s.style, s.colour] for s in scenes])
 
 
-def train_classifier(work: Path, steps: int = 1000, batch: int = 64) -> Classifier:
+def train_classifier(work: Path, steps: int = 300, batch: int = 64) -> Classifier:
     torch.manual_seed(2)
     model = Classifier()
     stage = Stage("classifier", work, {"classifier": model}, steps, 2e-3, seed=12)
@@ -209,12 +210,12 @@ def latent_pool(work: Path, each: int = 40) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def load_stage(module: nn.Module, work: Path, stage: str, key: str | None = None) -> nn.Module:
+def load_stage(module: Any, work: Path, stage: str, key: str | None = None) -> Any:
     module.load_state_dict(torch.load(work / f"{stage}.pt", weights_only=True)[key or stage])
     return module
 
 
-def train_diffusion(work: Path, steps: int = 4000, batch: int = 64, decay: float = 0.998) -> None:
+def train_diffusion(work: Path, steps: int = 2400, batch: int = 64, decay: float = 0.998) -> None:
     torch.manual_seed(3)
     tokenizer = build_tokenizer(work / "tokenizer")
     modules: dict[str, nn.Module] = {"unet": build_unet(), "text": build_text_encoder(tokenizer)}
@@ -231,10 +232,9 @@ def train_diffusion(work: Path, steps: int = 4000, batch: int = 64, decay: float
         noise = torch.randn(x.shape, generator=stage.generator)
         a = alphas[t][:, None, None, None]
         ids = tokenizer(list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
-            context = modules["text"](ids).last_hidden_state
-            predicted = modules["unet"](a.sqrt() * x + (1 - a).sqrt() * noise, t, context).sample
-        loss = F.mse_loss(predicted.float(), noise)
+        context = modules["text"](ids).last_hidden_state
+        predicted = modules["unet"](a.sqrt() * x + (1 - a).sqrt() * noise, t, context).sample
+        loss = F.mse_loss(predicted, noise)
         stage.update(loss)
         weight = min(decay, (step + 1) / (step + 10))
         for key, average in averages.items():

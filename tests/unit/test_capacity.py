@@ -126,7 +126,7 @@ def test_a_streamed_list_plans_as_one_in_memory(tmp_path: Path, mode: str) -> No
     streamed = planner(3, mode, preserve_file=str(tmp_path / "kept.txt"))
     listed = planner(3, mode, preserve=tuple(prompts))
     torch.testing.assert_close(streamed._fixed.gram, listed._fixed.gram, rtol=1e-12, atol=1e-9)
-    assert (streamed.preserve_count, streamed.preserve_digest) == (listed.preserve_count, listed.preserve_digest)
+    assert (streamed.preserved.count, streamed.preserved.digest) == (listed.preserved.count, listed.preserved.digest)
     if mode == "tolerance":  # 300 prompts leave nothing below 0.03
         with pytest.raises(SepMEError, match="not even one concept fits"):
             streamed.plan("name 0")
@@ -135,8 +135,8 @@ def test_a_streamed_list_plans_as_one_in_memory(tmp_path: Path, mode: str) -> No
     assert angle(a.down.T, b.down.T) < 1e-6
     leaks = [s.certificate.leakage_linear["(preserved prompts)"] for s in (a, b)]
     assert leaks[0] == pytest.approx(leaks[1], abs=1e-5)
-    assert leaks[0] > 0.05 if mode == "soft" else leaks[0] < 1e-5
-    assert float(ratios(listed.preserved.context, a.down).max()) <= a.gate  # type: ignore[union-attr]
+    assert leaks[0] > 0.05 if mode == "soft" else leaks[0] < 2e-3  # what rounding to bfloat16 leaves
+    assert float(ratios(listed.preserved.listed.context, a.down).max()) <= a.gate  # type: ignore[union-attr]
 
 
 def test_a_long_preserve_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_long_preserve_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
         encoder, book(2, preserve_file=str(tmp_path / "kept.txt")), PlanOptions(mode="auto"), (), lambda *a: seen.append(a)
     )  # fmt: skip
     p.plan_all()
-    assert p.preserve_count == 20_000
+    assert p.preserved.count == 20_000
     assert p.mode == "soft"
     assert CHUNK <= encoder.peak <= 6 * CHUNK
     size = (tmp_path / "kept.txt").stat().st_size
@@ -234,7 +234,7 @@ def test_capacity_rows() -> None:
     rows = capacity(Encoder(), book(3), (3, 12))
     assert [r.concepts for r in rows] == [3, 12]
     assert rows[0].mode == "exact"
-    assert rows[0].leakage_linear_worst < 1e-5
+    assert rows[0].leakage_linear_worst < 2e-3  # what rounding to bfloat16 leaves
     assert rows[0].gate_open == 1
     for r in rows:
         assert r.leakage_linear_worst >= r.leakage_linear_median >= r.leakage_gated_median >= 0

@@ -1,0 +1,172 @@
+"""The command line on the embedded model, as a user runs it: in order, with files, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sepme import cli
+from sepme.delta import ConceptDelta
+from sepme.demo.story import demo_book
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sepme", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Closed-form deltas of all twelve concepts, made by the command line."""
+    folder = tmp_path_factory.mktemp("deltas")
+    book = folder / "book.json"
+    book.write_text(demo_book().dumps())
+    command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["deltas"]) == 12
+    return folder
+
+
+def document(out: str) -> Any:
+    """The one JSON document on stdout."""
+    return json.loads(out)
+
+
+def test_inspect_and_verify(run: Run, trained: Path) -> None:
+    code, out, _ = run("inspect", trained / "star.safetensors", "--json")
+    assert code == 0
+    assert document(out)[0]["concept"] == "star"
+    assert document(out)[0]["bytes"] <= 500_000
+    code, out, _ = run("verify", "demo", *sorted(trained.glob("*.safetensors")), "--json")
+    report = document(out)
+    assert code == 0, report
+    assert report["holds"]
+    assert all(v == 0 for d in report["deltas"] for v in d["leakage_gated"].values())
+    assert len(report["matrix"]) == 12
+
+
+def test_verify_fails_for_a_gate_that_lets_others_in(run: Run, trained: Path, tmp_path: Path) -> None:
+    delta = ConceptDelta.load(trained / "star.safetensors")
+    ConceptDelta(delta.concept, delta.down, delta.up, delta.scale, 0.0, delta.info).save(tmp_path / "open.safetensors")
+    code, out, _ = run("verify", "demo", tmp_path / "open.safetensors", "--json")
+    assert code == 1
+    assert not document(out)["holds"]
+
+
+def test_generate_with_tags(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Each prompt has its own toggles; the untouched and restored pictures equal stock's."""
+
+    def picture(name: str, *arguments: object) -> Image.Image:
+        code, _, err = run("generate", "demo", *arguments, "-o", tmp_path / name, "--steps", 6)
+        assert code == 0, err
+        return Image.open(tmp_path / name)
+
+    deltas = ["--delta", trained / "star.safetensors", "--delta", trained / "striped.safetensors"]
+    stock = picture("a.png", "a star", "a star", "a circle")
+    mixed = picture("b.png", "a star", "a star <keep:star>", "a circle", *deltas)
+    assert stock.size == (64 * 3 + 4, 64)
+    parts = [(66 * i, 0, 66 * i + 64, 64) for i in range(3)]
+    same = [list(stock.crop(p).tobytes()) == list(mixed.crop(p).tobytes()) for p in parts]
+    assert same == [False, True, True]
+    assert picture("c.png", "a star", "a star", "a circle", *deltas, "--keep", "star").tobytes() == stock.tobytes()
+
+
+BAD = {
+    "unknown name to erase": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "moon"], "moon"),
+    "unknown name to keep": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--keep", "moon"], "moon"),
+    "unknown tag": (["generate", "demo", "x <erase:moon>", "-o", "{tmp}/a.png"], "moon"),
+    "strength is no number": (
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "star:nan"],
+        "strength",
+    ),
+    "missing delta": (["inspect", "{tmp}/none.safetensors"], "none.safetensors"),
+    "pickle": (["inspect", "{tmp}/x.ckpt"], "pickle"),
+    "same delta twice": (
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--delta", "{deltas}/star.safetensors"],
+        "star",
+    ),
+    "no such model": (["verify", "{tmp}/nowhere", "{deltas}/star.safetensors"], "nowhere"),
+    "book with duplicate names": (["train", "demo", "{tmp}/twice.yaml", "-o", "{tmp}/out"], "twice"),
+    "book with an empty name": (["train", "demo", "{tmp}/empty.yaml", "-o", "{tmp}/out"], "empty"),
+    "concept identical to a preserved prompt": (["train", "demo", "{tmp}/kept.yaml", "-o", "{tmp}/out"], "preserve"),
+    "concept that reads like a preserved prompt": (["train", "demo", "{tmp}/reads.yaml", "-o", "{tmp}/out"], "preserved"),
+    "unwritable output": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/good.yaml/out"], "written"),
+    "unknown objective": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--objective", "magic"], "magic"),
+    "unknown --only": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--only", "moon"], "moon"),
+    "no such option": (["train", "demo", "{tmp}/good.yaml", "--colour"], "colour"),
+    "no PNG": (["generate", "demo", "x", "-o", "{tmp}/a.gif"], "PNG"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Path, tmp_path: Path) -> None:
+    books = {
+        "twice": "concepts: [star, Star]",
+        "empty": "concepts: [star, '']",
+        "kept": "concepts: [star]\npreserve: ['a star']",
+        "reads": 'concepts: [{name: s, prompts: ["caf\\u00e9"]}]\npreserve: ["cafe\\u0301"]',
+        "good": "concepts: [star, circle]",
+    }
+    for name, text in books.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x04.")
+    arguments, needle = BAD[case]
+    code, out, err = run(*(a.format(tmp=tmp_path, deltas=trained) for a in arguments))
+    lines = [line for line in err.splitlines() if line.startswith("sepme: ")]
+    assert code == 2
+    assert out == ""
+    assert len(lines) == 1
+    assert needle.lower() in lines[0].lower()
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("**/*.part"))
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """Ctrl-C in mid-training: exit 130, a checkpoint and no delta; --resume ends with the bytes of an unbroken run."""
+    book = tmp_path / "book.yaml"
+    book.write_text("concepts: [star, circle]")
+    base = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "--only", "star", "--steps", "90", "--learning-rate", "1e-5"]
+
+    whole = subprocess.run([*base, "-o", str(tmp_path / "whole")], capture_output=True, text=True, timeout=300)
+    assert whole.returncode == 0, whole.stderr
+
+    process = subprocess.Popen([*base, "-o", str(tmp_path / "broken")], stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "broken/star.checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--resume" in err
+    assert [p.name for p in (tmp_path / "broken").iterdir()] == [checkpoint.name]
+
+    resumed = subprocess.run([*base, "-o", str(tmp_path / "broken"), "--resume"], capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [p.name for p in (tmp_path / "broken").iterdir()] == ["star.safetensors"]
+    assert (tmp_path / "broken/star.safetensors").read_bytes() == (tmp_path / "whole/star.safetensors").read_bytes()

@@ -1,0 +1,46 @@
+"""The demo itself, on four of its twelve concepts: figures, report, exactness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sepme.demo.story import tell
+from sepme.hosts.diffusers import DiffusersHost
+
+CONCEPTS, IMAGES = 4, 8
+
+
+@pytest.fixture(scope="module")
+def told(demo_host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("demo")
+    return tell(demo_host, out, IMAGES, CONCEPTS), out
+
+
+@pytest.mark.parametrize("key", ["gcirs", "closed_form"])
+def test_erases_keeps_and_restores(told: tuple[dict[str, Any], Path], key: str) -> None:
+    metrics = told[0] if key == "gcirs" else told[0]["closed_form"]
+    assert metrics["stock_accuracy"] >= 0.9
+    assert metrics["erased_accuracy_single"] <= 1 / 6 + 0.05
+    assert metrics["erased_accuracy_all"] <= 1 / 6 + 0.05
+    assert metrics["kept_accuracy_drop"] <= 0.01
+    assert metrics["restored_bit_identical"] == 1
+    assert metrics["untouched_bit_identical"] >= 0.99
+    assert metrics["restored_bit_identical_bf16"] == 1
+    assert metrics["untouched_bit_identical_bf16"] >= 0.99
+    assert metrics["leakage_gated_max"] == 0
+    assert metrics["delta_bytes_max"] <= 500_000
+    assert metrics["gate_off"]["leakage_gated_max"] > 0
+
+
+def test_report_is_complete(told: tuple[dict[str, Any], Path]) -> None:
+    metrics, out = told
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") >= 5 * CONCEPTS + CONCEPTS + 4 + 1
+    assert "http://" not in html
+    assert "https://" not in html
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert len(list((out / "deltas").glob("*/*.safetensors"))) == 2 * CONCEPTS
