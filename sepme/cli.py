@@ -1,4 +1,4 @@
-"""The command line: ``sepme demo | train | inspect | verify | generate``.
+"""The command line: ``sepme demo | train | inspect | verify | generate | bench``.
 
 Exit codes: 0 done, 1 a check did not hold, 2 bad input (one line on stderr), 130 interrupted. With ``--json`` every command
 writes exactly one JSON document to stdout; everything else goes to stderr.
@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from .delta import ConceptDelta
 from .errors import Interrupted, SepMEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Separable multi-concept erasure.")
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure this machine.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and size on this machine.")
 app.add_typer(bench, name="bench")
 log = Console(stderr=True, highlight=False)
 
@@ -106,8 +107,12 @@ def train(
     threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
     regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    null_space: Annotated[str | None, typer.Option(help="exact or tolerance; by default tolerance, in mode paper exact.")] = None,
+    null_space: Annotated[
+        str | None,
+        typer.Option(help="exact, tolerance, soft, or auto: the strictest that fits; by default tolerance, in mode paper exact."),
+    ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
+    preserve: Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one a line.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
     energy: Annotated[
         float | None,
@@ -123,10 +128,12 @@ def train(
     from .train import TrainOptions, make_deltas, plan_options
 
     concept_book = ConceptBook.load(book)
+    if preserve is not None:
+        concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
     options = TrainOptions(
-        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,
+        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,  # type: ignore[arg-type]
         regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
@@ -139,7 +146,11 @@ def train(
     results = []
     with interruptible() as check, _bar() as bar:
         pictures = _pictures(host, images, chosen, check)
-        planner = Planner(host, concept_book, plan)
+        planner = Planner(host, concept_book, plan, on_progress=_tasks(bar, check))
+        if mode == "subspace":  # all gates in one pass over what calibrates them
+            planner.plan_all([n for n, p in paths.items() if not (resume and p.exists())])
+        if null_space == "auto":
+            log.print(f"Null space: {planner.mode}")
         for group in [chosen] if joint else [[name] for name in chosen]:
             checkpoint = (out / "joint" if len(group) > 1 else paths[group[0]].with_suffix("")).with_suffix(".checkpoint.safetensors")
             if not resume:
@@ -199,6 +210,19 @@ def _bar() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=log)
 
 
+def _tasks(bar: Progress, check: Callable[[], None]) -> Callable[[str, int, int], None]:
+    """A progress callback with one bar for each thing that is going on."""
+    tasks: dict[str, Any] = {}
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        check()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total, loss="")
+        bar.update(tasks[what], completed=done)
+
+    return on_progress
+
+
 def _summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
     certificate = delta.info.get("certificate", {})
     keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")
@@ -208,6 +232,7 @@ def _summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
         "file": str(path),
         "bytes": path.stat().st_size,
         "rank": delta.rank,
+        "mode": certificate.get("mode", "?"),
         "architecture": delta.architecture,
         "objective": delta.info.get("objective", {}).get("name", "?"),
         "steps": delta.info.get("objective", {}).get("steps", 0),
@@ -219,11 +244,12 @@ def _summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
 
 
 def _show_summaries(rows: list[dict[str, Any]]) -> None:
-    table = Table("concept", "rank", "kB", "objective", "steps", "leak (linear)", "leak (gated)", "gate", "margin", "file")
+    table = Table("concept", "rank", "mode", "kB", "objective", "steps", "leak (linear)", "leak (gated)", "gate", "margin", "file")
     for r in rows:
         margin = f"{r['gate_low']:.3f} < {r['gate']:.3f} < {r['gate_high']:.3f}" if r["gate_low"] is not None else "?"
         table.add_row(
-            r["concept"], str(r["rank"]), f"{r['bytes'] / 1000:.0f}", r["objective"], str(r["steps"]), f"{r['leakage_linear_max']:.4f}",
+            r["concept"], str(r["rank"]), r["mode"], f"{r['bytes'] / 1000:.0f}", r["objective"], str(r["steps"]),
+            f"{r['leakage_linear_max']:.4f}",
             f"{r['leakage_gated_max']:.4f}", f"{r['gate']:.3f}", margin, r["file"],
         )  # fmt: skip
     Console(width=max(Console().width, 120)).print(table)
@@ -248,8 +274,16 @@ def inspect(files: Files, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(model: Model, files: Files, as_json: Json = False) -> None:
+def verify(
+    model: Model,
+    files: Files,
+    capacity: Annotated[bool, typer.Option("--capacity", help="Report how many concepts fit instead; a book will do.")] = False,
+    count: Annotated[list[int] | None, typer.Option(help="Number of concepts for --capacity (repeatable): 10, 30, 100, 1000.")] = None,
+    as_json: Json = False,
+) -> None:
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
+    if capacity:
+        return _capacity(model, files, count, as_json)
     from .nullspace import encode, leakage_matrix, mentions, ordinary_prompts, ratios
 
     deltas = [ConceptDelta.load(path) for path in files]
@@ -315,6 +349,50 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _capacity(model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
+    from .capacity import COUNTS, capacity, read_concepts
+
+    book = read_concepts(files)
+    host = _host(model)
+    with interruptible() as check, _bar() as bar:
+        rows = [r.to_json() for r in capacity(host, book, counts or COUNTS, on_progress=_tasks(bar, check))]
+
+    def show() -> None:
+        table = Table(*(key.replace("_", " ") for key in rows[0]))
+        for row in rows:
+            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        Console(width=max(Console().width, 150)).print(table)
+
+    _finish({"model": model, "given": len(book.concepts), "capacity": rows}, as_json, show)
+
+
+@bench.command("solver")
+def bench_solver(
+    budget: Annotated[float, typer.Option(help="Seconds that the published solver may take.")] = 60.0,
+    concepts: Annotated[int, typer.Option(help="Concepts planned at each width.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Null-space solver against sympy, planning of 1000 concepts, closed form of 100; takes some minutes."""
+    from .bench.solver import SolverOptions, run
+
+    with interruptible() as check, _bar() as bar:
+        data = run(SolverOptions(budget=budget, concepts=concepts), _tasks(bar, check))
+
+    def show() -> None:
+        table = Table("A", "sympy s", "ours s", "speed-up", "residual (sympy)", "residual (ours)", "cond (sympy)", "cond (ours)")
+        for r in data["solver"]:
+            theirs, ours = r.get("sympy", {}), r["ours"]
+            cells = (theirs.get("seconds"), ours["seconds"], r.get("speedup"))
+            pairs = (theirs.get("residual"), ours["residual"], theirs.get("condition"), ours["condition"])
+            table.add_row(f"{r['rows']} x {r['d_in']}", *("-" if v is None else f"{v:.3g}" for v in (*cells, *pairs)))
+        Console(width=max(Console().width, 120)).print(table)
+        for d_in, plan in data["plan"].items():
+            print(f"{concepts} concepts planned at d_in {d_in}: {plan['seconds']:.1f} s (mode {plan['mode']})")
+        print(f"closed form, 100 concepts: {data['closed_form_100_seconds']:.2f} s; delta: {data['delta_bytes_sd15_rank8']} bytes")
+
+    _finish(data, as_json, show)
+
+
 @app.command()
 def generate(
     model: Model,
@@ -372,15 +450,7 @@ def demo(
     _check_writable(out)
     host = _host("demo")
     with interruptible() as check, _bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            check()
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, loss="")
-            bar.update(tasks[what], completed=done)
-
-        metrics = tell(host, out, images, concepts, on_progress)
+        metrics = tell(host, out, images, concepts, _tasks(bar, check))
 
     def show() -> None:
         table = Table("", "G-CiRs", "closed form")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,29 @@ def solve(
     Returns:
         Y ``(d_out, k)`` float32 by projection name.
     """
-    c, goal, d = tokens.double(), target.double(), down.double().T
+    return apply(weights, [shift(tokens, target, down, ridge)], values_only)[0]
+
+
+def shift(tokens: Tensor, target: Tensor, down: Tensor, ridge: float = 1e-6) -> Tensor:
+    """``(C* − C)ᵀ H (HᵀH + μI)⁻¹`` ``(d_in, k)`` float64: what a concept asks of every layer; arguments as for :func:`solve`."""
+    c, d = tokens.double(), down.double().T
     h = c @ d
     gram = h.T @ h
     mu = ridge * gram.diagonal().mean()
-    shift = torch.linalg.solve(gram + mu * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), h.T @ (goal - c)).T
-    result = {}
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + mu * eye, h.T @ (target.double() - c)).T
+
+
+def apply(weights: Mapping[str, Tensor], shifts: Sequence[Tensor], values_only: bool = False) -> list[dict[str, Tensor]]:
+    """Y of many concepts, one dictionary each: one matrix product a layer for all of them."""
+    ranks = [s.shape[1] for s in shifts]
+    stacked = torch.cat(list(shifts), dim=1).float()
+    result: list[dict[str, Tensor]] = [{} for _ in shifts]
     for name, weight in weights.items():
-        zero = values_only and name.endswith(".to_k")
-        y = torch.zeros(weight.shape[0], d.shape[1]) if zero else weight.float() @ shift.to(weight.device, torch.float32)
-        result[name] = y.float()
+        if values_only and name.endswith(".to_k"):
+            y = torch.zeros(weight.shape[0], sum(ranks))
+        else:
+            y = weight.float() @ stacked.to(weight.device)
+        for one, part in zip(result, y.split(ranks, dim=1), strict=True):
+            one[name] = part.contiguous()
     return result

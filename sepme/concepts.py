@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Concept:
         object.__setattr__(self, "anchor", self.anchor.strip())
 
 
+@lru_cache(maxsize=1 << 14)  # books of a thousand names compare every pair
 def normalised(text: str) -> str:
     """Case-folded text with single spaces, for comparing names and prompts."""
     return " ".join(text.casefold().split())
@@ -49,12 +51,13 @@ def normalised(text: str) -> str:
 
 def mentions(text: str, name: str) -> bool:
     """Whether ``name`` stands in ``text`` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(normalised(name))}(?!\w)", normalised(text)) is not None
+    text, name = normalised(text), normalised(name)
+    return name in text and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 @dataclass(frozen=True)
 class ConceptBook:
-    """Concepts in order of arrival, and prompts that must not change at all.
+    """Concepts in order of arrival, and prompts that must not change at all: a list, and a text file of any length, one a line.
 
     Raises:
         SepMEError: duplicate names, or a concept with a prompt that is also preserved or another concept's.
@@ -62,6 +65,7 @@ class ConceptBook:
 
     concepts: tuple[Concept, ...]
     preserve: tuple[str, ...] = ()
+    preserve_file: str = ""
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {normalised(p): "the preserve list" for p in self.preserve}
@@ -98,14 +102,14 @@ class ConceptBook:
     def parse(data: Any, source: str = "the concept book") -> ConceptBook:
         """Build a book from parsed YAML or JSON.
 
-        ``data`` is a list of concepts, or ``{concepts: [...], preserve: [...]}``; a concept is a name or
-        ``{name, prompts, anchor}``.
+        ``data`` is a list of concepts, or ``{concepts: [...], preserve: [...], preserve_file: path}``; a concept is
+        a name or ``{name, prompts, anchor}``.
         """
         if isinstance(data, list):
             data = {"concepts": data}
         if not isinstance(data, Mapping) or not isinstance(data.get("concepts"), list) or not data["concepts"]:
             raise SepMEError(f"{source} has no list of concepts; write 'concepts:' and under it one name a line, each behind '- '.")
-        _known_keys(data, {"concepts", "preserve"}, source)
+        _known_keys(data, {"concepts", "preserve", "preserve_file"}, source)
         concepts = []
         for entry in data["concepts"]:
             if isinstance(entry, Mapping):
@@ -116,7 +120,10 @@ class ConceptBook:
             if not isinstance(name, str) or not isinstance(anchor, str):
                 raise SepMEError(f"{source} has a concept whose name or anchor is no text ({str(name)[:40]!r}); put it in quotes.")
             concepts.append(Concept(name, _texts(entry.get("prompts"), f"the prompts of {name!r} in {source}"), anchor))
-        return ConceptBook(tuple(concepts), _texts(data.get("preserve"), f"the preserve list of {source}"))
+        preserve_file = data.get("preserve_file") or ""
+        if not isinstance(preserve_file, str):
+            raise SepMEError(f"The preserve_file of {source} must be one path; put it in quotes.")
+        return ConceptBook(tuple(concepts), _texts(data.get("preserve"), f"the preserve list of {source}"), preserve_file)
 
     @staticmethod
     def loads(text: str, source: str = "the concept book") -> ConceptBook:
@@ -141,7 +148,7 @@ class ConceptBook:
 
     @staticmethod
     def load(path: str | Path) -> ConceptBook:
-        """Read a ``.yaml`` or ``.json`` book."""
+        """Read a ``.yaml`` or ``.json`` book; its preserve file is looked for beside it."""
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read(MAX_BOOK_BYTES + 1)
@@ -149,12 +156,14 @@ class ConceptBook:
             raise SepMEError(f"{path} is not a text file; a concept book is YAML or JSON in UTF-8.") from None
         except OSError as error:
             raise SepMEError(f"The concept book {path} cannot be read ({error.strerror}); check the path.") from None
-        return ConceptBook.loads(text, str(path))
+        book = ConceptBook.loads(text, str(path))
+        return replace(book, preserve_file=str(Path(path).parent / book.preserve_file)) if book.preserve_file else book
 
     def dumps(self) -> str:
         """The book as JSON."""
         concepts = [{"name": c.name, "prompts": list(c.prompts), "anchor": c.anchor} for c in self.concepts]
-        return json.dumps({"concepts": concepts, "preserve": list(self.preserve)}, indent=2)
+        file = {"preserve_file": self.preserve_file} if self.preserve_file else {}
+        return json.dumps({"concepts": concepts, "preserve": list(self.preserve)} | file, indent=2)
 
 
 def _known_keys(data: Mapping[str, Any], known: set[str], source: str) -> None:

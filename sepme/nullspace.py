@@ -6,88 +6,39 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .concepts import Concept, ConceptBook, mentions
+from .concepts import Concept, ConceptBook, mentions, normalised
+from .directions import (
+    GRAM_RTOL,
+    Mode,
+    PlanOptions,
+    RowSpace,
+    concept_basis,
+    kept_energy,
+    null_basis,
+    null_basis_of_gram,
+    soft_bases,
+    stacked,
+)
 from .errors import SepMEError
+from .gate import Certificate, certify, extremes, leakage_matrix, ordinary_prompts, ratios, side_by_side
+from .preserved import Preserved
 from .protocols import Encoding, TextEncoder
+from .tokens import OnProgress, encode, silent, token_rows
 
-Mode = Literal["exact", "tolerance"]
-Padding = Literal["all", "none"]
-EXACT_RTOL = 1e-6
-CHUNK = 256  # prompts encoded at once
+__all__ = ["Certificate", "PlanOptions", "Planner", "Subspace", "encode", "leakage_matrix", "mentions", "ordinary_prompts", "ratios"]
 
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """How directions are chosen.
-
-    Attributes:
-        mode: ``exact`` (numerical null space) or ``tolerance`` (directions of A under a relative singular value count as null).
-        tolerance: that relative singular value.
-        max_rank: cap on k.
-        energy: share of the concept's energy in the null space that k directions must carry, if the cap allows.
-        min_kept_energy: refuse when less than this share of the concept's energy lies along D.
-        padding: whether tokens after the prompt's end constrain and carry concepts (``all``) or not (``none``).
-    """
-
-    mode: Mode = "tolerance"
-    tolerance: float = 0.006
-    max_rank: int = 8
-    energy: float = 0.9
-    min_kept_energy: float = 1e-4
-    padding: Padding = "all"
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("exact", "tolerance") or self.padding not in ("all", "none"):
-            raise SepMEError(
-                f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes are exact and tolerance, padding is all or none."
-            )
-        if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1):
-            raise SepMEError("tolerance and energy must lie between 0 and 1, and max_rank must be at least 1.")
-
-    @property
-    def rtol(self) -> float:
-        return EXACT_RTOL if self.mode == "exact" else self.tolerance
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known about a subspace, measured on real tokens.
-
-    Attributes:
-        leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
-        leakage_gated: the same, 0 where the gate stays closed.
-        kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
-        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
-        false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
-        rank: k. null_dims: directions left for this concept (columns of Sp).
-    """
-
-    leakage_linear: dict[str, float]
-    leakage_gated: dict[str, float]
-    kept_energy: float
-    gate_low: float
-    gate_high: float
-    false_touch_rate: float
-    rank: int
-    null_dims: int
-
-    @property
-    def gate_overlap(self) -> float:
-        """By how much prompts that must stay untouched reach into the concept's own; 0 when the gate separates them."""
-        return max(0.0, self.gate_low - self.gate_high)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"gate_overlap": self.gate_overlap}
+AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once a concept: minutes on two cores
+MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it
+GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
 
 
 @dataclass(frozen=True)
@@ -101,137 +52,183 @@ class Subspace:
     options: PlanOptions = field(default_factory=PlanOptions)
 
 
-def ratios(context: Tensor, down: Tensor) -> Tensor:
-    """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row, ``(rows,)`` float32, of context ``(rows, tokens, d_in)``."""
-    context = context.float()
-    projected = (context @ down.to(context).T).norm(dim=-1)
-    return (projected / context.norm(dim=-1).clamp_min(1e-12)).amax(dim=-1)
+class Found(NamedTuple):
+    """D ``(d_in, k)`` float64, the share of the concept's energy along it, and the directions it was chosen from."""
 
-
-@cache
-def ordinary_prompts() -> tuple[str, ...]:
-    """The shipped corpus of ordinary prompts; even lines calibrate gates, odd ones measure false touches."""
-    text = (resources.files(__package__) / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line)
-
-
-def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
-    """Encode many prompts, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
-
-    Raises:
-        SepMEError: the encoder returned NaN or infinite values.
-    """
-    parts = [encoder.encode(list(prompts[i : i + CHUNK])) for i in range(0, len(prompts), CHUNK)]
-    longest = max(p.context.shape[1] for p in parts)
-    contexts, masks = [], []
-    for part in parts:
-        repeat = longest // part.context.shape[1]
-        if part.context.shape[1] * repeat != longest:
-            raise SepMEError("The text encoder returned rows of incompatible lengths; prompts must fill whole chunks of tokens.")
-        contexts.append(part.context.detach().repeat(1, repeat, 1))
-        masks.append(part.mask.repeat(1, repeat))
-    context = torch.cat(contexts)
-    if not context.isfinite().all():
-        raise SepMEError("The text encoder returned NaN or infinite values; check the checkpoint, or run the encoder in float32.")
-    return Encoding(context, torch.cat(masks))
-
-
-def _rows(encoding: Encoding, padding: Padding) -> Tensor:
-    """Token rows ``(n, d_in)`` float64."""
-    context = encoding.context.double()
-    return context.reshape(-1, context.shape[-1]) if padding == "all" else context[encoding.mask]
-
-
-def _reduce(rows: Tensor) -> Tensor:
-    """The triangular factor R of a QR decomposition: same row space and singular values in at most d_in rows."""
-    return torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
-
-
-def null_basis(rows: Tensor, rtol: float) -> Tensor:
-    """Sp: orthonormal columns ``(d_in, m)`` float64 that ``rows`` (n, d_in) maps to (numerical) zero, ``A Sp = 0``.
-
-    ``‖A v‖ ≤ rtol · σ_max`` for every unit v in their span.
-    """
-    _, values, basis = torch.linalg.svd(_reduce(rows.double()), full_matrices=True)
-    rank = int((values > rtol * values[:1]).sum())
-    return basis[rank:].T
-
-
-def concept_basis(tokens: Tensor, null: Tensor, max_rank: int, energy: float) -> Tensor:
-    """D ``(d_in, k)`` float64, orthonormal: the leading right singular vectors of ``C Sp``, inside the span of Sp.
-
-    k is the smallest rank that carries ``energy`` of ``‖C Sp‖²``, at most ``max_rank``; directions at rounding level are dropped.
-    """
-    if null.shape[1] == 0:
-        return null
-    _, values, right = torch.linalg.svd(tokens.double() @ null, full_matrices=False)
-    power = values.square()
-    share = power.cumsum(0) / power.sum().clamp_min(1e-300)
-    k = min(int((share < energy).sum()) + 1, max_rank, int((values > 1e-9 * tokens.norm()).sum()))
-    return torch.linalg.qr(null @ right[:k].T).Q
+    basis: Tensor
+    kept: float
+    null_dims: int
 
 
 class Planner:
     """Encodes a book's prompts once and plans a subspace for each of its concepts.
 
+    A book's preserve file is read twice, once for D and once for the gates, a batch at a time.
+
     Args:
         encoder: the host's text encoder.
-        book: every known concept (old and new) and the preserve list.
+        book: every known concept (old and new) and what must be preserved.
         ordinary: calibration corpus; the shipped one by default.
+        on_progress: called while prompts are read and concepts planned; it may raise :class:`Interrupted`.
     """
 
     def __init__(
-        self, encoder: TextEncoder, book: ConceptBook, options: PlanOptions | None = None, ordinary: Sequence[str] | None = None
+        self,
+        encoder: TextEncoder,
+        book: ConceptBook,
+        options: PlanOptions | None = None,
+        ordinary: Sequence[str] | None = None,
+        on_progress: OnProgress = silent,
     ) -> None:
-        self.book, self.options = book, options or PlanOptions()
+        self.book, self.options, self.encoder, self.on_progress = book, options or PlanOptions(), encoder, on_progress
         self.ordinary = tuple(ordinary_prompts() if ordinary is None else ordinary)
+        self.names = [c.name for c in book.concepts]
         self.empty = encode(encoder, [""])
-        self.encodings = {c.name: encode(encoder, c.prompts) for c in book.concepts}
-        self.anchors = {c.name: encode(encoder, [c.anchor]) for c in book.concepts}
-        self.preserved = encode(encoder, book.preserve) if book.preserve else None
+        anchors = {a: encode(encoder, [a]) for a in dict.fromkeys(c.anchor for c in book.concepts)}
+        self.anchors = {c.name: anchors[c.anchor] for c in book.concepts}
+        self.encodings: dict[str, Encoding] = {}
+        for i, concept in enumerate(book.concepts):
+            on_progress("Reading concepts", i, len(book.concepts))
+            self.encodings[concept.name] = encode(encoder, concept.prompts)
         self.ordinary_context = encode(encoder, self.ordinary).context if self.ordinary else None
-        self._check_preserved()
-        fixed = [self.empty] + ([self.preserved] if self.preserved is not None else [])
-        self._fixed = torch.cat([_rows(e, self.options.padding) for e in fixed])
-        self._reduced = {n: _reduce(_rows(e, self.options.padding)) for n, e in self.encodings.items()}
+        self._plans: dict[str, Subspace] = {}
+        self._found: dict[tuple[Mode, str], Found] = {}
+        mode, rtol = self.options.mode, self.options.rtol(self.options.mode)
+        triangle = mode in ("exact", "auto") or (mode == "tolerance" and rtol < GRAM_RTOL)
+        self._fixed = RowSpace(self.empty.context.shape[-1], self.empty.context.device, triangle)
+        self._fixed.add(token_rows(self.empty, self.options.padding))
+        self.preserved = Preserved(encoder, book, on_progress)
+        self.preserved.read(self.encodings, lambda e: self._fixed.add(token_rows(e, self.options.padding)))
 
-    def _check_preserved(self) -> None:
-        if self.preserved is None:
-            return
-        for name, encoding in self.encodings.items():
-            for row, prompt in zip(encoding.context, self.book[name].prompts, strict=True):
-                same = [_reads_the_same(row, kept) for kept in self.preserved.context]
-                if any(same):
-                    raise SepMEError(
-                        f"The prompt {prompt!r} of concept {name!r} reads the same to the text encoder as the preserved prompt "
-                        f"{self.book.preserve[same.index(True)]!r}; it cannot be erased and kept at once, so remove one."
-                    )
+    @cached_property
+    def _total(self) -> Tensor:
+        """G ``(d_in, d_in)``: of everything that is kept and of all concepts."""
+        gram = self._fixed.gram.clone()
+        for group in self._groups(self.names):
+            rows = torch.cat([self._rows(n) for n in group])
+            gram.addmm_(rows.T, rows)
+        return gram
+
+    def _gram(self, name: str, others: Sequence[str]) -> Tensor:
+        """G of the kept rows, the concept's own, and what ``others`` constrain it with."""
+        if len(others) == len(self.names) - 1:
+            gram, signed = self._total.clone(), [(-1.0, self._rows(o, [not f for f in free])) for o, free in self._carriers(name).items()]
+        else:
+            gram, signed = self._fixed.gram.clone(), [(1.0, r) for r in (self._rows(name), *self._constraints(name, others))]
+        for sign, rows in signed:
+            gram.addmm_(rows.T, rows, alpha=sign)
+        return gram
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        return {c.name: "\n".join(map(normalised, c.prompts)) for c in self.book.concepts}
+
+    def _carriers(self, name: str) -> dict[str, list[bool]]:
+        """Other concepts with prompts that hold this one's words, and which of their prompts do not; the rest carry it and
+        never constrain it (METHOD, section 3)."""
+        words = normalised(name)
+        found = {o: [not mentions(p, name) for p in self.book[o].prompts] for o, t in self._texts.items() if o != name and words in t}
+        return {o: free for o, free in found.items() if not all(free)}
+
+    def _constraints(self, name: str, others: Sequence[str]) -> Iterator[Tensor]:
+        """Rows of ``A_i`` that other concepts contribute."""
+        carriers = self._carriers(name)
+        return (self._rows(o, carriers.get(o)) for o in others)
+
+    def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Consecutive concepts whose prompts have equally many tokens, a few thousand token rows together."""
+        group: list[str] = []
+        rows = 0
+        for name in names:
+            mask = self.encodings[name].mask
+            if group and (rows + mask.numel() > GROUP_ROWS or mask.shape[1] != self.encodings[group[0]].mask.shape[1]):
+                yield group
+                group, rows = [], 0
+            group.append(name)
+            rows += mask.numel()
+        if group:
+            yield group
+
+    def _rows(self, name: str, which: list[bool] | None = None) -> Tensor:
+        """Token rows of a concept's prompts, or of some of them."""
+        encoding = self.encodings[name]
+        if which is not None:
+            encoding = Encoding(encoding.context[which], encoding.mask[which])
+        return token_rows(encoding, self.options.padding)
 
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
         """Tokens C ``(n, d_in)`` of a concept's prompts and its anchor's C*, aligned by position; float64."""
         own, anchor = self.encodings[name], self.anchors[name].context
         anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
-        return _rows(own, self.options.padding), _rows(Encoding(anchor, own.mask), self.options.padding)
+        return self._rows(name), token_rows(Encoding(anchor, own.mask), self.options.padding)
 
-    def _foreign(self, concept: Concept, other: str) -> list[bool]:
-        """Which of another concept's prompts lack this one's words; the rest carry it and never constrain it (METHOD, section 3)."""
-        return [not mentions(p, concept.name) for p in self.book[other].prompts]
+    @cached_property
+    def mode(self) -> Mode:
+        """The mode in use; ``auto`` is the strictest that leaves room for every concept, and soft where finding out takes too long."""
+        if self.options.mode != "auto":
+            return self.options.mode
+        strict: tuple[Mode, ...] = ("exact", "tolerance")
+        if len(self.names) * self.empty.context.shape[-1] ** 3 > AUTO_WORK:
+            strict = ()
+        for mode in strict:
+            if all(self._has_room(found) for found in self._find(self.names, mode)):
+                return mode
+        return "soft"
 
-    def _constraint(self, concept: Concept, other: str) -> Tensor:
-        """Rows of ``A_i`` that another concept contributes."""
-        foreign = self._foreign(concept, other)
-        if all(foreign):
-            return self._reduced[other]
-        encoding = self.encodings[other]
-        return _rows(Encoding(encoding.context[foreign], encoding.mask[foreign]), self.options.padding)
+    def _has_room(self, found: Found) -> bool:
+        return found.basis.shape[1] > 0 and found.kept >= self.options.min_kept_energy
 
-    def _basis(self, name: str, others: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """(Sp, D, kept energy) of a concept against the empty prompt, the preserve list and ``others``."""
-        concept = self.book[name]
-        null = null_basis(torch.cat([self._fixed, *(self._constraint(concept, n) for n in others)]), self.options.rtol)
-        tokens = _rows(self.encodings[name], self.options.padding)
-        basis = concept_basis(tokens, null, self.options.max_rank, self.options.energy)
-        return null, basis, float((tokens @ basis).square().sum() / tokens.square().sum().clamp_min(1e-300))
+    def _find(self, names: Sequence[str], mode: Mode) -> Iterator[Found]:
+        """D of each of these concepts against everything else of the book."""
+        if mode == "soft":
+            plain = [n for n in names if (mode, n) not in self._found and not self._carriers(n)]
+            for group in self._groups(plain):
+                self.on_progress(f"Planning ({mode})", len(self._found), len(self.names))
+                self._found |= dict(zip([(mode, n) for n in group], self._soft(group, self._factor), strict=True))
+        for i, name in enumerate(names):
+            if (mode, name) not in self._found:
+                self.on_progress(f"Planning ({mode})", i, len(names))
+                self._found[mode, name] = self._one(name, [n for n in self.names if n != name], mode)
+            yield self._found[mode, name]
+
+    def _one(self, name: str, others: Sequence[str], mode: Mode) -> Found:
+        """D of one concept against the kept rows and ``others``."""
+        if mode == "soft":
+            return self._soft([name], self._cholesky(self._gram(name, others)))[0]
+        own, null = self._rows(name), self._null(name, others, mode)
+        basis = concept_basis(own, null, self.options.max_rank, self.options.energy)
+        return Found(basis, kept_energy(own, basis), null.shape[1])
+
+    def _null(self, name: str, others: Sequence[str], mode: Mode) -> Tensor:
+        """Sp ``(d_in, m)`` of one concept against the kept rows and ``others``, in a mode that has one."""
+        rtol, own = self.options.rtol(mode), self._rows(name)
+        if rtol >= GRAM_RTOL:
+            return null_basis_of_gram(self._gram(name, others) - own.T @ own, rtol)
+        assert self._fixed.triangle is not None
+        return null_basis(stacked([self._fixed.triangle, *self._constraints(name, others)]), rtol)
+
+    def _soft(self, names: Sequence[str], factor: Tensor) -> list[Found]:
+        rows = [self._rows(n) for n in names]
+        bases = soft_bases(factor, rows, self.options.max_rank, self.options.energy)
+        return [Found(b, kept_energy(r, b), self._total_null_dims) for r, b in zip(rows, bases, strict=True)]
+
+    def _cholesky(self, gram: Tensor) -> Tensor:
+        return torch.linalg.cholesky(gram + self._epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+    @cached_property
+    def _epsilon(self) -> float:
+        masks = [e.mask for e in self.encodings.values()]
+        count = self._fixed.count + sum(m.numel() if self.options.padding == "all" else int(m.sum()) for m in masks)
+        return self.options.epsilon * float(self._total.trace()) / count
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return self._cholesky(self._total)
+
+    @cached_property
+    def _total_null_dims(self) -> int:
+        values = torch.linalg.eigvalsh(self._total)
+        return int((values <= self.options.tolerance**2 * values[-1]).sum())
 
     def plan(self, name: str) -> Subspace:
         """Plan one concept's subspace against all others of the book.
@@ -239,102 +236,91 @@ class Planner:
         Raises:
             SepMEError: no room is left; the message says how many concepts fit.
         """
-        concept = self.book[name]
-        name = concept.name
-        others = [c.name for c in self.book.concepts if c.name != name]
-        null, basis, kept = self._basis(name, others)
-        if kept < self.options.min_kept_energy or basis.shape[1] == 0:
-            raise SepMEError(self._refusal(name, others, kept))
-        return self.certify(name, basis, null.shape[1])
+        return self.plan_all([name])[self.book[name].name]
+
+    def plan_all(self, names: Sequence[str] | None = None) -> dict[str, Subspace]:
+        """Plan several concepts (all by default) with one pass over the prompts that calibrate gates; plans are kept.
+
+        Raises:
+            SepMEError: no room is left for one of them; the message says how many concepts fit.
+        """
+        wanted = self.names if names is None else [self.book[n].name for n in names]
+        todo = [n for n in dict.fromkeys(wanted) if n not in self._plans]
+        if todo:
+            found = []
+            for name, one in zip(todo, self._find(todo, self.mode), strict=True):
+                if not self._has_room(one):
+                    raise SepMEError(self._refusal(name, one.kept))
+                found.append(one)
+            self._plans |= self._calibrate(todo, found)
+        return {n: self._plans[n] for n in wanted}
 
     def null_space(self, name: str) -> Tensor:
         """Sp ``(d_in, m)`` float64 of a concept against all others of the book (mode ``paper``).
 
         Raises:
-            SepMEError: too little of the concept's energy lies in it; the message says how many concepts fit.
+            SepMEError: mode soft, which has none; or too little of the concept's energy lies in it.
         """
         name = self.book[name].name
-        others = [c.name for c in self.book.concepts if c.name != name]
-        null = self._basis(name, others)[0]
-        tokens = _rows(self.encodings[name], self.options.padding)
-        kept = float((tokens @ null).square().sum() / tokens.square().sum().clamp_min(1e-300))
+        if self.mode == "soft":
+            raise SepMEError("Directions of mode soft are no null space; choose exact or tolerance.")
+        null = self._null(name, [n for n in self.names if n != name], self.mode)
+        kept = kept_energy(self._rows(name), null)
         if kept < self.options.min_kept_energy:
-            raise SepMEError(self._refusal(name, others, kept))
+            raise SepMEError(self._refusal(name, kept))
         return null
 
     def certify(self, name: str, basis: Tensor, null_dims: int, gate: float | None = None) -> Subspace:
         """The subspace spanned by a basis ``(d_in, k)``, with certificate and gate (calibrated unless given)."""
-        concept = self.book[name]
-        tokens = _rows(self.encodings[concept.name], self.options.padding)
-        kept = float((tokens @ basis).square().sum() / tokens.square().sum().clamp_min(1e-300))
-        down = basis.T.float().contiguous()
-        gate, certificate = self._calibrate(concept, down, kept, null_dims, gate)
-        return Subspace(concept, down, gate, certificate, self.options)
+        name = self.book[name].name
+        return self._calibrate([name], [Found(basis, kept_energy(self._rows(name), basis), null_dims)], gate)[name]
 
-    def _refusal(self, name: str, others: list[str], kept: float) -> str:
+    def _refusal(self, name: str, kept: float) -> str:
+        others = [n for n in self.names if n != name]
+
         def fits(count: int) -> bool:
-            return self._basis(name, others[:count])[2] >= self.options.min_kept_energy
+            return self._has_room(self._one(name, others[:count], self.mode))
 
         low, high = -1, len(others)  # fits(low), not fits(high)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside the preserve list"
-        if self.options.mode == "exact":
-            advice = "use mode tolerance, or fewer concepts or prompts"
-        else:
-            advice = "raise the tolerance, or use fewer concepts or prompts"
-        return (
-            f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.options.mode}); {advice}."
-        )
+        advice = {
+            "exact": "use mode tolerance, soft or auto, or fewer concepts or prompts",
+            "tolerance": "raise the tolerance, use mode soft or auto, or fewer concepts or prompts",
+            "soft": "raise epsilon, or use fewer concepts or prompts",
+        }[self.mode]
+        return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."
 
-    def _calibrate(self, concept: Concept, down: Tensor, kept: float, null_dims: int, gate: float | None) -> tuple[float, Certificate]:
-        own = self._statistic(self.encodings[concept.name].context, down, torch.minimum)
-        high = float(own.min())
-        known = {n: e.context[self._foreign(concept, n)] for n, e in self.encodings.items() if n != concept.name}
-        groups = {n: c for n, c in known.items() if len(c)} | {"(empty prompt)": self.empty.context}
-        if self.preserved is not None:
-            groups["(preserved prompts)"] = self.preserved.context
-        leakage = {n: float(self._statistic(c, down, torch.maximum).max()) for n, c in groups.items()}
-        low = max(leakage.values())
-        ordinary: list[float] = []
-        if self.ordinary_context is not None:
-            ordinary = self._statistic(self.ordinary_context, down, torch.maximum).tolist()
-        stranger = [not mentions(p, concept.name) for p in self.ordinary]
-        soft_low = max([low, *compress(ordinary[0::2], stranger[0::2])])
-        gate = _threshold(low, soft_low, high) if gate is None else gate
-        touched = [value > gate for value in compress(ordinary[1::2], stranger[1::2])]
-        rate = sum(touched) / len(touched) if touched else 0.0
-        gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
-        return gate, Certificate(leakage, gated, kept, soft_low, high, rate, down.shape[0], null_dims)
-
-    @staticmethod
-    def _statistic(context: Tensor, down: Tensor, worse: Any) -> Tensor:
-        """Gate statistic, the worse of the context as it is and rounded as half precision encoders round it."""
-        result = ratios(context, down)
-        for dtype in (torch.float16, torch.bfloat16):
-            result = worse(result, ratios(context.to(dtype), down))
+    def _calibrate(self, names: Sequence[str], found: Sequence[Found], gate: float | None = None) -> dict[str, Subspace]:
+        """Second pass: gates (unless given) and certificates of these concepts, on all known, preserved and ordinary prompts."""
+        downs = [f.basis.T.float().contiguous() for f in found]
+        abreast, measured = side_by_side(downs), len(self.names) <= MANY
+        worst = {"(empty prompt)": extremes(self.empty.context, abreast, measured)[0].amax(dim=0)}
+        least: dict[str, Tensor] = {}  # by whose prompts, one value a planned concept
+        for group in self._groups(self.names):
+            self.on_progress("Gates", len(least), len(self.names))
+            contexts = [self.encodings[n].context for n in group]
+            most, smallest = (v.split([len(c) for c in contexts]) for v in extremes(torch.cat(contexts), abreast, measured))
+            worst |= {n: v.amax(dim=0) for n, v in zip(group, most, strict=True)}
+            least |= {n: v.amin(dim=0) for n, v in zip(group, smallest, strict=True)}
+        for _, encoding in self.preserved.batches("Preserve file: gates"):
+            values = extremes(encoding.context, abreast, measured)[0].amax(dim=0)
+            worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
+        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else extremes(self.ordinary_context, abreast, measured)[0]
+        result = {}
+        table, ordinary = {n: v.tolist() for n, v in worst.items()}, ordinary.cpu()
+        for i, (name, one, down) in enumerate(zip(names, found, downs, strict=True)):
+            leakage = {n: v[i] for n, v in table.items() if n != name}
+            for other, free in self._carriers(name).items():
+                del leakage[other]
+                if any(free):
+                    values = extremes(self.encodings[other].context[free], down[:, None], measured)[0]
+                    leakage[other] = float(values.max())
+            column, stranger = ordinary[:, i].tolist(), [not mentions(p, name) for p in self.ordinary]
+            calibration, held_out = (list(compress(column[k::2], stranger[k::2])) for k in (0, 1))
+            high = float(least[name][i])
+            own, certificate = certify(leakage, high, calibration, held_out, one.kept, len(down), one.null_dims, self.mode, gate)
+            result[name] = Subspace(self.book[name], down, own, certificate, self.options)
         return result
-
-
-def _reads_the_same(one: Tensor, other: Tensor) -> bool:
-    """Whether the tokens ``(tokens, d_in)`` of two prompts agree up to what batches of other sizes round differently."""
-    if one.shape != other.shape:
-        return False
-    apart = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-12)
-    return float(apart.max()) < 1e-3
-
-
-def _threshold(low: float, soft_low: float, high: float) -> float:
-    """γ: the geometric mean of what must stay shut and what must open; known and preserved prompts come first when they overlap."""
-    floor = max(low * 1.02, 1e-6)
-    if high <= floor:
-        return floor
-    if high <= soft_low:
-        return max(floor, high * 0.98)
-    return (max(soft_low, 1e-3 * high) * high) ** 0.5
-
-
-def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:
-    """``(len(downs), len(contexts))``: worst gate statistic of delta i on the prompts of j."""
-    return torch.stack([torch.stack([ratios(c, d).max() for c in contexts.values()]) for d in downs.values()])

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..directions import EXACT_RTOL, concept_basis, null_basis
 from ..errors import SepMEError
 from ..layers import projections, unet_layers, weights
-from ..nullspace import EXACT_RTOL, concept_basis, null_basis
 from ..protocols import AttentionLayer
 from ..runtime import Forward, patched
 from ..train import TrainOptions

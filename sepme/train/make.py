@@ -91,6 +91,7 @@ def make_deltas(
     kv = weights(layers)
     common = {
         "book": json.loads(planner.book.dumps()),
+        "preserve_sha256": planner.preserved.digest,
         "plan": asdict(planner.options),
         "train": asdict(options),
         "kv_fingerprint": kv_fingerprint(layers),
@@ -174,7 +175,7 @@ def _finish(
         up = {n: options.beta * w.detach() for n, w in increment.w.items()}
     info = {
         "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c is not plan.concept],
-        "preserve": _preserve(planner.book.preserve),
+        "preserve": _preserve(planner),
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": recipe["kv_fingerprint"],
@@ -186,7 +187,8 @@ def _finish(
     return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts)
 
 
-def _preserve(prompts: Sequence[str]) -> dict[str, Any]:
-    """What a delta says of the preserve list: a short one whole, a long one by count and digest."""
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return {"count": len(prompts), "sha256": digest} | ({"prompts": prompts} if len(prompts) <= 100 else {})
+def _preserve(planner: Planner) -> dict[str, Any]:
+    """What a delta says of the preserved prompts: of list and file count and digest, a short list whole."""
+    prompts = planner.book.preserve
+    facts = {"count": planner.preserved.count, "sha256": planner.preserved.digest}
+    return facts | ({"prompts": prompts} if len(prompts) <= 100 else {})

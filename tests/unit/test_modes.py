@@ -100,7 +100,7 @@ def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_p
     w = load_file(tmp_path / "c.safetensors")
     sp = planner.null_space("tree").float()
     own = planner.encodings["tree"].context.flatten(0, 1)
-    known = torch.cat([planner.encodings["star"].context, planner.empty.context, planner.preserved.context]).flatten(0, 1)
+    known = torch.cat([planner.encodings["star"].context, planner.empty.context, planner.preserved.listed.context]).flatten(0, 1)
     facts = delta.info["compression"]
     assert delta.rank == facts["rank"] == facts["full_rank"] == 13  # 2 x 8 tokens; both BOS and the "a" of "a star" lie in A
     for name in delta.up:

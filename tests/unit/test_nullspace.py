@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook, mentions
+from sepme.directions import EXACT_RTOL, concept_basis, null_basis
 from sepme.errors import SepMEError
 from sepme.nullspace import (
-    EXACT_RTOL,
     Planner,
     PlanOptions,
     Subspace,
-    concept_basis,
     encode,
     leakage_matrix,
-    null_basis,
     ordinary_prompts,
     ratios,
 )
@@ -290,7 +288,7 @@ def test_nan_from_the_encoder_is_refused(encoder: Any, value: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"mode": "soft"}, {"padding": "some"}, {"tolerance": 0.0}, {"tolerance": 1.0}, {"max_rank": 0}, {"energy": 0.0}, {"energy": 1.5}],
+    [{"mode": "loose"}, {"padding": "some"}, {"tolerance": 0.0}, {"tolerance": 1.0}, {"max_rank": 0}, {"energy": 0.0}, {"energy": 1.5}],
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(SepMEError):

@@ -1,0 +1,143 @@
+"""The row gate: its statistic, its threshold, and the certificate that says what it was measured on (METHOD, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# Rounding c to bfloat16 moves it by at most 2⁻⁹ ‖c‖, and so the statistic by at most 2⁻⁸; float16 is finer.
+ROUNDING = 2.0**-8
+HALVES = (torch.float16, torch.bfloat16)
+BLOCK = 1 << 24  # elements of H held at once
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about a subspace, measured on real tokens.
+
+    Attributes:
+        leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
+        leakage_gated: the same, 0 where the gate stays closed.
+        kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
+        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
+            All are the worst that rounding to half precision makes of them.
+        false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
+        rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
+            leaves under the tolerance). mode: how D was chosen, ``auto`` resolved.
+    """
+
+    leakage_linear: dict[str, float]
+    leakage_gated: dict[str, float]
+    kept_energy: float
+    gate_low: float
+    gate_high: float
+    false_touch_rate: float
+    rank: int
+    null_dims: int
+    mode: str = "tolerance"
+
+    @property
+    def gate_overlap(self) -> float:
+        """By how much prompts that must stay untouched reach into the concept's own; 0 when the gate separates them."""
+        return max(0.0, self.gate_low - self.gate_high)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"gate_overlap": self.gate_overlap}
+
+
+@cache
+def ordinary_prompts() -> tuple[str, ...]:
+    """The shipped corpus of ordinary prompts; even lines calibrate gates, odd ones measure false touches."""
+    text = (resources.files(__package__) / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
+
+
+def side_by_side(downs: Sequence[Tensor]) -> Tensor:
+    """``Dᵀ`` ``(k, d_in)`` of several deltas as one ``(largest k, deltas, d_in)``, zeros where a delta has fewer directions.
+
+    In this order the sum over k of :func:`statistics` runs over a long contiguous last dimension.
+    """
+    return pad_sequence(list(downs))
+
+
+def statistics(context: Tensor, downs: Tensor) -> Tensor:
+    """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row under each delta, ``(rows, deltas)`` float32.
+
+    Args:
+        context: ``(rows, tokens, d_in)``. downs: of :func:`side_by_side`.
+    """
+    context = context.float()
+    d = downs.to(context)
+    ranks, deltas, d_in = d.shape
+    rows = max(1, BLOCK // (context.shape[1] * ranks * deltas))
+    parts = []
+    for c in context.split(rows):
+        h = (c.reshape(-1, d_in) @ d.reshape(-1, d_in).T).view(*c.shape[:2], ranks, deltas)
+        parts.append((h.square_().sum(dim=2).sqrt_() / c.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1))
+    return torch.cat(parts)
+
+
+def extremes(context: Tensor, downs: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
+    """The largest and smallest statistic ``(rows, deltas)`` that rounding the context to half precision leads to.
+
+    Args:
+        measured: round and measure (three times the work), or else bound.
+    """
+    values = statistics(context, downs)
+    if not measured:
+        return values + ROUNDING, values - ROUNDING
+    every = torch.stack([values, *(statistics(context.to(d), downs) for d in HALVES)])
+    return every.amax(dim=0), every.amin(dim=0)
+
+
+def ratios(context: Tensor, down: Tensor) -> Tensor:
+    """Gate statistic of each row under one delta, ``(rows,)`` float32, of context ``(rows, tokens, d_in)``."""
+    return statistics(context, down[:, None])[:, 0]
+
+
+def threshold(low: float, soft_low: float, high: float) -> float:
+    """γ: the geometric mean of what must stay shut and what must open; known and preserved prompts come first when they overlap."""
+    floor = max(low * 1.02, 1e-6)
+    if high <= floor:
+        return floor
+    if high <= soft_low:
+        return max(floor, high * 0.98)
+    return (max(soft_low, 1e-3 * high) * high) ** 0.5
+
+
+def certify(
+    leakage: dict[str, float],
+    high: float,
+    calibration: Sequence[float],
+    held_out: Sequence[float],
+    kept: float,
+    rank: int,
+    null_dims: int,
+    mode: str,
+    gate: float | None = None,
+) -> tuple[float, Certificate]:
+    """γ (calibrated unless given) and the certificate.
+
+    Args:
+        leakage: worst statistic of what must never be touched, by name. high: smallest of the concept's own prompts.
+        calibration, held_out: of ordinary prompts; they may be empty.
+    """
+    low = max(leakage.values())
+    soft_low = max([low, *calibration])
+    gate = threshold(low, soft_low, high) if gate is None else gate
+    touched = [value > gate for value in held_out]
+    rate = sum(touched) / len(touched) if touched else 0.0
+    gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
+    return gate, Certificate(leakage, gated, kept, soft_low, high, rate, rank, null_dims, mode)
+
+
+def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:
+    """``(len(downs), len(contexts))``: worst gate statistic of delta i on the prompts of j."""
+    return torch.stack([torch.stack([ratios(c, d).max() for c in contexts.values()]) for d in downs.values()])
