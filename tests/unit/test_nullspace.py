@@ -186,8 +186,7 @@ def test_planned_subspace(encoder: Any, planned: dict[str, Subspace]) -> None:
 def test_order_of_concepts_does_not_matter(encoder: Any) -> None:
     book = book_of(4, ["our logo"])
     turned = ConceptBook(tuple(reversed(book.concepts)), book.preserve)
-    options = OPTIONS
-    first, second = Planner(encoder, book, options, ORDINARY), Planner(encoder, turned, options, ORDINARY)
+    first, second = Planner(encoder, book, OPTIONS, ORDINARY), Planner(encoder, turned, OPTIONS, ORDINARY)
     for name in NAMES[:4]:
         a, b = first.plan(name), second.plan(name)
         assert torch.allclose(a.down.T @ a.down, b.down.T @ b.down, rtol=0, atol=1e-5)
@@ -418,9 +417,8 @@ def test_overlap_is_reported(encoder: Any) -> None:
 def test_prompts_with_the_concepts_own_words_constrain_nothing(encoder: Any) -> None:
     """METHOD, section 3: such a prompt is never a row of A_i; it would forbid the directions that carry the concept."""
     big, moon = Concept("big star", ("big star", "a big star")), Concept("moon", ("moon", "a star and a moon"))
-    options = OPTIONS
-    plain = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")), Concept("moon", ("moon",)))), options, ORDINARY)
-    mixed = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")), moon, big)), options, ORDINARY)
+    plain = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")), Concept("moon", ("moon",)))), OPTIONS, ORDINARY)
+    mixed = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")), moon, big)), OPTIONS, ORDINARY)
     a, b = plain.plan("star"), mixed.plan("star")
     assert torch.allclose(a.down.T @ a.down, b.down.T @ b.down, rtol=0, atol=1e-5)
     assert b.gate == pytest.approx(a.gate, rel=1e-5)
