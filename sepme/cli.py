@@ -29,7 +29,12 @@ log = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Files = Annotated[list[Path], typer.Argument(help="Delta files.")]
-Model = Annotated[str, typer.Argument(help="'demo' or a diffusers folder.")]
+Model = Annotated[str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL).")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+DType = Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")]
+Prediction = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
+Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
 
 
 def file_name(concept: str) -> str:
@@ -44,14 +49,25 @@ def _finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-def _host(model: str) -> Any:
+def _host(
+    model: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    tokenizer: Path | None = None,
+    prediction: str | None = None,
+    size: int | None = None,
+) -> Any:
     try:
         from .hosts.diffusers import DiffusersHost
+        from .hosts.loading import DTYPES, LoadOptions
     except ImportError as error:
         raise SepMEError(
             f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
         ) from None
-    return DiffusersHost.load(model)
+    if dtype not in DTYPES:
+        raise SepMEError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    options = LoadOptions(device, DTYPES[dtype], str(tokenizer) if tokenizer else None, prediction, size)
+    return DiffusersHost.load(model, options=options)
 
 
 @contextmanager
@@ -92,6 +108,13 @@ def train(
     max_rank: Annotated[int, typer.Option(help="Cap on the rank of a delta.")] = 8,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Start from the closed form.")] = False,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
+    batch: Annotated[int, typer.Option(help="Draws a step.")] = 4,
+    pooled: Annotated[str, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave.")] = "replace",
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Make one delta file for every concept of a book."""
@@ -103,9 +126,9 @@ def train(
         raise SepMEError(f"There is no mode {mode!r}; the only mode so far is subspace.")
     concept_book = ConceptBook.load(book)
     chosen = [concept_book[n].name for n in only] if only else [c.name for c in concept_book.concepts]
-    plan = PlanOptions(mode=null_space, tolerance=tolerance, max_rank=max_rank)  # type: ignore[arg-type]
+    plan = PlanOptions(mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled=pooled)  # type: ignore[arg-type]
     options = TrainOptions(
-        objective=objective, steps=steps, learning_rate=learning_rate, seed=seed, warm_start=warm_start, values_only=values_only
+        objective=objective, steps=steps, learning_rate=learning_rate, seed=seed, warm_start=warm_start, values_only=values_only, batch=batch
     )
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
@@ -113,7 +136,7 @@ def train(
     _check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction, size)
     planner = Planner(host, concept_book, plan)
     results = []
     with interruptible() as check, _bar() as bar:
@@ -156,7 +179,7 @@ def _bar() -> Progress:
 
 def _summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
     certificate = delta.info.get("certificate", {})
-    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")
+    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
     leak = {f"{k}_max": max(certificate.get(k, {}).values(), default=0.0) for k in ("leakage_linear", "leakage_gated")}
     return {
         "concept": delta.concept.name,
@@ -198,17 +221,27 @@ def inspect(files: Files, as_json: Json = False) -> None:
         _show_summaries(data)
         for d in data:
             print(f"{d['concept']}: prompts {', '.join(map(repr, d['prompts']))}; separable from {', '.join(d['known']) or 'nothing else'}")
+            if d["pooled"] is not None:
+                print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
 
     _finish(data, as_json, show)
 
 
 @app.command()
-def verify(model: Model, files: Files, as_json: Json = False) -> None:
+def verify(
+    model: Model,
+    files: Files,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    as_json: Json = False,
+) -> None:
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     from .nullspace import encode, leakage_matrix, mentions, ordinary_prompts, ratios
 
     deltas = [ConceptDelta.load(path) for path in files]
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction)
     from .layers import kv_fingerprint, projections
 
     layers = host.attention_layers()
@@ -219,7 +252,8 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
         delta.check_fits(shapes)
         if delta.info.get("kv_fingerprint") not in (None, fingerprint):
             warnings.append(f"{delta.concept.name!r} was made on K/V weights {delta.info['kv_fingerprint']}, this model has {fingerprint}.")
-    contexts = {d.concept.name: encode(host, d.concept.prompts).context for d in deltas}
+    encodings = {d.concept.name: encode(host, d.concept.prompts) for d in deltas}
+    contexts = {name: encoding.context for name, encoding in encodings.items()}
     corpus = ordinary_prompts()[1::2]
     ordinary = encode(host, corpus).context
     empty = encode(host, [""]).context
@@ -241,6 +275,7 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
                 "leakage_linear": leakage,
                 "leakage_gated": {n: v if v > delta.gate else 0.0 for n, v in leakage.items()},
                 "false_touch_rate": float(touched.float().mean()),
+                "pooled": _pooled(delta, encodings[name].pooled, encode(host, [delta.concept.anchor]).pooled),
                 "holds": bool((own > delta.gate).all()) and all(v <= delta.gate for v in leakage.values()),
             }
         )
@@ -268,6 +303,14 @@ def verify(model: Model, files: Files, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _pooled(delta: ConceptDelta, own: Any, anchor: Any) -> dict[str, Any] | None:
+    from .pooled import residual
+
+    if own is None or anchor is None:
+        return None
+    return {"mode": "replaced" if delta.pooled is not None else "left", "residual": residual(delta.pooled, own, anchor)}
+
+
 @app.command()
 def generate(
     model: Model,
@@ -281,6 +324,11 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
     gate: Annotated[bool, typer.Option(help="Row gate.")] = True,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures with concepts erased."""
@@ -299,7 +347,7 @@ def generate(
     if out.suffix.lower() != ".png":
         raise SepMEError(f"{out} is no PNG name; end it in .png.")
     _check_writable(out.parent)
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction, size)
     with interruptible() as check:
         images = host.generate(
             prompts, [seed + i for i in range(len(prompts))], composition, toggles,

@@ -7,7 +7,7 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .concepts import Concept, ConceptBook, mentions
 from .errors import SepMEError
+from .pooled import Pooled, leakage, residual
 from .protocols import Encoding, TextEncoder
 
 Mode = Literal["exact", "tolerance"]
@@ -36,6 +37,7 @@ class PlanOptions:
         energy: share of the concept's energy in the null space that k directions must carry, if the cap allows.
         min_kept_energy: refuse when less than this share of the concept's energy lies along D.
         padding: whether tokens after the prompt's end constrain and carry concepts (``all``) or not (``none``).
+        pooled: whether the pooled vector, where the model has one, is replaced along the concept or left as it is.
     """
 
     mode: Mode = "tolerance"
@@ -44,12 +46,15 @@ class PlanOptions:
     energy: float = 0.999
     min_kept_energy: float = 1e-4
     padding: Padding = "all"
+    pooled: Literal["replace", "leave"] = "replace"
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "tolerance") or self.padding not in ("all", "none"):
             raise SepMEError(
                 f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes are exact and tolerance, padding is all or none."
             )
+        if self.pooled not in ("replace", "leave"):
+            raise SepMEError(f"There is no way {self.pooled!r} to treat the pooled vector; choose replace or leave.")
         if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1):
             raise SepMEError("tolerance and energy must lie between 0 and 1, and max_rank must be at least 1.")
 
@@ -69,6 +74,7 @@ class Certificate:
         gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
         rank: k. null_dims: directions left for this concept (columns of Sp).
+        pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
     """
 
     leakage_linear: dict[str, float]
@@ -79,6 +85,7 @@ class Certificate:
     false_touch_rate: float
     rank: int
     null_dims: int
+    pooled: dict[str, Any] | None = None
 
     @property
     def gate_overlap(self) -> float:
@@ -91,13 +98,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions of one concept: ``down`` ``(k, d_in)`` float32, orthonormal rows (Dᵀ); gate threshold γ; certificate."""
+    """Directions of one concept: ``down`` ``(k, d_in)`` float32, orthonormal rows (Dᵀ); gate threshold γ; certificate; pooled part."""
 
     concept: Concept
     down: Tensor
     gate: float
     certificate: Certificate
     options: PlanOptions = field(default_factory=PlanOptions)
+    pooled: Pooled | None = None
 
 
 def ratios(context: Tensor, down: Tensor) -> Tensor:
@@ -115,12 +123,12 @@ def ordinary_prompts() -> tuple[str, ...]:
 
 
 def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
-    """Encode many prompts, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
+    """Encode many prompts on the CPU, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
 
     Raises:
         SepMEError: the encoder returned NaN or infinite values.
     """
-    parts = [encoder.encode(list(prompts[i : i + CHUNK])) for i in range(0, len(prompts), CHUNK)]
+    parts = [encoder.encode(list(prompts[i : i + CHUNK])).to("cpu") for i in range(0, len(prompts), CHUNK)]
     longest = max(p.context.shape[1] for p in parts)
     contexts, masks = [], []
     for part in parts:
@@ -130,9 +138,10 @@ def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
         contexts.append(part.context.detach().repeat(1, repeat, 1))
         masks.append(part.mask.repeat(1, repeat))
     context = torch.cat(contexts)
-    if not context.isfinite().all():
+    pooled = [p.pooled.detach() for p in parts if p.pooled is not None]
+    if not all(v.isfinite().all() for v in (context, *pooled)):
         raise SepMEError("The text encoder returned NaN or infinite values; check the checkpoint, or run the encoder in float32.")
-    return Encoding(context, torch.cat(masks))
+    return Encoding(context, torch.cat(masks), torch.cat(pooled) if pooled else None)
 
 
 def _rows(encoding: Encoding, padding: Padding) -> Tensor:
@@ -233,7 +242,22 @@ class Planner:
             raise SepMEError(self._refusal(name, others, kept))
         down = basis.T.float().contiguous()
         gate, certificate = self._calibrate(concept, down, kept, null.shape[1])
-        return Subspace(concept, down, gate, certificate, self.options)
+        pooled, facts = self._plan_pooled(name, others)
+        return Subspace(concept, down, gate, replace(certificate, pooled=facts), self.options, pooled)
+
+    def _plan_pooled(self, name: str, others: Sequence[str]) -> tuple[Pooled | None, dict[str, Any] | None]:
+        """Directions of the pooled vector, chosen as those of the tokens are, and what is known about them."""
+        own, anchor = self.encodings[name].pooled, self.anchors[name].pooled
+        if own is None or anchor is None:
+            return None, None
+        fixed = [self.empty.pooled, self.preserved.pooled if self.preserved is not None else None]
+        rows = torch.cat([p for p in (*fixed, *(self.encodings[n].pooled for n in others)) if p is not None]).double()
+        part = None
+        if self.options.pooled == "replace":
+            down = concept_basis(own.double(), null_basis(rows, self.options.rtol), self.options.max_rank, self.options.energy).T
+            part = Pooled(down.float().contiguous(), (down @ anchor[0].double()).float()) if len(down) else None
+        facts = {"mode": "left" if part is None else "replaced", "residual": residual(part, own, anchor)}
+        return part, facts | ({"rank": len(part.down), "leakage": leakage(part, rows)} if part else {})
 
     def _refusal(self, name: str, others: list[str], kept: float) -> str:
         def fits(count: int) -> bool:

@@ -21,6 +21,14 @@ class Encoding(NamedTuple):
     mask: Tensor
     pooled: Tensor | None = None
 
+    def rows(self, index: Any) -> Encoding:
+        """The prompts at these indices."""
+        return Encoding(self.context[index], self.mask[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: Any) -> Encoding:
+        """The same on another device."""
+        return Encoding(self.context.to(device), self.mask.to(device), None if self.pooled is None else self.pooled.to(device))
+
 
 class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> Encoding:
@@ -39,7 +47,7 @@ class AttentionLayer(Protocol):
 
 class Denoiser(Protocol):
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64."""
+        """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64, ``extra`` the prompts' pooled vectors ``(batch, d_pooled)``."""
         ...
 
     def attention_layers(self) -> Mapping[str, AttentionLayer]:
@@ -50,8 +58,8 @@ class Denoiser(Protocol):
         """Noised latents ``x_t`` of clean latents at timesteps ``t``."""
         ...
 
-    def trajectory(self, context: Tensor, empty: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
-        """Points of the frozen model's own denoising runs, one run a row of ``context``.
+    def trajectory(self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None) -> tuple[Tensor, Tensor]:
+        """Points of the frozen model's own denoising runs, one run a row of ``context``; ``extra``: pooled of ``[empty; context]``.
 
         Returns:
             ``x_t (steps, batch, ...)`` and timesteps ``(steps,)``.

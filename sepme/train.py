@@ -20,7 +20,7 @@ from .errors import Interrupted, SepMEError
 from .layers import kv_fingerprint, projections, weights
 from .nullspace import Planner, Subspace
 from .objectives import OBJECTIVES
-from .protocols import Denoiser
+from .protocols import Denoiser, Encoding
 from .runtime import Forward, patched
 
 
@@ -186,7 +186,7 @@ def make_delta(
         "certificate": subspace.certificate.to_json(),
         "losses": [round(v, 8) for v in losses],
     }
-    return ConceptDelta.from_factors(subspace.concept, subspace.down, up, subspace.gate, info)
+    return ConceptDelta.from_factors(subspace.concept, subspace.down, up, subspace.gate, info, subspace.pooled)
 
 
 def _train(
@@ -199,10 +199,11 @@ def _train(
     digest: str,
     on_step: OnStep | None,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    contexts = planner.encodings[subspace.concept.name].context
-    device = contexts.device
-    empty = planner.empty.context.repeat(1, contexts.shape[1] // planner.empty.context.shape[1], 1)
     modules = projections(denoiser.attention_layers())
+    device = next(iter(weights(denoiser.attention_layers()).values())).device
+    own = planner.encodings[subspace.concept.name].to(device)
+    repeat = own.context.shape[1] // planner.empty.context.shape[1]
+    nothing = planner.empty._replace(context=planner.empty.context.repeat(1, repeat, 1), mask=planner.empty.mask.repeat(1, repeat)).to(device)
     up = {n: nn.Parameter((start[n] / options.beta).to(device)) for n in modules if not (options.values_only and n.endswith("to_k"))}
     optimizer = torch.optim.Adam(up.values(), lr=options.learning_rate)
     state = _State(up, optimizer, torch.Generator().manual_seed(options.seed), [])
@@ -210,11 +211,14 @@ def _train(
         state.load(checkpoint, digest)
 
     draws = torch.Generator().manual_seed(options.seed + 1)
-    runs = torch.randint(len(contexts), (options.trajectories,), generator=draws)
+    runs = torch.randint(len(own.context), (options.trajectories,), generator=draws)
+    some, empty = own.rows(runs), nothing.rows([0] * len(runs))
+    extra = () if some.pooled is None or empty.pooled is None else (torch.cat([empty.pooled, some.pooled]),)
     with torch.no_grad():
-        points, times = denoiser.trajectory(contexts[runs], empty.expand(len(runs), -1, -1), draws)
+        points, times = denoiser.trajectory(some.context, empty.context, draws, *extra)
     objective = OBJECTIVES[options.objective]()
     down = subspace.down.to(device)
+    gain = 1024.0 if points.dtype == torch.float16 else 1.0  # keeps gradients inside a half-precision UNet out of its subnormals
     h = torch.empty(0)
 
     def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
@@ -224,21 +228,24 @@ def _train(
         nonlocal h
         run = torch.randint(len(runs), (options.batch,), generator=state.generator)
         at = torch.randint(len(times), (options.batch,), generator=state.generator)
-        x_t, t, context = points[at, run], times[at], contexts[runs[run]]
-        h = context.float() @ down.T
+        x_t, t, prompts = points[at, run], times[at], own.rows(runs[run])
+        h = prompts.context.float() @ down.T
 
-        def frozen(c: Tensor) -> Tensor:
+        def frozen(c: Encoding) -> Tensor:
             with torch.no_grad():
-                return denoiser.predict(x_t, t, c).float()
+                return denoiser.predict(x_t, t, c.context, c.pooled).float()
 
-        def erased(c: Tensor) -> Tensor:
+        def erased(c: Encoding) -> Tensor:
+            pooled = c.pooled if c.pooled is None or subspace.pooled is None else subspace.pooled.replace(c.pooled)
             with patched({n: modules[n] for n in up}, wrap):
-                return denoiser.predict(x_t, t, c).float()
+                return denoiser.predict(x_t, t, c.context, pooled).float()
 
-        loss = objective.loss(frozen, erased, context, empty.expand_as(context))
+        loss = objective.loss(frozen, erased, prompts, nothing.rows([0] * len(at)))
         norm = sum((y.abs().sum() for y in up.values()), torch.zeros((), device=device)) / len(up)
         optimizer.zero_grad()
-        (loss + options.regularisation * norm).backward()
+        ((loss + options.regularisation * norm) * gain).backward()
+        for y in up.values():
+            y.grad = None if y.grad is None else y.grad / gain
         optimizer.step()
         return float(loss.detach())
 
