@@ -128,8 +128,9 @@ def train(
     chosen = [concept_book[n].name for n in only] if only else [c.name for c in concept_book.concepts]
     plan = PlanOptions(mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled=pooled)  # type: ignore[arg-type]
     options = TrainOptions(
-        objective=objective, steps=steps, learning_rate=learning_rate, seed=seed, warm_start=warm_start, values_only=values_only, batch=batch
-    )
+        objective=objective, steps=steps, learning_rate=learning_rate, batch=batch, seed=seed, warm_start=warm_start,
+        values_only=values_only,
+    )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book would get the same file name; rename one.")

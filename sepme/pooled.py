@@ -42,4 +42,3 @@ def residual(part: Pooled | None, pooled: Tensor, anchor: Tensor) -> float:
 def leakage(part: Pooled, pooled: Tensor) -> float:
     """Worst ``‖p D‖ / ‖p‖`` over known prompts ``(n, d_pooled)``; the row gate keeps it from acting."""
     return float(((pooled.float() @ part.down.T).norm(dim=-1) / pooled.float().norm(dim=-1).clamp_min(1e-12)).max())
-

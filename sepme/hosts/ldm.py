@@ -102,9 +102,9 @@ def _kind(path: Path, shapes: Shapes) -> str:
             raise SepMEError(f"{path} holds {name}; only checkpoints of Stable Diffusion 1.x, 2.x and XL can be loaded.")
     first = shapes.get(f"{UNET}input_blocks.0.0.weight")
     if first is None or len(first) != 4 or not any(".attn2.to_k.weight" in key for key in shapes):
-        raise SepMEError(f"{path} holds no Stable Diffusion UNet (keys {UNET}input_blocks...); name a whole checkpoint of SD 1.x, 2.x or XL.")
+        raise SepMEError(f"{path} holds no Stable Diffusion UNet (keys {UNET}input_blocks...); name a whole checkpoint.")
     if first[1] != 4:
-        raise SepMEError(f"{path} reads {first[1]} latent channels (inpainting, depth or editing); only text-to-image models (4) can be loaded.")
+        raise SepMEError(f"{path} reads {first[1]} latent channels (inpainting, editing); only text-to-image models (4) can be loaded.")
     if not any(key.startswith(f"{VAE}decoder.") for key in shapes):
         raise SepMEError(f"{path} holds no VAE (keys {VAE}decoder...); name a whole checkpoint.")
     classes = f"{UNET}label_emb.0.0.weight" in shapes
@@ -256,7 +256,7 @@ def _build(file: Checkpoint, what: str, make: Callable[[], nn.Module], state: di
         wrong += [key for key in state if key not in known and not key.endswith("position_ids")]
         if wrong:
             raise SepMEError(
-                f"{file.path}: its {what} is not that of Stable Diffusion 1.x, 2.x or XL ({len(wrong)} tensors are missing, left over or of "
+                f"{file.path}: its {what} is not that of SD 1.x, 2.x or XL ({len(wrong)} tensors are missing, left over or of "
                 f"another shape, such as {wrong[0]}); this variant is not supported, or the file is damaged."
             )
         module.load_state_dict({key: state[key] for key in known}, assign=True)
@@ -264,7 +264,7 @@ def _build(file: Checkpoint, what: str, make: Callable[[], nn.Module], state: di
         raise
     except Exception as error:  # impossible widths make the constructors raise
         reason = (str(error).splitlines() or [""])[0][:120]
-        raise SepMEError(f"{file.path}: its {what} cannot be built ({type(error).__name__}: {reason}); this variant is not supported.") from None
+        raise SepMEError(f"{file.path}: its {what} cannot be built ({type(error).__name__}: {reason}); it is not supported.") from None
     for part in module.modules():  # what is not in a state dict still lies on the meta device
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta and name == "position_ids":

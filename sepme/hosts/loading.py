@@ -101,7 +101,9 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
 
 def _from_file(path: Path, options: LoadOptions) -> Any:
     file = ldm.Checkpoint.open(path)
-    tokenizers = [clip_tokenizer(options.tokenizer, pad) for pad in {"sd1": ["<|endoftext|>"], "sd2": ["!"]}.get(file.kind, ["<|endoftext|>", "!"])]
+    tokenizers = [
+        clip_tokenizer(options.tokenizer, pad) for pad in {"sd1": ["<|endoftext|>"], "sd2": ["!"]}.get(file.kind, ["<|endoftext|>", "!"])
+    ]
     if max(tokenizers[0].get_vocab().values()) >= ldm.vocabulary(file):
         raise SepMEError(
             f"The tokenizer has {len(tokenizers[0])} tokens, the text encoder of {path} knows {ldm.vocabulary(file)}; name the tokenizer "
