@@ -203,9 +203,7 @@ def _train(
     device = next(iter(weights(denoiser.attention_layers()).values())).device
     own = planner.encodings[subspace.concept.name].to(device)
     repeat = own.context.shape[1] // planner.empty.context.shape[1]
-    nothing = planner.empty._replace(context=planner.empty.context.repeat(1, repeat, 1), mask=planner.empty.mask.repeat(1, repeat)).to(
-        device
-    )
+    nothing = Encoding(planner.empty.context.repeat(1, repeat, 1), planner.empty.mask.repeat(1, repeat), planner.empty.pooled).to(device)
     up = {n: nn.Parameter((start[n] / options.beta).to(device)) for n in modules if not (options.values_only and n.endswith("to_k"))}
     optimizer = torch.optim.Adam(up.values(), lr=options.learning_rate)
     state = _State(up, optimizer, torch.Generator().manual_seed(options.seed), [])

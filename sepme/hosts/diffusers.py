@@ -61,7 +61,7 @@ class DiffusersHost:
         return self.unet.device
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the second's pooled vector."""
+        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector."""
         states, masks, pooled = [], [], None
         for tokenizer, encoder in self.encoders:
             ids = tokenizer(

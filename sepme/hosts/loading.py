@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from ..delta import refuse_pickle
 from ..errors import SepMEError
 from . import ldm
-from .tokenizers import clip_tokenizer
+from .tokenizers import END, clip_tokenizer
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
@@ -101,9 +101,8 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
 
 def _from_file(path: Path, options: LoadOptions) -> Any:
     file = ldm.Checkpoint.open(path)
-    tokenizers = [
-        clip_tokenizer(options.tokenizer, pad) for pad in {"sd1": ["<|endoftext|>"], "sd2": ["!"]}.get(file.kind, ["<|endoftext|>", "!"])
-    ]
+    pads = {"sd1": (END,), "sd2": ("!",), "sdxl": (END, "!")}[file.kind]
+    tokenizers = [clip_tokenizer(options.tokenizer, pad) for pad in pads]
     if max(tokenizers[0].get_vocab().values()) >= ldm.vocabulary(file):
         raise SepMEError(
             f"The tokenizer has {len(tokenizers[0])} tokens, the text encoder of {path} knows {ldm.vocabulary(file)}; name the tokenizer "

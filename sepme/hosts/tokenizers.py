@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from ..errors import SepMEError
 
-ENVIRONMENT = "SEPME_TOKENIZER"
+ENVIRONMENT, END = "SEPME_TOKENIZER", "<|endoftext|>"
 CACHED = (  # repositories whose tokenizer is CLIP's, and where in them
     ("openai/clip-vit-large-patch14", ""),
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
@@ -23,7 +23,7 @@ CACHED = (  # repositories whose tokenizer is CLIP's, and where in them
 TOKENS, MERGES = 77, 48894  # prompt length; merges of the published vocabulary: 49408 = 2 * 256 + 48894 + 2
 
 
-def clip_tokenizer(folder: str | Path | None = None, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def clip_tokenizer(folder: str | Path | None = None, pad_token: str = END) -> CLIPTokenizer:
     """Find CLIP's tokenizer: ``folder``, else $SEPME_TOKENIZER, else the hub's cache, else the open_clip package.
 
     Args:
@@ -85,5 +85,5 @@ def vocabulary_of(merges: list[tuple[str, str]]) -> tuple[dict[str, int], list[t
     """Ids in CLIP's order: the 256 bytes, the same at a word's end, merged pieces, start and end of text."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), "<|startoftext|>", END]
     return {word: i for i, word in enumerate(words)}, merges

@@ -286,7 +286,7 @@ def test_the_tokenizer_is_found_or_asked_for(models: Any, tmp_path: Path, monkey
     monkeypatch.delenv(tokenizers.ENVIRONMENT, raising=False)
     monkeypatch.setattr(tokenizers, "_in_cache", lambda: None)
     monkeypatch.setattr(tokenizers.util, "find_spec", lambda name: None)
-    folder, file = models("sd1")
+    file = models("sd1")[1]
     with pytest.raises(SepMEError, match="--tokenizer DIR"):
         loading.load_pipeline(str(file), LoadOptions())
     with pytest.raises(SepMEError, match="holds no CLIP tokenizer"):
@@ -296,7 +296,7 @@ def test_the_tokenizer_is_found_or_asked_for(models: Any, tmp_path: Path, monkey
     monkeypatch.setattr(tokenizers.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
     found = tokenizers.clip_tokenizer(pad_token="!")
     assert found(["star"], padding="max_length", max_length=5).input_ids == [[515, 514, 516, 0, 0]]
-    with pytest.raises(SepMEError, match="tokenizer of this model|name the tokenizer"):
+    with pytest.raises(SepMEError, match="name the tokenizer"):
         loading.load_pipeline(str(file), LoadOptions())
 
 
