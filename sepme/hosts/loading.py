@@ -78,12 +78,15 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
         kind = index.get("_class_name")
         if not isinstance(kind, str) or kind not in PIPELINES:
             raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only {' and '.join(PIPELINES)} can be loaded.")
+        if any(folder.rglob("*.py")):
+            raise SepMEError(f"{folder} holds Python code, which is never run; get the plain folder of the model.")
         encoders = ("text_encoder", "text_encoder_2") if "XL" in kind else ("text_encoder",)
         for part in ("unet", "vae", *encoders):
             owner = (index.get(part) or [None])[0]
             if owner not in ("diffusers", "transformers") or not any((folder / part).glob("*.safetensors")):
                 raise SepMEError(f"{folder} has no {part} as .safetensors, which is the only format that is read; get the folder with it.")
-        whole = all(any(not f.name.endswith(".fp16.safetensors") for f in (folder / p).glob("*.safetensors")) for p in ("unet", *encoders))
+        parts = [[f.name for f in (folder / p).glob("*.safetensors")] for p in ("unet", "vae", *encoders)]
+        whole = all(any(".fp16" not in name for name in names) for names in parts)
         extra = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
         pipe = PIPELINES[kind].from_pretrained(
             folder, torch_dtype=options.dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,

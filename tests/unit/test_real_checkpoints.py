@@ -280,6 +280,9 @@ def test_folders_of_other_kinds_or_with_pickles_are_refused(tmp_path: Path) -> N
         (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
         with pytest.raises(SepMEError, match=message):
             loading.load_pipeline(str(tmp_path), LoadOptions())
+    (tmp_path / "unet" / "diffusers.py").write_text("raise SystemExit")
+    with pytest.raises(SepMEError, match="Python code"):
+        loading.load_pipeline(str(tmp_path), LoadOptions())
 
 
 def test_the_tokenizer_is_found_or_asked_for(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
