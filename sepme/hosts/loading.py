@@ -97,6 +97,9 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
     except Exception as error:  # whatever a broken folder makes the loaders raise
         reason = (str(error).splitlines() or [""])[0][:160]
         raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
+    for part in (pipe.unet, pipe.vae, *(getattr(pipe, name) for name in encoders)):
+        for parameter in part.parameters():  # mapped from a file it may lie at any offset, and kernels round by alignment
+            parameter.data = parameter.data.clone()
     if options.prediction:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=options.prediction)
     return pipe
