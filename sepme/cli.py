@@ -32,7 +32,12 @@ log = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Files = Annotated[list[Path], typer.Argument(help="Delta files.")]
-Model = Annotated[str, typer.Argument(help="'demo' or a diffusers folder.")]
+Model = Annotated[str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL).")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+DType = Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")]
+Prediction = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
+Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
 
 
 def file_name(concept: str) -> str:
@@ -47,12 +52,20 @@ def _finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-def _host(model: str) -> Any:
+def _host(
+    model: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    tokenizer: Path | None = None,
+    prediction: str | None = None,
+    size: int | None = None,
+) -> Any:
     try:
         import diffusers
         import transformers
 
         from .hosts.diffusers import DiffusersHost
+        from .hosts.loading import DTYPES, LoadOptions
     except ImportError as error:
         raise SepMEError(
             f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
@@ -60,7 +73,10 @@ def _host(model: str) -> Any:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    return DiffusersHost.load(model)
+    if dtype not in DTYPES:
+        raise SepMEError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    options = LoadOptions(device, DTYPES[dtype], str(tokenizer) if tokenizer else None, prediction, size)
+    return DiffusersHost.load(model, options=options)
 
 
 @contextmanager
@@ -120,6 +136,14 @@ def train(
     ] = None,
     warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
+    pooled: Annotated[
+        str | None, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave; by default replace in mode subspace.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Make one delta file for every concept of a book."""
@@ -131,7 +155,7 @@ def train(
     if preserve is not None:
         concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
-    plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
+    plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
     options = TrainOptions(
         objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,  # type: ignore[arg-type]
         regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
@@ -142,7 +166,7 @@ def train(
     _check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction, size)
     results = []
     with interruptible() as check, _bar() as bar:
         pictures = _pictures(host, images, chosen, check)
@@ -225,7 +249,7 @@ def _tasks(bar: Progress, check: Callable[[], None]) -> Callable[[str, int, int]
 
 def _summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
     certificate = delta.info.get("certificate", {})
-    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")
+    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
     leak = {f"{k}_max": max(certificate.get(k, {}).values(), default=0.0) for k in ("leakage_linear", "leakage_gated")}
     return {
         "concept": delta.concept.name,
@@ -269,6 +293,8 @@ def inspect(files: Files, as_json: Json = False) -> None:
         _show_summaries(data)
         for d in data:
             print(f"{d['concept']}: prompts {', '.join(map(repr, d['prompts']))}; separable from {', '.join(d['known']) or 'nothing else'}")
+            if d["pooled"] is not None:
+                print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
 
     _finish(data, as_json, show)
 
@@ -279,15 +305,19 @@ def verify(
     files: Files,
     capacity: Annotated[bool, typer.Option("--capacity", help="Report how many concepts fit instead; a book will do.")] = False,
     count: Annotated[list[int] | None, typer.Option(help="Number of concepts for --capacity (repeatable): 10, 30, 100, 1000.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
     as_json: Json = False,
 ) -> None:
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     if capacity:
-        return _capacity(model, files, count, as_json)
+        return _capacity(lambda: _host(model, device, dtype, tokenizer, prediction), model, files, count, as_json)
     from .nullspace import encode, leakage_matrix, mentions, ordinary_prompts, ratios
 
     deltas = [ConceptDelta.load(path) for path in files]
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction)
     from .layers import kv_fingerprint
     from .layers import shapes as kv_shapes
 
@@ -300,7 +330,8 @@ def verify(
         delta.check_fits(shapes)
         if delta.info.get("kv_fingerprint") not in (None, fingerprint):
             warnings.append(f"{delta.concept.name!r} was made on K/V weights {delta.info['kv_fingerprint']}, this model has {fingerprint}.")
-    contexts = {d.concept.name: encode(host, d.concept.prompts).context for d in deltas}
+    encodings = {d.concept.name: encode(host, d.concept.prompts) for d in deltas}
+    contexts = {name: encoding.context for name, encoding in encodings.items()}
     corpus = ordinary_prompts()[1::2]
     ordinary = encode(host, corpus).context
     empty = encode(host, [""]).context
@@ -322,6 +353,7 @@ def verify(
                 "leakage_linear": leakage,
                 "leakage_gated": {n: v if v > delta.gate else 0.0 for n, v in leakage.items()},
                 "false_touch_rate": float(touched.float().mean()),
+                "pooled": _pooled(delta, encodings[name].pooled, encode(host, [delta.concept.anchor]).pooled),
                 "holds": bool((own > delta.gate).all()) and all(v <= delta.gate for v in leakage.values()),
             }
         )
@@ -349,13 +381,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _capacity(model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
+def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
     from .capacity import COUNTS, capacity, read_concepts
 
     book = read_concepts(files)
-    host = _host(model)
     with interruptible() as check, _bar() as bar:
-        rows = [r.to_json() for r in capacity(host, book, counts or COUNTS, on_progress=_tasks(bar, check))]
+        rows = [r.to_json() for r in capacity(host(), book, counts or COUNTS, on_progress=_tasks(bar, check))]
 
     def show() -> None:
         table = Table(*(key.replace("_", " ") for key in rows[0]))
@@ -393,6 +424,14 @@ def bench_solver(
     _finish(data, as_json, show)
 
 
+def _pooled(delta: ConceptDelta, own: Any, anchor: Any) -> dict[str, Any] | None:
+    from .pooled import residual
+
+    if own is None or anchor is None:
+        return None
+    return {"mode": "replaced" if delta.pooled is not None else "left", "residual": residual(delta.pooled, own, anchor)}
+
+
 @app.command()
 def generate(
     model: Model,
@@ -406,6 +445,11 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
     gate: Annotated[bool, typer.Option(help="Row gate.")] = True,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures with concepts erased."""
@@ -424,7 +468,7 @@ def generate(
     if out.suffix.lower() != ".png":
         raise SepMEError(f"{out} is no PNG name; end it in .png.")
     _check_writable(out.parent)
-    host = _host(model)
+    host = _host(model, device, dtype, tokenizer, prediction, size)
     with interruptible() as check:
         images = host.generate(
             prompts, [seed + i for i in range(len(prompts))], composition, toggles,

@@ -82,6 +82,38 @@ class Composition:
         """
         if not self.deltas:
             return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
+        h, weight = self._weigh(context, strengths, gate)
+        owner = self.owner.to(h.device)
+        rows = weight.any(dim=1).nonzero().squeeze(1)
+        concepts = weight.any(dim=0).nonzero().squeeze(1)
+        columns = torch.isin(owner, concepts)
+        scaled = h[rows][:, :, columns] * weight[rows][:, owner[columns]][:, None, :]
+        return Touch(rows, scaled, tuple(concepts.tolist()))
+
+    def replace_pooled(self, pooled: Tensor, context: Tensor, strengths: Tensor, gate: bool = True) -> Tensor:
+        """Pooled vectors ``(rows, d_pooled)`` with the concepts' components replaced in touched rows; the others keep their bits.
+
+        Args:
+            context, strengths, gate: as in :meth:`touch`; the gate is that of the context.
+
+        Raises:
+            SepMEError: a pooled part of another width.
+        """
+        if not self.deltas:
+            return pooled
+        _, weight = self._weigh(context, strengths, gate)
+        result = pooled.float().clone()
+        for i, delta in enumerate(self.deltas):
+            rows = weight[:, i].nonzero().squeeze(1)
+            if delta.pooled is None or len(rows) == 0:
+                continue
+            if delta.pooled.down.shape[1] != pooled.shape[-1]:
+                raise SepMEError(f"The pooled part of the delta of {delta.concept.name!r} is for another model; train it on this one.")
+            result[rows] += weight[rows, i][:, None] * delta.pooled.shift(pooled[rows])
+        return result.to(pooled.dtype)
+
+    def _weigh(self, context: Tensor, strengths: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
+        """``c D`` ``(rows, tokens, R)`` float32 and strengths behind the gate ``(rows, N)``."""
         if context.shape[-1] != self.down.shape[1]:
             raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")
         if strengths.shape not in ((len(self.deltas),), (context.shape[0], len(self.deltas))):
@@ -96,8 +128,4 @@ class Composition:
         weight = strengths.to(c.device).expand(c.shape[0], -1).clone()
         if gate:
             weight[ratio <= self.gates.to(c.device)] = 0
-        rows = weight.any(dim=1).nonzero().squeeze(1)
-        concepts = weight.any(dim=0).nonzero().squeeze(1)
-        columns = torch.isin(self.owner.to(c.device), concepts)
-        scaled = h[rows][:, :, columns] * weight[rows][:, self.owner.to(c.device)[columns]][:, None, :]
-        return Touch(rows, scaled, tuple(concepts.tolist()))
+        return h, weight

@@ -1,7 +1,8 @@
 """One concept's delta: ``ΔW_l = Y_l D ᵀ`` for every to_k and to_v, its gate and certificate, as one safetensors file.
 
 Tensors: ``down`` (k, d_in) float32; ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a float32 scalar
-``<name>.scale``. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
+``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and ``pooled.anchor`` (k',),
+float32. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor
 from .concepts import Concept
 from .errors import SepMEError
 from .layers import architecture
+from .pooled import Pooled
 
 FORMAT = "sepme.delta/1"
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH = 1 << 30, 16 << 20, 4096, 1 << 15
+POOLED = ("pooled.down", "pooled.anchor")
 _UP = re.compile(r"up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
 
 
@@ -42,6 +45,7 @@ class ConceptDelta:
         up: ``(d_out, k)`` float16 by projection name (``<layer>.to_k``); times ``scale`` of the same name it is Y.
         gate: γ of the row gate.
         info: JSON-able facts: known, preserve, objective, recipe, kv_fingerprint, certificate, clip_skip.
+        pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
     """
 
     concept: Concept
@@ -50,9 +54,17 @@ class ConceptDelta:
     scale: Mapping[str, float]
     gate: float
     info: Mapping[str, Any] = field(default_factory=dict)
+    pooled: Pooled | None = None
 
     @staticmethod
-    def from_factors(concept: Concept, down: Tensor, up: Mapping[str, Tensor], gate: float, info: Mapping[str, Any]) -> ConceptDelta:
+    def from_factors(
+        concept: Concept,
+        down: Tensor,
+        up: Mapping[str, Tensor],
+        gate: float,
+        info: Mapping[str, Any],
+        pooled: Pooled | None = None,
+    ) -> ConceptDelta:
         """Round float factors Y (``(d_out, k)`` by projection name, β folded in) to what a file holds.
 
         Raises:
@@ -67,7 +79,7 @@ class ConceptDelta:
             scale = float(torch.tensor(scale or 1.0, dtype=torch.float32))
             halves[name], scales[name] = (value / scale).half().contiguous(), scale
         down = down.detach().to("cpu", torch.float32).contiguous()
-        return ConceptDelta(concept, down, halves, scales, float(gate), dict(info))
+        return ConceptDelta(concept, down, halves, scales, float(gate), dict(info), pooled)
 
     @property
     def rank(self) -> int:
@@ -97,6 +109,8 @@ class ConceptDelta:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the file, by name."""
         tensors = {"down": self.down}
+        if self.pooled is not None:
+            tensors |= {POOLED[0]: self.pooled.down, POOLED[1]: self.pooled.anchor}
         for name in self.up:
             tensors[f"up.{name}"] = self.up[name]
             tensors[f"up.{name}.scale"] = torch.tensor(self.scale[name], dtype=torch.float32)
@@ -185,10 +199,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and declared tensors of a file, without reading a tensor; sizes are capped first."""
+def refuse_pickle(path: Path) -> None:
+    """Raise :class:`SepMEError` for a file that is a pickle by its name; it is not opened."""
     if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"):
         raise SepMEError(f"{path} is a pickle by its name; pickles can run code and are never opened, use a .safetensors file.")
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and declared tensors of a file, without reading a tensor; sizes are capped first."""
+    refuse_pickle(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -228,7 +247,7 @@ def _check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     if not (1 <= rank <= MAX_RANK and 1 <= d_in <= MAX_WIDTH):
         raise SepMEError(f"{path}: 'down' has the impossible shape {rank} x {d_in}; this is no delta.")
     for name, entry in declared.items():
-        if name == "down" or (name.endswith(".scale") and _UP.fullmatch(name[:-6]) and name[:-6] in declared):
+        if name in ("down", *POOLED) or (name.endswith(".scale") and _UP.fullmatch(name[:-6]) and name[:-6] in declared):
             continue
         if not _UP.fullmatch(name):
             raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
@@ -240,8 +259,21 @@ def _check_declared(path: Path, declared: Mapping[str, Any]) -> None:
         scale = declared.get(f"{name}.scale")
         if not isinstance(scale, dict) or scale.get("dtype") != "F32" or scale.get("shape") != []:
             raise SepMEError(f"{path}: the scale of tensor {name!r} is missing; the file is damaged.")
-    if len(declared) < 3:
+    if not any(_UP.fullmatch(name) for name in declared):
         raise SepMEError(f"{path}: it holds no up-factors; the file is damaged.")
+    _check_pooled(path, *(declared.get(name) for name in POOLED))
+
+
+def _check_pooled(path: Path, down: Any, anchor: Any) -> None:
+    if down is None and anchor is None:
+        return
+    if not isinstance(down, dict) or down.get("dtype") != "F32" or not _is_shape(down.get("shape"), 2):
+        raise SepMEError(f"{path}: tensor {POOLED[0]!r} is missing or is not a float32 matrix; the file is damaged.")
+    rank, width = down["shape"]
+    if not (1 <= rank <= MAX_RANK and 1 <= width <= MAX_WIDTH):
+        raise SepMEError(f"{path}: {POOLED[0]!r} has the impossible shape {rank} x {width}; the file is damaged.")
+    if not isinstance(anchor, dict) or anchor.get("dtype") != "F32" or anchor.get("shape") != [rank]:
+        raise SepMEError(f"{path}: tensor {POOLED[1]!r} is missing or is not a float32 vector of {rank} values; the file is damaged.")
 
 
 def _is_shape(value: Any, dims: int) -> bool:
@@ -263,7 +295,8 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")
     up = {k[3:]: v for k, v in tensors.items() if k.startswith("up.") and not k.endswith(".scale")}
     scale = {k: float(tensors[f"up.{k}.scale"]) for k in up}
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info)
+    pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != _header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta

@@ -34,6 +34,7 @@ class PlanOptions:
         energy: share of the concept's energy in the null space that k directions must carry, if the cap allows.
         min_kept_energy: refuse when less than this share of the concept's energy lies along D.
         padding: whether tokens after the prompt's end constrain and carry concepts (``all``) or not (``none``).
+        pooled: whether the pooled vector, where the model has one, is replaced along the concept or left as it is.
     """
 
     mode: Mode = "tolerance"
@@ -43,12 +44,15 @@ class PlanOptions:
     energy: float = 0.9
     min_kept_energy: float = 1e-4
     padding: Padding = "all"
+    pooled: Literal["replace", "leave"] = "replace"
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "tolerance", "soft", "auto") or self.padding not in ("all", "none"):
             raise SepMEError(
                 f"Unknown mode {self.mode!r} or padding {self.padding!r}; modes: exact, tolerance, soft, auto; padding: all, none."
             )
+        if self.pooled not in ("replace", "leave"):
+            raise SepMEError(f"There is no way {self.pooled!r} to treat the pooled vector; choose replace or leave.")
         if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1 and self.epsilon > 0):
             raise SepMEError("tolerance and energy must lie between 0 and 1, max_rank must be at least 1, and epsilon above 0.")
 

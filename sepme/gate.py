@@ -31,6 +31,7 @@ class Certificate:
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
         rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
             leaves under the tolerance). mode: how D was chosen, ``auto`` resolved.
+        pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
     """
 
     leakage_linear: dict[str, float]
@@ -42,6 +43,7 @@ class Certificate:
     rank: int
     null_dims: int
     mode: str = "tolerance"
+    pooled: dict[str, Any] | None = None
 
     @property
     def gate_overlap(self) -> float:

@@ -7,10 +7,10 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from .directions import (
 )
 from .errors import SepMEError
 from .gate import Certificate, certify, extremes, leakage_matrix, ordinary_prompts, ratios, side_by_side
+from .pooled import Pooled, leakage, residual
 from .preserved import Preserved
 from .protocols import Encoding, TextEncoder
 from .tokens import OnProgress, encode, silent, token_rows
@@ -43,13 +44,14 @@ GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions of one concept: ``down`` ``(k, d_in)`` float32, orthonormal rows (Dᵀ); gate threshold γ; certificate."""
+    """Directions of one concept: ``down`` ``(k, d_in)`` float32, orthonormal rows (Dᵀ); gate threshold γ; certificate; pooled part."""
 
     concept: Concept
     down: Tensor
     gate: float
     certificate: Certificate
     options: PlanOptions = field(default_factory=PlanOptions)
+    pooled: Pooled | None = None
 
 
 class Found(NamedTuple):
@@ -98,7 +100,18 @@ class Planner:
         self._fixed = RowSpace(self.empty.context.shape[-1], self.empty.context.device, triangle)
         self._fixed.add(token_rows(self.empty, self.options.padding))
         self.preserved = Preserved(encoder, book, on_progress)
-        self.preserved.read(self.encodings, lambda e: self._fixed.add(token_rows(e, self.options.padding)))
+        self._fixed_pooled: RowSpace | None = None
+        if self.empty.pooled is not None:
+            self._fixed_pooled = RowSpace(self.empty.pooled.shape[-1], self.empty.pooled.device, triangle=True)
+            self._fixed_pooled.add(self.empty.pooled.double())
+        self._pooled: dict[str, tuple[Pooled | None, dict[str, Any] | None]] = {}
+        self.preserved.read(self.encodings, self._keep)
+
+    def _keep(self, encoding: Encoding) -> None:
+        """Take prompts that must not change into what forbids directions."""
+        self._fixed.add(token_rows(encoding, self.options.padding))
+        if self._fixed_pooled is not None and encoding.pooled is not None:
+            self._fixed_pooled.add(encoding.pooled.double())
 
     @cached_property
     def _total(self) -> Tensor:
@@ -270,6 +283,32 @@ class Planner:
             raise SepMEError(self._refusal(name, kept))
         return null
 
+    def pooled(self, name: str) -> tuple[Pooled | None, dict[str, Any] | None]:
+        """Directions of the pooled vector, chosen as those of the tokens are, and what is known about them."""
+        name = self.book[name].name
+        if name not in self._pooled:
+            self._pooled[name] = self._plan_pooled(name)
+        return self._pooled[name]
+
+    def _plan_pooled(self, name: str) -> tuple[Pooled | None, dict[str, Any] | None]:
+        own, anchor = self.encodings[name].pooled, self.anchors[name].pooled
+        if own is None or anchor is None or self._fixed_pooled is None or self._fixed_pooled.triangle is None:
+            return None, None
+        carriers = self._carriers(name)
+        known = [self.empty.pooled, self.preserved.listed.pooled if self.preserved.listed is not None else None]
+        for other in self.names:
+            given = self.encodings[other].pooled
+            if other != name and given is not None:
+                known.append(given[carriers[other]] if other in carriers else given)
+        rows = torch.cat([p for p in known if p is not None]).double()
+        part = None
+        if self.options.pooled == "replace":
+            null = null_basis(stacked([self._fixed_pooled.triangle, rows]), self.options.rtol(self.mode))
+            down = concept_basis(own.double(), null, self.options.max_rank, self.options.energy).T
+            part = Pooled(down.float().contiguous(), (down @ anchor[0].double()).float()) if len(down) else None
+        facts = {"mode": "left" if part is None else "replaced", "residual": residual(part, own, anchor)}
+        return part, facts | ({"rank": len(part.down), "leakage": leakage(part, rows)} if part else {})
+
     def certify(self, name: str, basis: Tensor, null_dims: int, gate: float | None = None) -> Subspace:
         """The subspace spanned by a basis ``(d_in, k)``, with certificate and gate (calibrated unless given)."""
         name = self.book[name].name
@@ -322,5 +361,6 @@ class Planner:
             calibration, held_out = (list(compress(column[k::2], stranger[k::2])) for k in (0, 1))
             high = float(least[name][i])
             own, certificate = certify(leakage, high, calibration, held_out, one.kept, len(down), one.null_dims, self.mode, gate)
-            result[name] = Subspace(self.book[name], down, own, certificate, self.options)
+            pooled, facts = self.pooled(name)
+            result[name] = Subspace(self.book[name], down, own, replace(certificate, pooled=facts), self.options, pooled)
         return result

@@ -21,6 +21,14 @@ class Encoding(NamedTuple):
     mask: Tensor
     pooled: Tensor | None = None
 
+    def rows(self, index: Any) -> Encoding:
+        """The prompts at these indices."""
+        return Encoding(self.context[index], self.mask[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: Any) -> Encoding:
+        """The same on another device."""
+        return Encoding(self.context.to(device), self.mask.to(device), None if self.pooled is None else self.pooled.to(device))
+
 
 class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> Encoding:
@@ -39,7 +47,7 @@ class AttentionLayer(Protocol):
 
 class Denoiser(Protocol):
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64."""
+        """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64, ``extra`` the prompts' pooled vectors ``(batch, d_pooled)``."""
         ...
 
     def attention_layers(self) -> Mapping[str, AttentionLayer]:
@@ -56,16 +64,20 @@ class Denoiser(Protocol):
         ...
 
     def trajectory(
-        self, context: Tensor, empty: Tensor, generator: Any, *, on_step: Callable[[], None] | None = None
+        self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Points of the frozen model's own denoising runs, one run a row of ``context``; ``on_step`` is called at every step.
+
+        ``extra``: the pooled vectors of ``[empty; context]``, given where the text encoder has them.
 
         Returns:
             ``x_t (steps, batch, ...)`` and timesteps ``(steps,)``.
         """
         ...
 
-    def drawn(self, context: Tensor, empty: Tensor, generator: Any, *, on_step: Callable[[], None] | None = None) -> Tensor:
+    def drawn(
+        self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
+    ) -> Tensor:
         """Clean latents ``x_0 (batch, ...)`` of images that the frozen model draws, DDIM in 50 steps."""
         ...
 

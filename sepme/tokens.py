@@ -24,12 +24,12 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
-    """Encode many prompts, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
+    """Encode many prompts on the CPU, a few hundred at a time; rows of fewer 77-token chunks are repeated to the longest's length.
 
     Raises:
         SepMEError: the encoder returned NaN or infinite values.
     """
-    parts = [encoder.encode(list(prompts[i : i + CHUNK])) for i in range(0, len(prompts), CHUNK)]
+    parts = [encoder.encode(list(prompts[i : i + CHUNK])).to("cpu") for i in range(0, len(prompts), CHUNK)]
     longest = max(p.context.shape[1] for p in parts)
     contexts, masks = [], []
     for part in parts:
@@ -39,9 +39,10 @@ def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
         contexts.append(part.context.detach().repeat(1, repeat, 1))
         masks.append(part.mask.repeat(1, repeat))
     context = torch.cat(contexts)
-    if not context.isfinite().all():
+    pooled = [p.pooled.detach() for p in parts if p.pooled is not None]
+    if not all(v.isfinite().all() for v in (context, *pooled)):
         raise SepMEError("The text encoder returned NaN or infinite values; check the checkpoint, or run the encoder in float32.")
-    return Encoding(context, torch.cat(masks))
+    return Encoding(context, torch.cat(masks), torch.cat(pooled) if pooled else None)
 
 
 def token_rows(encoding: Encoding, padding: Padding) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..directions import EXACT_RTOL, concept_basis, null_basis
 from ..errors import SepMEError
 from ..layers import projections, unet_layers, weights
-from ..protocols import AttentionLayer
+from ..protocols import AttentionLayer, Encoding
 from ..runtime import Forward, patched
 from ..train import TrainOptions
 from ..train.increment import Increment
@@ -150,8 +150,12 @@ class Bench:
     def ours(self) -> Callable[[], Any]:
         options = TrainOptions(batch=self.size.batch, threshold=-1e9)
         increment = Increment.zeros(weights(self.denoiser.attention_layers()), self.down, options.beta)
-        track = Track.start("bench", increment, self.source, self.context, self.empty, options)
+        track = Track.start("bench", increment, self.source, self._encoding(self.context), self._encoding(self.empty), options)
         return Training([track], self.denoiser, options).step
+
+    @staticmethod
+    def _encoding(context: Tensor) -> Encoding:
+        return Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool))
 
     def published(self) -> Callable[[], Any]:
         options = TrainOptions(mode="paper", batch=self.size.batch)

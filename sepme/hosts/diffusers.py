@@ -1,14 +1,12 @@
-"""diffusers as a host: Stable Diffusion 1.x-like pipelines of any size."""
+"""diffusers as a host: Stable Diffusion 1.x, 2.x and XL, and models like them of any size."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..composition import Composition
@@ -17,64 +15,84 @@ from ..layers import unet_layers
 from ..protocols import AttentionLayer, Encoding
 from ..runtime import KVProjector
 from ..toggles import Toggles, merge, parse_tags, strengths
+from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 
-DEMO = Path(__file__).parents[1] / "demo" / "model"
+__all__ = ["DEMO", "DiffusersHost", "LoadOptions"]
 
 
 class DiffusersHost:
-    """A pipeline as text encoder and denoiser; its parameters are frozen."""
+    """A pipeline as text encoder and denoiser; its parameters are frozen. ``size``: pixels of an image's side, the model's own if None."""
 
-    def __init__(self, pipe: StableDiffusionPipeline) -> None:
-        if pipe.scheduler.config.prediction_type != "epsilon":
-            raise SepMEError(f"This model predicts {pipe.scheduler.config.prediction_type}, only epsilon is supported so far.")
+    def __init__(self, pipe: Any, size: int | None = None) -> None:
+        self.prediction = pipe.scheduler.config.prediction_type
+        if self.prediction not in PREDICTIONS:
+            raise SepMEError(f"This model predicts {self.prediction}; only {' and '.join(PREDICTIONS)} are supported.")
         self.pipe, self.unet = pipe, pipe.unet
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         pipe.scheduler = self.scheduler
         pipe.set_progress_bar_config(disable=True)
-        for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        second = getattr(pipe, "text_encoder_2", None)
+        self.encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, second)] if second is not None else [])
+        for part in (pipe.unet, pipe.vae, *(encoder for _, encoder in self.encoders)):
             part.requires_grad_(False).eval()
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
+            pipe.vae.float()  # SDXL's overflows in half precision
+        self.side = self.unet.config.sample_size if size is None else size // pipe.vae_scale_factor
+        steps = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if size is not None and (size < 1 or size % (steps * pipe.vae_scale_factor)):
+            raise SepMEError(f"Images of this model have sides that are multiples of {steps * pipe.vae_scale_factor} pixels, not {size}.")
         self._layers = unet_layers(pipe.unet)
 
     @staticmethod
-    def load(model: str, dtype: torch.dtype = torch.float32) -> DiffusersHost:
-        """Load ``demo`` or a diffusers folder (safetensors only, nothing is downloaded).
+    def load(model: str, dtype: torch.dtype = torch.float32, options: LoadOptions | None = None) -> DiffusersHost:
+        """Load ``demo``, a diffusers folder or a single-file checkpoint (safetensors only, nothing is downloaded).
+
+        Args:
+            dtype: of the weights, where ``options`` are not given.
 
         Raises:
-            SepMEError: no such folder, another kind of pipeline, damaged files.
+            SepMEError: see :func:`load_pipeline`.
         """
-        folder = DEMO if model == "demo" else Path(model)
-        if not (folder / "model_index.json").is_file():
-            raise SepMEError(f"{folder} is no diffusers folder (it has no model_index.json); name one, or 'demo' for the embedded model.")
-        try:
-            kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-            if kind != "StableDiffusionPipeline":
-                raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only StableDiffusionPipeline is supported so far.")
-            pipe = StableDiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, safety_checker=None, low_cpu_mem_usage=False
-            ).to(dtype)
-        except SepMEError:
-            raise
-        except Exception as error:  # whatever a broken folder makes the loaders raise
-            reason = (str(error).splitlines() or [""])[0][:160]
-            raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
-        return DiffusersHost(pipe)
+        options = options or LoadOptions(dtype=dtype)
+        return DiffusersHost(load_pipeline(model, options), options.size)
 
     @property
     def device(self) -> torch.device:
         return self.unet.device
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        tokens = self.pipe.tokenizer(
-            list(prompts), padding="max_length", max_length=self.pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        ids = tokens.input_ids.to(self.device)
-        with torch.no_grad():
-            context = self.pipe.text_encoder(ids)[0]
-        ends = (ids == self.pipe.tokenizer.eos_token_id).int().argmax(dim=1)
-        return Encoding(context, torch.arange(ids.shape[1], device=ids.device)[None] <= ends[:, None])
+        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector."""
+        states, masks, pooled = [], [], None
+        for tokenizer, encoder in self.encoders:
+            ids = tokenizer(
+                list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            ).input_ids.to(self.device)
+            ends = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
+            masks.append(torch.arange(ids.shape[1], device=ids.device)[None] <= ends[:, None])
+            with torch.no_grad():
+                out = encoder(ids, output_hidden_states=True)
+            states.append(out.hidden_states[-2] if len(self.encoders) > 1 else out.last_hidden_state)
+            pooled = getattr(out, "text_embeds", None)
+        return Encoding(torch.cat(states, dim=-1), masks[0], pooled)
 
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        return self.unet(x_t, t, encoder_hidden_states=context).sample
+        """ε; of a model that predicts v: ``ε = α_t v + σ_t x_t``, in float32."""
+        out = self._forward(x_t, t, context, extra)
+        if self.prediction == "epsilon":
+            return out
+        alpha2 = self.scheduler.alphas_cumprod.to(x_t.device)[t].float().reshape(-1, *[1] * (x_t.dim() - 1))
+        return (alpha2.sqrt() * out.float() + (1 - alpha2).sqrt() * x_t.float()).to(out.dtype)
+
+    def _forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None) -> Tensor:
+        """What the UNet itself returns, ε or v. SDXL's size conditioning: drawn and wanted at this size, nothing cropped."""
+        added = None
+        if self.unet.config.get("addition_embed_type") == "text_time":
+            if pooled is None:
+                raise SepMEError("This model reads a pooled text vector beside the context; pass it as 'extra'.")
+            side = self.side * self.pipe.vae_scale_factor
+            ids = torch.tensor([side, side, 0, 0, side, side], device=x.device, dtype=context.dtype).expand(len(x), -1)
+            added = {"text_embeds": pooled, "time_ids": ids}
+        return self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)
@@ -84,8 +102,7 @@ class DiffusersHost:
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal start latents ``(seeds, 4, h, w)``, one generator a seed."""
-        size = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, size, size)
+        shape = (self.unet.config.in_channels, self.side, self.side)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.device, self.unet.dtype)
 
@@ -93,14 +110,16 @@ class DiffusersHost:
     def timesteps(self) -> int:
         return int(self.scheduler.config.num_train_timesteps)
 
-    def _runs(self, context: Tensor, empty: Tensor, generator: torch.Generator, steps: int, guidance: float) -> Iterator[Tensor]:
+    def _runs(
+        self, context: Tensor, empty: Tensor, generator: torch.Generator, extra: Any, steps: int, guidance: float
+    ) -> Iterator[Tensor]:
         """DDIM runs of the model as it is: the start latents, then the latents after every step."""
         x = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
         self.scheduler.set_timesteps(steps, device=self.device)
         both = torch.cat([empty, context])
         yield x
         for t in self.scheduler.timesteps:
-            nothing, something = self.unet(torch.cat([x, x]), t, encoder_hidden_states=both).sample.chunk(2)
+            nothing, something = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
             x = self.scheduler.step(nothing + guidance * (something - nothing), t, x).prev_sample
             yield x
 
@@ -109,12 +128,13 @@ class DiffusersHost:
         context: Tensor,
         empty: Tensor,
         generator: torch.Generator,
+        extra: Any = None,
         steps: int = 25,
         guidance: float = 3.0,
         on_step: Callable[[], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         points = []
-        for x in self._runs(context, empty, generator, steps, guidance):
+        for x in self._runs(context, empty, generator, extra, steps, guidance):
             points.append(x)
             if on_step is not None:
                 on_step()
@@ -125,18 +145,19 @@ class DiffusersHost:
         context: Tensor,
         empty: Tensor,
         generator: torch.Generator,
+        extra: Any = None,
         steps: int = 50,
         guidance: float = 7.5,
         on_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        for x in self._runs(context, empty, generator, steps, guidance):  # noqa: B007
+        for x in self._runs(context, empty, generator, extra, steps, guidance):  # noqa: B007
             if on_step is not None:
                 on_step()
         return x
 
     @property
     def image_size(self) -> int:
-        return int(self.unet.config.sample_size * self.pipe.vae_scale_factor)
+        return int(self.side * self.pipe.vae_scale_factor)
 
     def encode_images(self, images: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
         latents = []
@@ -171,35 +192,46 @@ class DiffusersHost:
         """
         texts, tags = zip(*(parse_tags(p) for p in prompts), strict=True)
         negative_text, negative_tags = parse_tags(negative)
-        cond = self.encode(texts).context
-        uncond = self.encode([negative_text]).context.expand_as(cond)
+        cond = self.encode(texts)
+        uncond = self.encode([negative_text]).rows([0] * len(prompts))
 
         def step_end(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
                 on_step(index)
             return kwargs
 
-        def run() -> Tensor:
+        def run(pooled: tuple[Tensor, Tensor] | None) -> Tensor:
+            extra = {} if pooled is None else {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
             out = self.pipe(
-                prompt_embeds=cond,
-                negative_prompt_embeds=uncond,
+                prompt_embeds=cond.context,
+                negative_prompt_embeds=uncond.context,
                 latents=self.latents(seeds),
+                height=self.side * self.pipe.vae_scale_factor,
+                width=self.side * self.pipe.vae_scale_factor,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent",
                 callback_on_step_end=step_end,
+                **extra,
             )
             if latents_only:
                 return out.images
-            return self.pipe.vae.decode(out.images / self.pipe.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+            vae = self.pipe.vae
+            return vae.decode(out.images.to(vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1)
 
+        pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
         with torch.no_grad():
             if composition is None or not composition.deltas:
-                return run()
+                return run(pooled)
             base = toggles or {}
             rows = [merge(base, t) for t in tags]
+            if pooled is not None:
+                both = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.names)
+                contexts = torch.cat([uncond.context, cond.context])
+                first, second = composition.replace_pooled(torch.cat(pooled), contexts, both, gate).chunk(2)
+                pooled = first, second
             if guidance > 1:
                 rows = [merge(base, negative_tags)] * len(rows) + rows
             table = strengths(rows, composition.names)
             with KVProjector(self._layers, composition, gate=gate, keep=keep).attached(table):
-                return run()
+                return run(pooled)

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..protocols import Encoding
 from .gcirs import GCiRs
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[[Encoding], Tensor]
 
 
 class Objective(Protocol):
@@ -17,12 +18,12 @@ class Objective(Protocol):
 
     name: str
 
-    def loss(self, frozen: Predict, erased: Predict, context: Tensor, empty: Tensor) -> Tensor:
+    def loss(self, frozen: Predict, erased: Predict, context: Encoding, empty: Encoding) -> Tensor:
         """Scalar loss.
 
         Args:
-            frozen: ε of the frozen model for a context, without a graph. erased: the same with the delta, with a graph.
-            context: the concept's prompts ``(batch, tokens, d_in)``. empty: the empty prompt's, same shape.
+            frozen: ε of the frozen model for prompts, without a graph. erased: the same with the delta, with a graph.
+            context: the concept's prompts, ``batch`` of them. empty: the empty prompt as often.
         """
         ...
 

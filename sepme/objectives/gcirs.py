@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..protocols import Encoding
+
 
 class GCiRs:
     """Eq. 2: ``L_cor = Avg( r(c; θ+Δθ) ⊙ r(c; θ) )`` with ``r(c; θ) = ε(x_t, c, t; θ) − ε(x_t, c_∅, t; θ)``.
@@ -20,7 +22,9 @@ class GCiRs:
     def __init__(self, protected: bool = True) -> None:
         self.protected = protected
 
-    def loss(self, frozen: Callable[[Tensor], Tensor], erased: Callable[[Tensor], Tensor], context: Tensor, empty: Tensor) -> Tensor:
+    def loss(
+        self, frozen: Callable[[Encoding], Tensor], erased: Callable[[Encoding], Tensor], context: Encoding, empty: Encoding
+    ) -> Tensor:
         nothing = frozen(empty)
         original = frozen(context) - nothing
         return ((erased(context) - (nothing if self.protected else erased(empty))) * original).mean()

@@ -17,13 +17,15 @@ from ..delta import write_atomically
 from ..errors import Interrupted, SepMEError
 from ..layers import projections
 from ..objectives import OBJECTIVES
-from ..protocols import Denoiser
+from ..pooled import Pooled
+from ..protocols import Denoiser, Encoding
 from ..runtime import Forward, patched
 from .increment import Increment
 from .options import OnStep, Progress, TrainOptions
 from .source import Source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HALF_GAIN = 1024.0  # keeps gradients inside a half-precision UNet out of its subnormals
 
 
 @dataclass
@@ -31,24 +33,34 @@ class Track:
     """One concept's way through training.
 
     Attributes:
-        contexts: its prompts ``(prompts, tokens, d_in)``. empty: the empty prompt's ``(1, tokens, d_in)``.
+        own: its prompts. nothing: the empty prompt, one row. pooled: what replaces the concept in the pooled vector, if anything.
         generator: of every draw. losses: L_cor by step. momentum: of its own losses.
     """
 
     name: str
     increment: Increment
     source: Source
-    contexts: Tensor
-    empty: Tensor
+    own: Encoding
+    nothing: Encoding
     generator: torch.Generator
     optimizer: torch.optim.Adam
     losses: list[float] = field(default_factory=list)
     momentum: float = 0.0
+    pooled: Pooled | None = None
 
     @staticmethod
-    def start(name: str, increment: Increment, source: Source, contexts: Tensor, empty: Tensor, options: TrainOptions) -> Track:
+    def start(
+        name: str,
+        increment: Increment,
+        source: Source,
+        own: Encoding,
+        nothing: Encoding,
+        options: TrainOptions,
+        pooled: Pooled | None = None,
+    ) -> Track:
         optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
-        return Track(name, increment, source, contexts, empty, torch.Generator().manual_seed(options.seed), optimizer)
+        generator = torch.Generator().manual_seed(options.seed)
+        return Track(name, increment, source, own, nothing, generator, optimizer, pooled=pooled)
 
 
 def balance(losses: Sequence[float], cap: float) -> list[float]:
@@ -116,14 +128,15 @@ class Training:
     def _differentiate(self, track: Track) -> tuple[float, tuple[Tensor, ...]]:
         """L_cor of one draw, and its gradient with respect to the concept's own w."""
         x_t, t, prompts = track.source.draw(track.generator, self.options.batch)
-        context = track.contexts[prompts]
+        given, batch = track.own.rows(prompts), len(prompts)
 
-        def frozen(c: Tensor) -> Tensor:
+        def frozen(c: Encoding) -> Tensor:
             with torch.no_grad():
-                return _precise(self.denoiser.predict(x_t, t, c))
+                return _precise(self.denoiser.predict(x_t, t, c.context, c.pooled))
 
-        def erased(c: Tensor) -> Tensor:
-            increments = [(other.increment, other.increment.features(c)) for other in self.tracks]
+        def erased(c: Encoding) -> Tensor:
+            pooled = c.pooled if c.pooled is None or track.pooled is None else track.pooled.replace(c.pooled)
+            increments = [(other.increment, other.increment.features(c.context)) for other in self.tracks]
 
             def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
                 def project(c: Tensor) -> Tensor:
@@ -135,10 +148,12 @@ class Training:
                 return project
 
             with patched(self.modules, wrap):
-                return _precise(self.denoiser.predict(x_t, t, c))
+                return _precise(self.denoiser.predict(x_t, t, c.context, pooled))
 
-        loss = self.objective.loss(frozen, erased, context, track.empty.expand_as(context))
-        return float(loss.detach()), torch.autograd.grad(loss, list(track.increment.w.values()))
+        loss = self.objective.loss(frozen, erased, given, track.nothing.rows([0] * batch))
+        gain = HALF_GAIN if x_t.dtype == torch.float16 else 1.0
+        gradients = torch.autograd.grad(loss * gain, list(track.increment.w.values()))
+        return float(loss.detach()), tuple(g / gain for g in gradients)
 
     def _descend(self, track: Track, gradient: Sequence[Tensor], eta: float) -> None:
         w = list(track.increment.w.values())

@@ -18,7 +18,7 @@ from ..delta import ConceptDelta
 from ..errors import SepMEError
 from ..layers import kv_fingerprint, weights
 from ..nullspace import Planner, Subspace
-from ..protocols import Denoiser
+from ..protocols import Denoiser, Encoding
 from .compress import compress
 from .increment import Increment
 from .loop import Track, Training
@@ -143,10 +143,12 @@ def _track(
     pictures: Pictures | None,
     check: Callable[[], None] | None,
 ) -> Track:
-    contexts = planner.encodings[name].context
-    empty = planner.empty.context.repeat(1, contexts.shape[1] // planner.empty.context.shape[1], 1)
-    source = make_source(denoiser, contexts, empty, options, pictures, check)
-    return Track.start(name, increment, source, contexts, empty, options)
+    device = next(iter(increment.w.values())).device
+    own, empty = planner.encodings[name].to(device), planner.empty
+    repeat = own.context.shape[1] // empty.context.shape[1]
+    nothing = Encoding(empty.context.repeat(1, repeat, 1), empty.mask.repeat(1, repeat), empty.pooled).to(device)
+    source = make_source(denoiser, own, nothing, options, pictures, check)
+    return Track.start(name, increment, source, own, nothing, options, planner.pooled(name)[0])
 
 
 def _finish(
@@ -162,17 +164,17 @@ def _finish(
     name = plan.concept.name
     facts: dict[str, Any] = {}
     if plan.subspace is not None:
-        subspace, up = plan.subspace, {n: options.beta * w.detach() for n, w in increment.w.items()}
+        subspace, up = plan.subspace, {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
     elif plan.null is not None:
         tokens = planner.encodings[name].context.flatten(0, 1)
-        trained = {n: w.detach() for n, w in increment.w.items()}
+        trained = {n: w.detach().cpu() for n, w in increment.w.items()}
         short = compress(trained, plan.null, tokens, options.beta, planner.options.max_rank, planner.options.energy)
         subspace, up = planner.certify(name, short.basis, plan.null.shape[1]), short.up
         facts = {"compression": short.facts}
     else:  # a full-rank ΔW has no subspace: D is the identity, and a gate of 0 lets every prompt through
         d_in = planner.empty.context.shape[-1]
         subspace = planner.certify(name, torch.eye(d_in, dtype=torch.float64), 0, gate=0.0)
-        up = {n: options.beta * w.detach() for n, w in increment.w.items()}
+        up = {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
     info = {
         "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c is not plan.concept],
         "preserve": _preserve(planner),
@@ -184,7 +186,7 @@ def _finish(
         "losses": [round(v, 8) for v in losses],
     }
     untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in kv.items() if n not in up}
-    return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts)
+    return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
 
 
 def _preserve(planner: Planner) -> dict[str, Any]:

@@ -19,8 +19,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 PLANS: dict[str, dict[str, Any]] = {
     "subspace": {},
-    "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0},
-    "unrestricted": {},
+    "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0, "pooled": "leave"},
+    "unrestricted": {"pooled": "leave"},
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..protocols import Denoiser
+from ..protocols import Denoiser, Encoding
 from .options import TrainOptions
 
 
@@ -78,8 +78,8 @@ class Pictures(NamedTuple):
 
 def make_source(
     denoiser: Denoiser,
-    contexts: Tensor,
-    empty: Tensor,
+    own: Encoding,
+    nothing: Encoding,
     options: TrainOptions,
     pictures: Pictures | None,
     check: Callable[[], None] | None = None,
@@ -87,16 +87,18 @@ def make_source(
     """A concept's source of x_t.
 
     Args:
-        contexts: the concept's prompts ``(prompts, tokens, d_in)``. empty: the empty prompt's ``(1, tokens, d_in)``.
+        own: the concept's prompts. nothing: the empty prompt, one row.
         pictures: the user's own pictures instead of what ``options.source`` says.
         check: called between denoising steps; it may raise :class:`~sepme.errors.Interrupted`.
     """
     if pictures is not None:
-        return Images(pictures.latents, None, len(contexts), denoiser)
+        return Images(pictures.latents, None, len(own.context), denoiser)
     generator = torch.Generator().manual_seed(options.seed + 1)
-    prompts = torch.randint(len(contexts), (options.trajectories,), generator=generator)
-    rows, nothing = contexts[prompts], empty.expand(len(prompts), -1, -1)
+    prompts = torch.randint(len(own.context), (options.trajectories,), generator=generator)
+    rows, empty = own.rows(prompts), nothing.rows([0] * len(prompts))
+    extra = () if rows.pooled is None or empty.pooled is None else (torch.cat([empty.pooled, rows.pooled]),)
     with torch.no_grad():
         if options.source == "drawn":
-            return Images(denoiser.drawn(rows, nothing, generator, on_step=check), prompts, len(contexts), denoiser)
-        return Trajectories(*denoiser.trajectory(rows, nothing, generator, on_step=check), prompts)
+            latents = denoiser.drawn(rows.context, empty.context, generator, *extra, on_step=check)
+            return Images(latents, prompts, len(own.context), denoiser)
+        return Trajectories(*denoiser.trajectory(rows.context, empty.context, generator, *extra, on_step=check), prompts)

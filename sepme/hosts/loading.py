@@ -1,0 +1,158 @@
+"""Pipelines from the embedded model, a diffusers folder or a single-file checkpoint. Only safetensors is read; no download."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from ..delta import refuse_pickle
+from ..errors import SepMEError
+from . import ldm
+from .tokenizers import END, clip_tokenizer
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+PREDICTIONS = ("epsilon", "v_prediction")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        device: as PyTorch names it. dtype: of the weights (delta factors stay float32).
+        tokenizer: folder of CLIP's tokenizer, for single files. prediction: what the UNet predicts; found out when None.
+        size: pixels of an image's side; the model's own when None.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    tokenizer: str | None = None
+    prediction: str | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction not in (None, *PREDICTIONS):
+            raise SepMEError(f"There is no prediction type {self.prediction!r}; choose epsilon or v_prediction.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [""])[0][:100]
+            raise SepMEError(f"The device {self.device!r} cannot be used ({reason}); choose cpu, or a device that PyTorch finds.") from None
+
+
+def load_pipeline(model: str, options: LoadOptions) -> Any:
+    """Load ``demo``, a diffusers folder or a ``.safetensors`` file.
+
+    Returns:
+        a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline`` on the device.
+
+    Raises:
+        SepMEError: nothing there, another architecture, parts missing, damaged files, no tokenizer, not enough memory.
+    """
+    path = DEMO if model == "demo" else Path(model)
+    refuse_pickle(path)
+    if path.is_file():
+        pipe = _from_file(path, options)
+    elif (path / "model_index.json").is_file():
+        pipe = _from_folder(path, options)
+    else:
+        raise SepMEError(
+            f"{path} is neither a .safetensors checkpoint nor a diffusers folder (it has no model_index.json); "
+            "name one, or 'demo' for the embedded model."
+        )
+    if pipe.unet.config.in_channels != 4 or pipe.unet.config.get("class_embed_type"):
+        raise SepMEError(f"{path} reads more than text and a latent image; only text-to-image models can be used.")
+    return pipe.to(options.device)
+
+
+def _from_folder(folder: Path, options: LoadOptions) -> Any:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        kind = index.get("_class_name")
+        if not isinstance(kind, str) or kind not in PIPELINES:
+            raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only {' and '.join(PIPELINES)} can be loaded.")
+        if any(folder.rglob("*.py")):
+            raise SepMEError(f"{folder} holds Python code, which is never run; get the plain folder of the model.")
+        encoders = ("text_encoder", "text_encoder_2") if "XL" in kind else ("text_encoder",)
+        for part in ("unet", "vae", *encoders):
+            owner = (index.get(part) or [None])[0]
+            if owner not in ("diffusers", "transformers") or not any((folder / part).glob("*.safetensors")):
+                raise SepMEError(f"{folder} has no {part} as .safetensors, which is the only format that is read; get the folder with it.")
+        parts = [[f.name for f in (folder / p).glob("*.safetensors")] for p in ("unet", "vae", *encoders)]
+        whole = all(any(".fp16" not in name for name in names) for names in parts)
+        extra = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
+        pipe = (
+            PIPELINES[kind]
+            .from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, variant=None if whole else "fp16", **extra
+            )
+            .to(options.dtype)
+        )
+    except (SepMEError, MemoryError):
+        raise
+    except Exception as error:  # whatever a broken folder makes the loaders raise
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
+    for part in (pipe.unet, pipe.vae, *(getattr(pipe, name) for name in encoders)):
+        for parameter in part.parameters():  # mapped from a file it may lie at any offset, and kernels round by alignment
+            parameter.data = parameter.data.clone()
+    if options.prediction:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=options.prediction)
+    return pipe
+
+
+def _from_file(path: Path, options: LoadOptions) -> Any:
+    file = ldm.Checkpoint.open(path)
+    pads = {"sd1": (END,), "sd2": ("!",), "sdxl": (END, "!")}[file.kind]
+    tokenizers = [clip_tokenizer(options.tokenizer, pad) for pad in pads]
+    if max(tokenizers[0].get_vocab().values()) >= ldm.vocabulary(file):
+        raise SepMEError(
+            f"The tokenizer has {len(tokenizers[0])} tokens, the text encoder of {path} knows {ldm.vocabulary(file)}; name the tokenizer "
+            "of this model (--tokenizer DIR)."
+        )
+    encoders = ldm.text_encoders(file, options.dtype, tokenizers[0].eos_token_id)
+    parts = {"vae": ldm.vae(file, options.dtype), "unet": ldm.unet(file, options.dtype)}
+    prediction = options.prediction or _declared_prediction(file)
+    scheduler = DDIMScheduler(**ldm.SCHEDULE, prediction_type=prediction or "epsilon")
+    if file.kind == "sdxl":
+        return StableDiffusionXLPipeline(
+            **parts, scheduler=scheduler, text_encoder=encoders[0], text_encoder_2=encoders[1],
+            tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], add_watermarker=False,
+        )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        **parts, scheduler=scheduler, text_encoder=encoders[0], tokenizer=tokenizers[0],
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    if file.kind == "sd2":
+        prediction = prediction or probe_prediction(pipe.to(options.device))
+        pipe.scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type=prediction)
+        if prediction == "v_prediction":
+            pipe.unet.register_to_config(sample_size=96)  # the published v models draw 768 pixels
+    return pipe
+
+
+def _declared_prediction(file: ldm.Checkpoint) -> str | None:
+    """What the file itself says: ``modelspec.prediction_type``, or the empty tensor ``v_pred`` of v-predicting SDXL models."""
+    declared = {"epsilon": "epsilon", "v": "v_prediction"}.get(file.metadata.get("modelspec.prediction_type", ""))
+    return declared or ("v_prediction" if "v_pred" in file.shapes else None)
+
+
+@torch.no_grad()
+def probe_prediction(pipe: Any) -> str:
+    """Tell ε from v by one look at pure noise, since SD 2.x weights of both kinds have the same keys and shapes.
+
+    At the last timestep ``x_t ≈ ε``, so an ε model returns about its input; ``v = α ε − σ x_0`` with α ≈ 0.07 there hardly contains it.
+    """
+    ids = pipe.tokenizer([""], padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(pipe.unet.device, pipe.unet.dtype)
+    last = pipe.scheduler.config.num_train_timesteps - 1
+    out = pipe.unet(noise, last, encoder_hidden_states=pipe.text_encoder(ids.to(pipe.unet.device))[0]).sample
+    alike = torch.nn.functional.cosine_similarity(out.float().flatten(), noise.float().flatten(), dim=0)
+    return "epsilon" if float(alike) > 0.5 else "v_prediction"
