@@ -8,8 +8,8 @@ TORCH ?= torch>=2.4 torchvision
 # the environment, made again when the requirements change
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(foreach p,$(TORCH),"$(p)")
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[cli,test]"
+	$(BIN)/pip install -qq --disable-pip-version-check $(foreach p,$(TORCH),"$(p)")
+	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
 	touch $@
 
 demo: .venv/.ready

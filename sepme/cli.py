@@ -541,23 +541,23 @@ def bench_train(
 
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
-    import click
-
     try:
         code = app(standalone_mode=False)
     except SepMEError as error:
         print(f"sepme: {error}", file=sys.stderr)
         code = 2
-    except click.ClickException as error:
-        print(f"sepme: {' '.join(error.format_message().split())}", file=sys.stderr)
-        code = 2
-    except (Interrupted, KeyboardInterrupt, click.Abort):
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
         print("sepme: interrupted", file=sys.stderr)
         code = 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate" not in str(error):
             raise
-        print("sepme: out of memory; use a smaller --batch, fewer images or a machine with more memory", file=sys.stderr)
+        print("sepme: out of memory; close other programs, draw fewer pictures at once, or use a machine with more memory", file=sys.stderr)
+        code = 2
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of click, or of the copy of click that newer typer carries
+            raise
+        print(f"sepme: {' '.join(error.format_message().split())}", file=sys.stderr)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
