@@ -125,9 +125,10 @@ def train(
     concept_book = ConceptBook.load(book)
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
+    own: dict[str, Any] = {"learning_rate": learning_rate, "warm_start": warm_start}  # None: the mode's
     options = TrainOptions(
-        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,
-        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
+        objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise, seed=seed,
+        values_only=values_only, **own,
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
