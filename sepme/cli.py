@@ -156,9 +156,10 @@ def train(
         concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
+    own: dict[str, Any] = {"learning_rate": learning_rate, "warm_start": warm_start}  # None: the mode's
     options = TrainOptions(
-        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,  # type: ignore[arg-type]
-        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
+        objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise, seed=seed,
+        values_only=values_only, **own,
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
