@@ -25,7 +25,8 @@ lint: .venv/.ready
 	$(BIN)/mypy
 
 bench: .venv/.ready
-	$(BIN)/sepme bench --help
+	$(BIN)/sepme bench solver
+	$(BIN)/sepme bench train
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -80,13 +80,13 @@ def test_untouched_rows_are_no_rows(deltas: tuple[ConceptDelta, ...], context: T
     assert len(Composition(deltas).touch(context, torch.zeros(5, 3), gate=False).rows) == 0
 
 
-def test_the_gate_is_strict(deltas: tuple[ConceptDelta, ...], context: Tensor) -> None:
-    """Open only above γ: a prompt that is exactly at it stays untouched."""
-    composition = Composition(deltas[:1])
-    h = context @ composition.down.T
-    at = float((h.square().sum(-1).sqrt() / context.norm(dim=-1)).amax(dim=1)[2])
-    assert 2 in Composition((replace(deltas[0], gate=at * (1 - 1e-5)),)).touch(context, torch.ones(1)).rows
-    assert 2 not in Composition((replace(deltas[0], gate=at * (1 + 1e-5)),)).touch(context, torch.ones(1)).rows
+def test_the_gate_is_strict(make_random_delta: Callable[..., ConceptDelta]) -> None:
+    """Open only above γ: a token (3, 4) with D = (1, 0) has the ratio 0.6, exactly."""
+    context, down = torch.zeros(1, 2, 16), torch.zeros(1, 16)
+    context[0, 0, :2], down[0, 0] = torch.tensor([3.0, 4.0]), 1.0
+    delta = replace(make_random_delta("star", SHAPES, rank=1), down=down)
+    for gate, touched in ((0.6 - 1e-6, [0]), (0.6, []), (0.6 + 1e-6, [])):
+        assert Composition((replace(delta, gate=gate),)).touch(context, torch.ones(1)).rows.tolist() == touched
 
 
 def test_the_gate_weighs_rows_not_tokens(deltas: tuple[ConceptDelta, ...], context: Tensor) -> None:
