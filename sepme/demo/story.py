@@ -28,7 +28,7 @@ from .world import BOTH_PROMPTS, COLOUR_NAMES, OBJECT_PROMPTS, OBJECTS, PLAIN, S
 
 OnProgress = Callable[[str, int, int], None]
 PRESERVED = ("{}", "a {} picture", "a picture, {}", "a drawing, {}")
-STEPS, GUIDANCE = 10, 3.0
+STEPS, GUIDANCE = 8, 3.0
 
 
 def demo_book() -> ConceptBook:

@@ -223,7 +223,7 @@ def test_closed_form_of_many_is_that_of_each() -> None:
 
 def test_shipped_names_are_a_thousand_and_none_is_part_of_another() -> None:
     names = shipped_names()
-    assert len(names) == len({n.casefold() for n in names}) == 1000
+    assert len(names) == len({n.casefold() for n in names}) >= 1000
     words = {n: f" {n.casefold()} " for n in names}
     assert not [(a, b) for a in names for b in names if a != b and words[a] in words[b]]
     with pytest.raises(SepMEError, match="names for"):
