@@ -339,10 +339,11 @@ def verify(
     for delta in deltas:
         name = delta.concept.name
         own = ratios(contexts[name], delta.down)
-        known = {c["name"]: encode(host, c["prompts"]).context for c in delta.info.get("known", [])}
+        foreign = {c["name"]: [p for p in c["prompts"] if not mentions(p, name)] for c in delta.info.get("known", [])}
+        known = {n: encode(host, prompts).context for n, prompts in foreign.items() if prompts}
         kept = delta.info.get("preserve", {}).get("prompts", [])
         known |= {"(empty prompt)": empty} | ({"(preserved prompts)": encode(host, kept).context} if kept else {})
-        leakage = {n: float(ratios(c, delta.down).max()) for n, c in known.items() if not mentions(n, name)}
+        leakage = {n: float(ratios(c, delta.down).max()) for n, c in known.items()}
         strangers = [i for i, p in enumerate(corpus) if not mentions(p, name)]
         touched = ratios(ordinary, delta.down)[strangers] > delta.gate
         rows.append(
