@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from ..composition import Composition
-from ..errors import SepMEError
+from ..errors import SepMEError, out_of_memory
 from ..layers import unet_layers
 from ..protocols import AttentionLayer, Encoding
 from ..runtime import KVProjector
@@ -55,6 +55,8 @@ class DiffusersHost:
         except SepMEError:
             raise
         except Exception as error:  # whatever a broken folder makes the loaders raise
+            if out_of_memory(error):
+                raise
             reason = (str(error).splitlines() or [""])[0][:160]
             raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
         return DiffusersHost(pipe)
