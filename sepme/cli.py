@@ -129,8 +129,8 @@ def train(
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy)
     options = TrainOptions(
-        objective=objective, mode=mode, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold,
-        regularise=regularise, seed=seed, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
+        objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise,
+        seed=seed, learning_rate=learning_rate, warm_start=warm_start, values_only=values_only,  # type: ignore[arg-type]
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):

@@ -167,7 +167,7 @@ class ConceptDelta:
         _check_declared(path, declared)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in sorted(declared)}
+                tensors = {name: file.get_tensor(name).clone() for name in sorted(declared)}  # not mapped: the file may change
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if out_of_memory(error):
                 raise

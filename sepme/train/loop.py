@@ -195,7 +195,7 @@ class Training:
                 metadata = file.metadata() or {}
                 if metadata.get("digest") != digest:
                     return False
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             if metadata.get("content") != _content(tensors, metadata):
                 raise ValueError("content")
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

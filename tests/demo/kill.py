@@ -137,7 +137,7 @@ def check_folder(folder: Path) -> None:
         elif path.suffix == ".safetensors":
             ConceptDelta.load(path)
         else:
-            assert path.name.startswith(".") and path.suffix == ".part", path
+            assert path.match(".*.part"), path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
