@@ -22,8 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .concepts import ConceptBook
-from .delta import ConceptDelta
-from .errors import Interrupted, SepMEError
+from .delta import ConceptDelta, check_writable, remove_leftovers
+from .errors import Interrupted, SepMEError, out_of_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Separable multi-concept erasure.")
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and size on this machine.")
@@ -42,7 +42,8 @@ Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the m
 
 def file_name(concept: str) -> str:
     """File name of a concept's delta: word characters of its name, joined by '-'."""
-    return "-".join(re.findall(r"\w+", concept.casefold())) or "concept"
+    name = "-".join(re.findall(r"\w+", concept.casefold())) or "concept"
+    return name.encode()[:200].decode(errors="ignore")  # file systems take 255 bytes, endings included
 
 
 def _finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -67,6 +68,8 @@ def _host(
         from .hosts.diffusers import DiffusersHost
         from .hosts.loading import DTYPES, LoadOptions
     except ImportError as error:
+        if out_of_memory(error):
+            raise
         raise SepMEError(
             f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
         ) from None
@@ -164,7 +167,7 @@ def train(
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book would get the same file name; rename one.")
-    _check_writable(out)
+    check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     host = _host(model, device, dtype, tokenizer, prediction, size)
@@ -178,6 +181,8 @@ def train(
             log.print(f"Null space: {planner.mode}")
         for group in [chosen] if joint else [[name] for name in chosen]:
             checkpoint = (out / "joint" if len(group) > 1 else paths[group[0]].with_suffix("")).with_suffix(".checkpoint.safetensors")
+            for path in (checkpoint, *(paths[n] for n in group)):
+                remove_leftovers(path)
             if not resume:
                 checkpoint.unlink(missing_ok=True)
             elif all(paths[n].exists() for n in group) and not checkpoint.exists():
@@ -222,13 +227,6 @@ def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[
             read[own] = Pictures(host.encode_images(images, check), digest)
         result[name] = read[own]
     return result
-
-
-def _check_writable(folder: Path) -> None:
-    from .delta import write_atomically
-
-    probe = write_atomically(folder / ".sepme-probe", b"")
-    probe.unlink()
 
 
 def _bar() -> Progress:
@@ -469,7 +467,8 @@ def generate(
         log.print("Warning: a strength lies outside 0 to 1; negative ones amplify the concept, larger ones overshoot.")
     if out.suffix.lower() != ".png":
         raise SepMEError(f"{out} is no PNG name; end it in .png.")
-    _check_writable(out.parent)
+    check_writable(out.parent)
+    remove_leftovers(out)
     host = _host(model, device, dtype, tokenizer, prediction, size)
     with interruptible() as check:
         images = host.generate(
@@ -493,7 +492,7 @@ def demo(
     """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
     from .demo.story import tell
 
-    _check_writable(out)
+    check_writable(out)
     host = _host("demo")
     with interruptible() as check, _bar() as bar:
         metrics = tell(host, out, images, concepts, _tasks(bar, check))
@@ -546,20 +545,18 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except SepMEError as error:
-        print(f"sepme: {error}", file=sys.stderr)
+        print(f"sepme: {' '.join(str(error).splitlines())}", file=sys.stderr)
         code = 2
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         print("sepme: interrupted", file=sys.stderr)
         code = 130
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate" not in str(error):
-            raise
-        print("sepme: out of memory; close other programs, draw fewer pictures at once, or use a machine with more memory", file=sys.stderr)
-        code = 2
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of click, or of the copy of click that newer typer carries
+        if hasattr(error, "format_message"):  # a usage error of click, or of the copy of click that newer typer carries
+            print(f"sepme: {' '.join(error.format_message().split())}", file=sys.stderr)
+        elif out_of_memory(error):
+            print("sepme: out of memory; close other programs, ask for less at once or use a machine with more memory", file=sys.stderr)
+        else:
             raise
-        print(f"sepme: {' '.join(error.format_message().split())}", file=sys.stderr)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 

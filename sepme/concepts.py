@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from .errors import SepMEError
 
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of {}", "a painting of {}", "{} style", "in the style of {}")
-MAX_NAME, MAX_PROMPT, MAX_BOOK_BYTES = 128, 2000, 8 << 20
+MAX_NAME, MAX_PROMPT, MAX_BOOK_BYTES = 128, 2000, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,24 @@ class ConceptBook:
                     raise yaml.YAMLError("aliases are not allowed")
                 return super().compose_node(parent, index)
 
+            def construct_scalar(self, node: Any) -> Any:
+                if node.tag != self.DEFAULT_SCALAR_TAG and len(node.value) > 100:  # numbers that take minutes to convert
+                    raise yaml.YAMLError("a long value that is no text")
+                return super().construct_scalar(node)
+
         if len(text) > MAX_BOOK_BYTES:
             raise SepMEError(f"{source} is larger than {MAX_BOOK_BYTES >> 20} MB; concept books are short lists of names.")
         try:
             data = yaml.load(text, Loader=Loader)
-        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # the last two: wrong !!tags
+        except (
+            yaml.YAMLError,
+            RecursionError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            TypeError,
+        ) as error:  # wrong !!tags
             mark = getattr(error, "problem_mark", None)
             where = f" at line {mark.line + 1}" if mark else ""
             raise SepMEError(f"{source} is not readable YAML or JSON{where}; check its indentation and quotes.") from None
@@ -174,6 +187,6 @@ def _known_keys(data: Mapping[str, Any], known: set[str], source: str) -> None:
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:
     value = [] if value is None else value
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise SepMEError(f"{what[0].upper() + what[1:]} must be a list of texts; put each on its own line behind '- '.")
     return tuple(value)

@@ -7,6 +7,7 @@ float32. Everything else is header metadata (strings, JSON inside). No dates: on
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -25,12 +26,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .concepts import Concept
-from .errors import SepMEError
+from .errors import SepMEError, out_of_memory
 from .layers import architecture
 from .pooled import Pooled
 
 FORMAT = "sepme.delta/1"
-MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH = 1 << 30, 16 << 20, 4096, 1 << 15
+MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
 POOLED = ("pooled.down", "pooled.anchor")
 _UP = re.compile(r"up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
 
@@ -180,8 +181,10 @@ class ConceptDelta:
         _check_declared(path, declared)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in sorted(declared)}
+                tensors = {name: file.get_tensor(name).clone() for name in sorted(declared)}  # not mapped: the file may change
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             raise SepMEError(f"{path} is damaged ({_first_line(error)}); get it again.") from None
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -280,6 +283,45 @@ def _is_shape(value: Any, dims: int) -> bool:
     return isinstance(value, list) and len(value) == dims and all(isinstance(v, int) for v in value)
 
 
+def _plain_json(text: str) -> Any:
+    """JSON without NaN, infinities and deep nesting."""
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is no number")
+        return value
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return 1 + max(map(depth, inner), default=0)
+
+    data = json.loads(text, parse_constant=number, parse_float=number)
+    if depth(data) > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    return data
+
+
+def _check_info(info: Mapping[str, Any]) -> None:
+    """Raise an error (of any plain type) unless the facts that commands read have the types that they expect."""
+    for concept in info.get("known", []):
+        Concept(concept["name"], tuple(concept["prompts"]))
+    for prompt in info.get("preserve", {}).get("prompts", []):
+        prompt.encode()
+    objective, certificate = info.get("objective", {}), info.get("certificate", {})
+    objective.get("name", "").encode()
+    numbers = [objective.get("steps", 0), *info.get("losses", [])]
+    for name in ("leakage_linear", "leakage_gated"):
+        numbers += certificate.get(name, {}).values()
+    numbers += [certificate.get(n, 0) for n in ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")]
+    pooled = certificate.get("pooled") or {"mode": "", "residual": 0}
+    pooled["mode"].encode()
+    numbers.append(pooled["residual"])
+    if not all(isinstance(v, (int, float)) for v in numbers):
+        raise ValueError("a figure is no number")
+    if not isinstance(info.get("kv_fingerprint", ""), str):
+        raise ValueError("kv_fingerprint")
+
+
 def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> ConceptDelta:
     try:
         prompts = json.loads(metadata["prompts"])
@@ -288,18 +330,42 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         concept = Concept(metadata["concept"], tuple(prompts), metadata.get("anchor", ""))
         gate = float(metadata["gate"])
         own = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}
-        info = {k: json.loads(v) for k, v in metadata.items() if k not in own and not k.startswith("modelspec.")}
-    except (KeyError, ValueError, RecursionError) as error:
+        info = {k: _plain_json(v) for k, v in metadata.items() if k not in own and not k.startswith("modelspec.")}
+        _check_info(info)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SepMEError(f"{path}: its metadata is damaged ({_first_line(error)}); get the file again.") from None
     if not (math.isfinite(gate) and gate >= 0):
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")
     up = {k[3:]: v for k, v in tensors.items() if k.startswith("up.") and not k.endswith(".scale")}
     scale = {k: float(tensors[f"up.{k}.scale"]) for k in up}
+    for name, value in up.items():
+        if not (value.float() * scale[name]).isfinite().all():
+            raise SepMEError(f"{path}: tensor 'up.{name}' times its scale is infinite; the file is damaged.")
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
     delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != _header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left of :func:`write_atomically` for this path."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`SepMEError` unless files can be made in this folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # nameless where the system can: nothing to leave behind
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> SepMEError:
+    return SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.")
 
 
 def write_atomically(path: str | Path, data: bytes) -> Path:
@@ -320,7 +386,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         os.chmod(part, 0o644)
         os.replace(part, path)
     except OSError as error:
-        raise SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.") from None
+        raise _unwritable(path, error) from None
     finally:
         if part is not None and os.path.exists(part):
             os.unlink(part)

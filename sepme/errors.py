@@ -5,5 +5,13 @@ class SepMEError(ValueError):
     """Bad input. The message is one sentence for the user; the CLI exits with 2, a node shows it."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or the system says that memory ran out, whatever its type."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        s in text for s in ("out of memory", "t allocate memory", "not allocate memory", "bad_alloc")
+    )
+
+
 class Interrupted(Exception):
     """The user stopped a long job; what was reached is in its checkpoint."""

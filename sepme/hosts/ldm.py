@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..delta import refuse_pickle
-from ..errors import SepMEError
+from ..errors import SepMEError, out_of_memory
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -263,6 +263,8 @@ def _build(file: Checkpoint, what: str, make: Callable[[], nn.Module], state: di
     except SepMEError:
         raise
     except Exception as error:  # impossible widths make the constructors raise
+        if out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0][:120]
         raise SepMEError(f"{file.path}: its {what} cannot be built ({type(error).__name__}: {reason}); it is not supported.") from None
     for part in module.modules():  # what is not in a state dict still lies on the meta device

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..delta import refuse_pickle
-from ..errors import SepMEError
+from ..errors import SepMEError, out_of_memory
 from . import ldm
 from .tokenizers import END, clip_tokenizer
 
@@ -98,6 +98,8 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
     except (SepMEError, MemoryError):
         raise
     except Exception as error:  # whatever a broken folder makes the loaders raise
+        if out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0][:160]
         raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
     for part in (pipe.unet, pipe.vae, *(getattr(pipe, name) for name in encoders)):

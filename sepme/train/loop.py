@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..delta import write_atomically
-from ..errors import Interrupted, SepMEError
+from ..errors import Interrupted, SepMEError, out_of_memory
 from ..layers import projections
 from ..objectives import OBJECTIVES
 from ..pooled import Pooled
@@ -210,10 +210,12 @@ class Training:
                 metadata = file.metadata() or {}
                 if metadata.get("digest") != digest:
                     return False
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             if metadata.get("content") != _content(tensors, metadata):
                 raise ValueError("content")
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             raise SepMEError(f"The checkpoint {path} is damaged; delete it and train again.") from None
         self.momentum, *momenta = (float.fromhex(v) for v in json.loads(metadata["momenta"]))
         losses = json.loads(metadata["losses"])

@@ -142,9 +142,13 @@ preserve:
         ("\x00", "not readable"),
         ("- 2001-99-99", "not readable"),
         ('- !!int ""', "not readable"),
+        ("- 0x" + "f" * 6000, "not readable"),
+        ("- 1" + ":1" * 300 + ".0", "not readable"),
+        ("- 1" + ":1" * 100000, "not readable"),
+        ("- {name: a, prompts: !!set {b, c}}", "must be a list"),
         ('- !!bool "x"', "not readable"),
         ('- !!timestamp "x"', "not readable"),
-        ("x" * (MAX_BOOK_BYTES + 1), "larger than 8 MB"),
+        ("x" * (MAX_BOOK_BYTES + 1), "larger than 1 MB"),
     ],
 )
 def test_bad_books(text: str, message: str) -> None:
