@@ -176,7 +176,7 @@ def train(
         pictures = _pictures(host, images, chosen, check)
         planner = Planner(host, concept_book, plan, on_progress=_tasks(bar, check))
         if mode == "subspace":  # all gates in one pass over what calibrates them
-            planner.plan_all([n for n, p in paths.items() if not (resume and p.exists())])
+            planner.plan_all(list(paths))  # the same group whether resumed or not, so that the bytes are the same
         if null_space == "auto":
             log.print(f"Null space: {planner.mode}")
         for group in [chosen] if joint else [[name] for name in chosen]:
