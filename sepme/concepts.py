@@ -16,6 +16,12 @@ TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of {}", "a painting of {}
 MAX_NAME, MAX_PROMPT, MAX_BOOK_BYTES = 128, 2000, 1 << 20
 
 
+def file_name(concept: str) -> str:
+    """File name of a concept's delta: word characters of its name, joined by '-'."""
+    name = "-".join(re.findall(r"\w+", concept.casefold())) or "concept"
+    return name.encode()[:200].decode(errors="ignore")  # file systems take 255 bytes, endings included
+
+
 @dataclass(frozen=True)
 class Concept:
     """A concept: its name, the prompts that mean it, and the anchor that takes its place (empty prompt by default)."""

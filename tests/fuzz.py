@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sepme.cli import _summary
+from sepme.cli.inspect import summary
 from sepme.concepts import Concept, ConceptBook
 from sepme.delta import ConceptDelta, _header_hash
 from sepme.errors import SepMEError
@@ -167,7 +167,7 @@ def check_delta(data: bytes, path: Path) -> None:
     assert delta.down.dtype == torch.float32
     assert math.isfinite(delta.gate)
     assert all(delta.up_factor(n).isfinite().all() and delta.up[n].shape[1] == delta.rank for n in delta.up)
-    json.dumps(_summary(delta, path), allow_nan=False).encode()
+    json.dumps(summary(delta, path), allow_nan=False).encode()
     json.dumps(delta.info, allow_nan=False, indent=2)
     ", ".join(c["name"] for c in delta.info.get("known", [])).encode()
     path.write_bytes(delta.to_bytes())

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cli import file_name
 from ..composition import Composition
-from ..concepts import Concept, ConceptBook
+from ..concepts import Concept, ConceptBook, file_name
 from ..delta import ConceptDelta, write_atomically
 from ..hosts.diffusers import DEMO, DiffusersHost
 from ..nullspace import Planner, ordinary_prompts

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sepme import cli
+from sepme.concepts import file_name
 from sepme.hosts.diffusers import DiffusersHost
 
 TRAIN = ["--steps", "12", "--threshold", "-1", "--batch", "1"]
@@ -45,7 +46,7 @@ def failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def book(tmp_path: Path, demo_host: DiffusersHost, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli, "_host", lambda *arguments: demo_host)
+    monkeypatch.setattr(cli.train, "load_host", lambda *arguments: demo_host)
     path = tmp_path / "book.yaml"
     path.write_text("- star\n")
     return path
@@ -108,4 +109,4 @@ def test_real_allocation_failure(book: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_long_names_get_short_file_names() -> None:
-    assert len(cli.file_name("\u6f22" * 128).encode()) <= 200
+    assert len(file_name("\u6f22" * 128).encode()) <= 200

@@ -243,7 +243,7 @@ def test_capacity_rows() -> None:
 
 def test_capacity_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.yaml").write_text("[star, circle]", encoding="utf-8")
-    monkeypatch.setattr(cli, "_host", lambda *_: Encoder())
+    monkeypatch.setattr(cli.verify, "load_host", lambda *_: Encoder())
     arguments = ["verify", "demo", str(tmp_path / "book.yaml"), "--capacity", "--count", "2", "--count", "9"]
     result = CliRunner().invoke(cli.app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output

@@ -1,0 +1,88 @@
+"""``sepme generate`` and ``sepme demo``: pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..delta import ConceptDelta, check_writable, remove_leftovers
+from ..errors import SepMEError
+from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="Prompts, each with its own <erase:name:strength> and <keep:name> tags.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several prompts are laid side by side.")],
+    delta: Annotated[list[Path] | None, typer.Option("--delta", help="Delta file (repeatable); on unless kept.")] = None,
+    erase: Annotated[list[str] | None, typer.Option(help="NAME or NAME:STRENGTH (repeatable).")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="NAME to leave as it is (repeatable).")] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed; prompt i uses seed + i.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
+    gate: Annotated[bool, typer.Option(help="Row gate.")] = True,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures with concepts erased."""
+    from ..composition import Composition
+    from ..images import save_grid
+    from ..toggles import merge, parse_tags, strengths
+
+    composition = Composition(tuple(ConceptDelta.load(p) for p in delta or []))
+    toggles: dict[str, float] = {}
+    for item in erase or []:
+        toggles = merge(toggles, parse_tags(f"<erase:{item}>")[1])
+    toggles = merge(toggles, dict.fromkeys(keep or [], 0.0))
+    table = strengths([merge(toggles, parse_tags(p)[1]) for p in prompts], composition.names)
+    if ((table < 0) | (table > 1)).any():
+        log.print("Warning: a strength lies outside 0 to 1; negative ones amplify the concept, larger ones overshoot.")
+    if out.suffix.lower() != ".png":
+        raise SepMEError(f"{out} is no PNG name; end it in .png.")
+    check_writable(out.parent)
+    remove_leftovers(out)
+    host = load_host(model, device, dtype, tokenizer, prediction, size)
+    with interruptible() as check:
+        images = host.generate(
+            prompts, [seed + i for i in range(len(prompts))], composition, toggles,
+            negative=negative, steps=steps, guidance=guidance, gate=gate, on_step=lambda i: check(),
+        )  # fmt: skip
+    save_grid(images, out)
+    rows = [
+        {"prompt": p, "strengths": dict(zip(composition.names, row, strict=True))} for p, row in zip(prompts, table.tolist(), strict=True)
+    ]
+    finish({"image": str(out), "rows": rows}, as_json, lambda: log.print(f"Wrote {out}"))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the deltas and the report.")] = Path("demo"),
+    images: Annotated[int, typer.Option(help="Images a concept and condition.")] = 20,
+    concepts: Annotated[int, typer.Option(help="How many of the twelve concepts (for a quick look).")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
+    from ..demo.story import tell
+
+    check_writable(out)
+    host = load_host("demo")
+    with interruptible() as check, progress_bar() as bar:
+        metrics = tell(host, out, images, concepts, progress(bar, check))
+
+    def show() -> None:
+        table = Table("", "G-CiRs", "closed form")
+        for key, value in metrics.items():
+            if isinstance(value, float) and key in metrics["closed_form"]:
+                table.add_row(key, f"{value:.4g}", f"{metrics['closed_form'][key]:.4g}")
+        Console().print(table)
+        log.print(f"Report: {out / 'report.html'}")
+
+    finish(metrics, as_json, show)

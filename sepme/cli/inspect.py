@@ -1,0 +1,63 @@
+"""``sepme inspect``: what delta files hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..delta import ConceptDelta
+from .common import Files, Json, finish
+
+
+def inspect(files: Files, as_json: Json = False) -> None:
+    """Show what delta files hold."""
+    data = []
+    for path in files:
+        delta = ConceptDelta.load(path)
+        extra = {"prompts": delta.concept.prompts, "anchor": delta.concept.anchor, "d_in": delta.d_in, "projections": len(delta.up)}
+        known = [c["name"] for c in delta.info.get("known", [])]
+        data.append(summary(delta, path) | extra | {"known": known, "info": {k: v for k, v in delta.info.items() if k != "losses"}})
+
+    def show() -> None:
+        show_summaries(data)
+        for d in data:
+            print(f"{d['concept']}: prompts {', '.join(map(repr, d['prompts']))}; separable from {', '.join(d['known']) or 'nothing else'}")
+            if d["pooled"] is not None:
+                print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
+
+    finish(data, as_json, show)
+
+
+def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
+    certificate = delta.info.get("certificate", {})
+    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
+    leak = {f"{k}_max": max(certificate.get(k, {}).values(), default=0.0) for k in ("leakage_linear", "leakage_gated")}
+    return {
+        "concept": delta.concept.name,
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "rank": delta.rank,
+        "mode": certificate.get("mode", "?"),
+        "architecture": delta.architecture,
+        "objective": delta.info.get("objective", {}).get("name", "?"),
+        "steps": delta.info.get("objective", {}).get("steps", 0),
+        "gate": delta.gate,
+        "content_hash": delta.content_hash(),
+        **leak,
+        **{k: certificate.get(k) for k in keys},
+    }
+
+
+def show_summaries(rows: list[dict[str, Any]]) -> None:
+    table = Table("concept", "rank", "mode", "kB", "objective", "steps", "leak (linear)", "leak (gated)", "gate", "margin", "file")
+    for r in rows:
+        margin = f"{r['gate_low']:.3f} < {r['gate']:.3f} < {r['gate_high']:.3f}" if r["gate_low"] is not None else "?"
+        table.add_row(
+            r["concept"], str(r["rank"]), r["mode"], f"{r['bytes'] / 1000:.0f}", r["objective"], str(r["steps"]),
+            f"{r['leakage_linear_max']:.4f}",
+            f"{r['leakage_gated_max']:.4f}", f"{r['gate']:.3f}", margin, r["file"],
+        )  # fmt: skip
+    Console(width=max(Console().width, 120)).print(table)

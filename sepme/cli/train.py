@@ -1,0 +1,141 @@
+"""``sepme train``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..concepts import ConceptBook, file_name
+from ..delta import ConceptDelta, check_writable, remove_leftovers
+from ..errors import Interrupted, SepMEError
+from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .inspect import show_summaries, summary
+
+
+def train(
+    model: Model,
+    book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")],
+    objective: Annotated[str, typer.Option(help="gcirs or closed-form.")] = "gcirs",
+    mode: Annotated[
+        str, typer.Option(help="How increments are parametrised: subspace, paper (as published) or unrestricted (never to be restored).")
+    ] = "subspace",
+    joint: Annotated[bool, typer.Option("--joint", help="Train the concepts together, balanced, not one by one.")] = False,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to noise (a subfolder named as a concept's file goes before the folder itself).")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Train only these concepts of the book.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints, skip finished concepts.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Draws a step.")] = 4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
+    regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    null_space: Annotated[
+        str | None,
+        typer.Option(help="exact, tolerance, soft, or auto: the strictest that fits; by default tolerance, in mode paper exact."),
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
+    preserve: Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one a line.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of the concept that the rank must carry, cap allowing (0.9; in mode paper 1, of the delta)."),
+    ] = None,
+    warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
+    values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
+    pooled: Annotated[
+        str | None, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave; by default replace in mode subspace.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Make one delta file for every concept of a book."""
+    from ..nullspace import Planner
+    from ..train import Progress as Step
+    from ..train import TrainOptions, make_deltas, plan_options
+
+    concept_book = ConceptBook.load(book)
+    if preserve is not None:
+        concept_book = replace(concept_book, preserve_file=str(preserve))
+    chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
+    plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
+    own: dict[str, Any] = {"learning_rate": learning_rate, "warm_start": warm_start}  # None: the mode's
+    options = TrainOptions(
+        objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise, seed=seed,
+        values_only=values_only, **own,
+    )  # fmt: skip
+    paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
+    if len(set(paths.values())) < len(paths):
+        raise SepMEError("Two concepts of the book would get the same file name; rename one.")
+    check_writable(out)
+    for inner, outer in concept_book.overlaps():
+        log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
+    host = load_host(model, device, dtype, tokenizer, prediction, size)
+    results = []
+    with interruptible() as check, progress_bar() as bar:
+        pictures = _pictures(host, images, chosen, check)
+        planner = Planner(host, concept_book, plan, on_progress=progress(bar, check))
+        if mode == "subspace":  # all gates in one pass over what calibrates them
+            planner.plan_all(list(paths))  # the same group whether resumed or not, so that the bytes are the same
+        if null_space == "auto":
+            log.print(f"Null space: {planner.mode}")
+        for group in [chosen] if joint else [[name] for name in chosen]:
+            checkpoint = (out / "joint" if len(group) > 1 else paths[group[0]].with_suffix("")).with_suffix(".checkpoint.safetensors")
+            for path in (checkpoint, *(paths[n] for n in group)):
+                remove_leftovers(path)
+            if not resume:
+                checkpoint.unlink(missing_ok=True)
+            elif all(paths[n].exists() for n in group) and not checkpoint.exists():
+                for name in group:
+                    results.append(summary(ConceptDelta.load(paths[name]), paths[name]))
+                    log.print(f"{name}: already made ({paths[name]})")
+                continue
+            tasks = {name: bar.add_task(name, total=options.steps, loss="") for name in group}
+
+            def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
+                bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
+                check()
+
+            try:
+                deltas = make_deltas(planner, group, host, options, checkpoint, on_step, pictures, check)
+            except Interrupted:
+                log.print(f"Stopped at {', '.join(group)}; run the same command with --resume to go on.")
+                raise typer.Exit(130) from None
+            for delta in deltas:
+                name = delta.concept.name
+                delta.save(paths[name])
+                bar.update(tasks[name], completed=options.steps, loss=f"{len(delta.info['losses'])} steps")
+                results.append(summary(delta, paths[name]))
+            checkpoint.unlink(missing_ok=True)
+    finish({"deltas": results}, as_json, lambda: show_summaries(results))
+
+
+def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None]) -> dict[str, Any]:
+    """The user's pictures of every concept as clean latents; concepts without a subfolder share the folder."""
+    from ..images import load_folder
+    from ..train import Pictures
+
+    read: dict[Path, Pictures] = {}
+    result: dict[str, Any] = {}
+    if folder is None:
+        return result
+    for name in names:
+        own = folder / file_name(name)
+        own = own if own.is_dir() else folder
+        if own not in read:
+            images, digest = load_folder(own, host.image_size)
+            read[own] = Pictures(host.encode_images(images, check), digest)
+        result[name] = read[own]
+    return result
