@@ -151,14 +151,8 @@ class ConceptDelta:
         return texts | {"header_hash": _header_hash(texts)}
 
     def to_bytes(self) -> bytes:
-        """The file. safetensors writes metadata in random order, so the header is written again, sorted."""
-        data = save(self.tensors(), metadata=self.metadata())
-        end = 8 + struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8:end])
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw + data[end:]
+        """The file."""
+        return safetensors_bytes(self.tensors(), self.metadata())
 
     def save(self, path: str | Path) -> Path:
         """Write the file: temporary file in the same folder, fsync, rename.
@@ -190,6 +184,17 @@ class ConceptDelta:
             if not tensor.isfinite().all():
                 raise SepMEError(f"{path}: tensor {name!r} holds NaN or infinite values; train it again.")
         return _assemble(path, metadata, tensors)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. safetensors itself writes metadata in random order, so the header is written again, sorted."""
+    data = save(dict(sorted(tensors.items())), metadata=dict(metadata))
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw + data[end:]
 
 
 def _header_hash(metadata: Mapping[str, str]) -> str:

@@ -1,0 +1,97 @@
+"""Deltas as one LoRA file in kohya's layout, for tools that know nothing of SepME."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..composition import Composition
+from ..delta import ConceptDelta, safetensors_bytes, write_atomically
+from ..errors import SepMEError
+from ..toggles import Toggles
+from ..toggles import strengths as table
+from .names import kohya_names
+
+GATE_OFF = "off: a LoRA acts on every prompt, so what the gate keeps bit-identical changes by the linear leakage"
+BASE = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's names, by which AUTOMATIC1111 sorts its list
+SPEC = {"sd15": "stable-diffusion-v1/lora", "sd21": "stable-diffusion-v2-768-v/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def export_lora(
+    deltas: Sequence[ConceptDelta], path: str | Path, strengths: Toggles | None = None, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write ``ΔW = Σ_i s_i Y_i D_iᵀ`` as a LoRA of rank ``Σ k_i``: ``lora_down`` = the D side by side, ``lora_up`` = the ``s_i Y_i``.
+
+    The gate is off in a LoRA and SDXL's pooled part has no place in it; the file's metadata says so.
+
+    Args:
+        deltas: of one architecture. strengths: by concept, 1 where not given; concepts at 0 are left out.
+        dtype: of the tensors: float16, bfloat16 or float32.
+
+    Raises:
+        SepMEError: no deltas, two of one concept or for different models, an unknown concept or precision, a folder that cannot be
+            written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise SepMEError(f"{path} is no name for a LoRA; end it in .safetensors.")
+    return write_atomically(path, safetensors_bytes(*lora(deltas, strengths, dtype)))
+
+
+def lora(
+    deltas: Sequence[ConceptDelta], strengths: Toggles | None = None, dtype: torch.dtype = torch.float16
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the LoRA of several deltas; arguments as for :func:`export_lora`."""
+    if dtype not in DTYPES:
+        raise SepMEError(f"A LoRA cannot be written as {dtype}; choose float16, bfloat16 or float32.")
+    composition = Composition(tuple(deltas))
+    weighed = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.names)[0].tolist(), strict=True) if s != 0]
+    if not weighed:
+        raise SepMEError("Nothing is left to export; give at least one delta whose strength is not 0.")
+    tensors: dict[str, Tensor] = {}
+    for name, key in kohya_names(deltas[0].up).items():
+        pairs = [_balanced(s * d.up_factor(name), d.down) for d, s in weighed]
+        if any(up.any() for up, _ in pairs):  # values-only deltas leave to_k as it is
+            up, down = (torch.cat(side, dim=axis) for side, axis in zip(zip(*pairs, strict=True), (1, 0), strict=True))
+            tensors[f"{key}.lora_up.weight"] = up.to(dtype).contiguous()
+            tensors[f"{key}.lora_down.weight"] = down.to(dtype).contiguous()
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))  # loaders scale by alpha / rank, 1 here
+    if not tensors:
+        raise SepMEError("These deltas change nothing; there is nothing to export.")
+    return tensors, _metadata(weighed)
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with factors of like size, so that neither sinks into half precision's subnormals; by powers of two: exact."""
+    sizes = float(up.abs().max()), float(down.abs().max())
+    if not all(sizes):
+        return up, down
+    half = round(math.log2(sizes[1] / sizes[0]) / 2)
+    return up * 2.0**half, down * 2.0**-half
+
+
+def _metadata(weighed: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
+    architecture, rank = weighed[0][0].architecture, sum(d.rank for d, _ in weighed)
+    names = ", ".join(d.concept.name for d, _ in weighed)
+    facts = {
+        "sepme.concepts": json.dumps([{"name": d.concept.name, "strength": s, "content_hash": d.content_hash()} for d, s in weighed]),
+        "sepme.gate": GATE_OFF,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": SPEC.get(architecture, f"{architecture}/lora"),
+        "modelspec.title": f"SepME: {names}",
+        "modelspec.description": f"Erases {names}. The row gate is off in a LoRA; SepME's own files have it.",
+    }
+    if any(d.pooled is not None for d, _ in weighed):
+        facts["sepme.pooled"] = "left out: a LoRA cannot replace the pooled text vector"
+    if architecture in BASE:
+        facts |= {"ss_base_model_version": BASE[architecture], "ss_v2": str(architecture == "sd21")}
+    return facts
