@@ -326,6 +326,69 @@ def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
             assert small.kept_bytes < one  # does not grow with the number of prompts
 
 
+# --- hosts that leave the patch in place
+
+
+def in_place(host: Any, projector: KVProjector) -> Any:
+    return patched(projections(host.attention_layers()), projector.wrap)
+
+
+def test_between_forward_passes_the_patch_does_nothing(host: Any, delta: ConceptDelta) -> None:
+    x, t, context = batch(host, ["a star", "cat"])
+    stock = host.predict(x, t, context)
+    projector = KVProjector(host.attention_layers(), Composition((delta,)))
+    with counted(host) as calls, in_place(host, projector):
+        with projector.forward_pass(torch.ones(1)):
+            erased = host.predict(x, t, context)
+        assert torch.equal(host.predict(x, t, context), stock)
+        with pytest.raises(ZeroDivisionError), projector.forward_pass(torch.ones(1)):
+            1 / 0  # noqa: B018
+        assert torch.equal(host.predict(x, t, context), stock)
+        calls.clear()
+        with projector.forward_pass(torch.ones(1)):
+            assert torch.equal(host.predict(x, t, context.clone()), erased)
+        assert calls == {}  # kept from the first pass
+    assert not torch.equal(erased, stock)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rows_that_another_extension_added(host: Any, delta: ConceptDelta, mode: Any) -> None:
+    """Each gets the strengths of the prompt with the same tokens; one that is no prompt of the batch gets the default, and is reported."""
+    with mode():
+        _, _, context = batch(host, ["a star", "a star big", "cat"])
+        module = projections(host.attention_layers())["middle_block.1.transformer_blocks.0.attn2.to_v"]
+        table, unknown = torch.tensor([[1.0], [0.0], [0.5]]), []
+        projector = KVProjector(host.attention_layers(), Composition((delta,)), gate=False)
+
+        def project(c: Tensor, *strengths: float) -> None:
+            fresh = KVProjector(host.attention_layers(), Composition((delta,)), gate=False, keep=False)
+            with fresh.attached(torch.tensor(strengths)[:, None]):
+                expected = module(c)
+            default = torch.tensor([0.25])
+            with in_place(host, projector), projector.forward_pass(table, context, default, lambda: unknown.append(len(c))):
+                assert torch.equal(module(c), expected)
+                assert torch.equal(module(c.clone()), expected)
+
+        project(context[[2, 0, 1, 0]], 0.5, 1.0, 0.0, 1.0)
+        project(context[[1, 2]].repeat(1, 2, 1), 0.0, 0.5)  # tokens repeated to another row's length
+        assert unknown == []
+        project(torch.cat([context, context[:1].flip(1)]), 1.0, 0.0, 0.5, 0.25)
+        assert unknown
+        project(context * 1.5, 1.0, 0.0, 0.5)  # as many rows as the batch: by their place
+
+
+def test_a_pass_does_not_fill_the_memory(host: Any, delta: ConceptDelta) -> None:
+    """An extension that makes a new context a layer."""
+    _, _, context = batch(host, ["a star"])
+    module = projections(host.attention_layers())["middle_block.1.transformer_blocks.0.attn2.to_v"]
+    projector = KVProjector(host.attention_layers(), Composition((delta,)), max_bytes=0)
+    with in_place(host, projector), projector.forward_pass(torch.ones(1), context):
+        for i in range(50):
+            module(context + i)
+        assert projector._pass is not None
+        assert len(projector._pass.seen) <= 8
+
+
 # --- the model is left as it was found
 
 
