@@ -1,0 +1,10 @@
+"""Where the real hosts are, if any: ``SEPME_WEBUI`` names checkouts of Automatic1111, Forge or their kin, separated like PATH."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STUBS = Path(__file__).parent / "host"
+CHECKOUTS = [Path(p) for p in os.environ.get("SEPME_WEBUI", "").split(os.pathsep) if p]
