@@ -68,7 +68,9 @@ class Composition:
 
     def up(self, name: str, concepts: Sequence[int]) -> Tensor:
         """Y ``(d_out, R)`` float32 of a projection, of the given deltas side by side."""
-        return torch.cat([self.deltas[i].up_factor(name) for i in concepts], dim=1)
+        halves = torch.cat([self.deltas[i].up[name] for i in concepts], dim=1)
+        ranks = torch.tensor([self.deltas[i].rank for i in concepts])
+        return halves.float() * torch.tensor([self.deltas[i].scale[name] for i in concepts]).repeat_interleave(ranks)
 
     def touch(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Touch:
         """Project, gate and weigh a batch of prompts (METHOD, section 7). Float32 throughout.
@@ -121,7 +123,8 @@ class Composition:
                 f"Strengths of shape {tuple(strengths.shape)} do not fit {context.shape[0]} prompts and {len(self.deltas)} deltas."
             )
         c = context.detach().float()
-        h = c @ self.down.to(c.device).T
+        with torch.autocast(c.device.type, enabled=False):  # gates are calibrated in float32
+            h = c @ self.down.to(c.device).T
         relative = torch.zeros(*h.shape[:2], len(self.deltas), device=c.device)
         relative.index_add_(2, self.owner.to(c.device), h.square())
         ratio = (relative.sqrt() / c.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .composition import Composition, Touch
-from .layers import projections, shapes, weight_of
-from .ops import add_to_rows
+from .errors import SepMEError
+from .kept import Batch, Kept, fingerprint
+from .layers import projections, shapes
+from .ops import PROJECT_KV, add_to_rows, add_to_rows_eager, project_kv, project_kv_eager, split, why_not
 from .protocols import AttentionLayer
 
 Forward = Callable[[Tensor], Tensor]
-SEEN = 8  # contexts of one forward pass known by address; extensions that make one a layer would fill the memory
+BACKENDS = ("auto", "exact", "fused", "eager")
 
 
 @contextmanager
@@ -38,34 +39,23 @@ def patched(modules: Mapping[str, nn.Module], wrap: Callable[[str, nn.Module, Fo
                 module.forward = forward
 
 
-@dataclass
-class _Kept:
-    """Keys and values of one prompt batch under one set of strengths."""
-
-    context: Tensor
-    strengths: Tensor
-    touch: Touch
-    outputs: dict[str, tuple[weakref.ref[Tensor], Any, Tensor]] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        tensors = [self.context, self.touch.h, *(out for _, _, out in self.outputs.values())]
-        return sum(t.numel() * t.element_size() for t in tensors)
+def plain_weight(module: nn.Module, forward: Forward) -> Tensor | None:
+    """The weight ``(d_out, d_in)`` of a projection that is nothing but ``c Wᵀ``; None if the host does anything else there."""
+    plain = getattr(forward, "__func__", None) is nn.Linear.forward and getattr(forward, "__self__", None) is module
+    return module.weight if plain and isinstance(module, nn.Linear) and module.bias is None else None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pass:
     """One forward pass of a host that leaves the patch in place.
 
     Attributes:
         prompts: the batch ``(rows, tokens, d_in)`` that the strengths belong to. default: ``(N,)`` of rows found in no prompt.
-        seen: contexts met in this pass, by address; they are held, so that no other tensor gets the address.
     """
 
     prompts: Tensor | None
     default: Tensor
     on_unknown: Callable[[], None]
-    seen: dict[tuple[Any, ...], tuple[Tensor, _Kept]] = field(default_factory=dict)
 
     def strengths(self, context: Tensor, given: Tensor) -> Tensor:
         """Strengths of the rows of a context, which may be others than the batch's: another extension added or split rows."""
@@ -85,15 +75,39 @@ class _Pass:
         return table
 
 
-class KVProjector:
-    """Applies a composition to a model's cross-attention while it is attached.
+@dataclass(frozen=True)
+class _Site:
+    """A patched projection."""
 
-    Untouched rows (gate closed or strength 0) are the host's own result at the host's own batch shape, bit for bit.
+    module: nn.Module
+    forward: Forward
+    weight: Callable[[], Tensor | None]
+
+
+class KVProjector:
+    """Applies a composition to a model's cross-attention.
+
+    Backends (KV of untouched rows are the host's own, bit for bit, in ``exact`` and ``auto``):
+
+    - ``exact``: the host's own projections at the host's own batch shape, the delta added in touched rows.
+    - ``fused``: ``c Wᵀ + H Yᵀ`` of all layers in one operator, rounded once; rows differ from the host's by rounding. Where the host
+      does anything but a plain product (casts, adapters, quantised or offloaded weights), or no row is touched: ``exact``.
+    - ``auto``: ``fused`` where every row is touched and a kernel is there for it, else ``exact``.
+    - ``eager``: ``fused`` by the operators' plain PyTorch bodies, whatever kernels there are; the reference.
 
     Args:
         layers: cross-attention modules by canonical name.
         composition: the deltas. gate: False applies purely linear deltas.
         keep: keep keys and values across steps (same prompt, strengths and weights). max_bytes: cap on what is kept.
+
+    Attributes:
+        strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; None outside of the passes of a host that
+            leaves the patch in place. May be changed between forward passes.
+        state: anything that keys and values depend on and that does not show in parameters and their version counters (a host's
+            own count of weight patches); a change makes everything be computed again.
+
+    Raises:
+        SepMEError: deltas of another model, an unknown backend.
     """
 
     def __init__(
@@ -103,23 +117,26 @@ class KVProjector:
         gate: bool = True,
         keep: bool = True,
         max_bytes: int = 256 << 20,
+        backend: str = "auto",
     ) -> None:
+        if backend not in BACKENDS:
+            raise SepMEError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
         self.modules = projections(layers)
-        self.composition, self.gate, self.keep, self.max_bytes = composition, gate, keep, max_bytes
+        self.composition, self.gate, self.keep, self.backend = composition, gate, keep, backend
         for delta in composition.deltas[:1]:
             delta.check_fits(shapes(layers))
         self.strengths: Tensor | None = torch.ones(len(composition.deltas))
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
-        self._seen: tuple[weakref.ref[Tensor], Any, Tensor, _Kept] | None = None
+        self.state: Hashable = None
         self._pass: _Pass | None = None
-        self._count = 0
+        self.kept = Kept(max_bytes)
+        self._sites: dict[str, _Site] = {}
 
     @contextmanager
     def attached(self, strengths: Tensor | None = None) -> Iterator[KVProjector]:
         """Patch the model inside the block.
 
         Args:
-            strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; all 1 by default.
+            strengths: as the attribute; all 1 by default.
         """
         self.strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
         try:
@@ -134,8 +151,6 @@ class KVProjector:
     ) -> Iterator[None]:
         """One forward pass of a host that leaves the patch in place; after it the patch does nothing until the next.
 
-        Within a pass contexts are known by their address, so they must not be written to.
-
         Args:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch.
             prompts: the batch ``(rows, tokens, d_in)``. Where a projection meets other rows, because another extension added some,
@@ -144,96 +159,93 @@ class KVProjector:
         """
         default = torch.ones(len(self.composition.deltas)) if default is None else default
         self.strengths, self._pass = strengths, _Pass(prompts, default, on_unknown)
+        self.kept.begin_pass()
         try:
             yield
         finally:
             self.strengths = self._pass = None
+            self.kept.begin_pass()
 
     def clear(self) -> None:
         """Forget all keys and values."""
-        self._kept.clear()
-        self._seen = None
+        self.kept.clear()
 
     @property
     def kept_bytes(self) -> int:
-        return sum(entry.bytes for entry in self._kept.values())
+        return self.kept.bytes
 
-    def wrap(self, name: str, module: nn.Module, forward: Forward) -> Forward:
-        """The projection's ``forward`` with the deltas added."""
+    def wrap(self, name: str, module: nn.Module, forward: Forward, weight: Callable[[], Tensor | None] | None = None) -> Forward:
+        """The projection's ``forward`` with the deltas added. Hosts that leave it in place call :meth:`clear` after a run.
+
+        Args:
+            name: canonical projection name. forward: what the host would call.
+            weight: gives W where ``forward`` is nothing but ``c Wᵀ`` at the moment, else None; by default :func:`plain_weight`.
+        """
+        self._sites[name] = _Site(module, forward, weight or partial(plain_weight, module, forward))
         return lambda context: self.project(name, module, forward, context)
 
     def project(self, name: str, module: nn.Module, forward: Forward, context: Tensor) -> Tensor:
         """Keys or values ``(rows, tokens, d_out)`` of a context: ``forward``'s own, with the deltas added where there are strengths."""
         if self.strengths is None:
             return forward(context)
-        if torch.is_grad_enabled() or not self.keep:
-            touch = self.composition.touch(context, self._strengths(context), self.gate)
-            return self._compute(name, forward, context, touch)
-        entry = self._entry(context)
-        weight = weight_of(module)
-        state = (weight.data_ptr(), _version(weight), weight.dtype)
-        hit = entry.outputs.get(name)
-        if hit is None or hit[0]() is not weight or hit[1] != state:
-            hit = entry.outputs[name] = (weakref.ref(weight), state, self._compute(name, forward, context, entry.touch))
-            self._shrink(entry)
-        return hit[2]
-
-    def _compute(self, name: str, forward: Forward, context: Tensor, touch: Touch) -> Tensor:
-        out = forward(context)
-        if len(touch.rows) == 0:
-            return out
-        up = self.composition.up(name, touch.concepts).to(out.device)
-        return add_to_rows(out, touch.h, up, touch.rows)
+        site = self._sites.get(name)
+        if site is None or site.module is not module or site.forward != forward:
+            self._sites[name] = _Site(module, forward, partial(plain_weight, module, forward))
+        if torch.is_grad_enabled():
+            return self._exact(name, context, self._touch(context, self._strengths(context)))
+        autocast = torch.get_autocast_dtype(context.device.type) if torch.is_autocast_enabled(context.device.type) else None
+        batch = self.kept.find(name, context, self.strengths, (self.state, autocast), self._strengths, self._touch)
+        hit = batch.outputs.get(name)
+        if hit is not None and hit[0] == fingerprint(module):
+            return hit[1]
+        outputs = self._compute(name, context, batch)
+        if self.keep:
+            for made, output in outputs.items():
+                # offloading hosts replace parameters around a forward; what they leave is what the next step finds
+                self.kept.store(batch, made, fingerprint(self._sites[made].module), output)
+        return outputs[name]
 
     def _strengths(self, context: Tensor) -> Tensor:
         assert self.strengths is not None
         return self.strengths if self._pass is None else self._pass.strengths(context, self.strengths)
 
-    def _entry(self, context: Tensor) -> _Kept:
-        """What is kept for this context: by identity within a forward pass, by content across passes."""
-        if self._pass is None:
-            return self._find_by_version(context)
-        key = (context.data_ptr(), context.shape, context.stride(), context.dtype, context.device)
-        hit = self._pass.seen.get(key)
-        if hit is None:
-            hit = context, self._find(context)
-            if len(self._pass.seen) < SEEN:
-                self._pass.seen[key] = hit
-        return hit[1]
+    def _touch(self, context: Tensor, strengths: Tensor) -> Touch:
+        return self.composition.touch(context, strengths, self.gate)
 
-    def _find_by_version(self, context: Tensor) -> _Kept:
-        """For hosts that do not say where a forward pass begins: the last context, as long as nobody has written to it."""
-        assert self.strengths is not None
-        versions = (_version(context), _version(self.strengths))
-        if self._seen is not None:
-            reference, seen_versions, strengths, entry = self._seen
-            if reference() is context and strengths is self.strengths and None not in versions and seen_versions == versions:
-                return entry
-        entry = self._find(context)
-        self._seen = (weakref.ref(context), versions, self.strengths, entry)
-        return entry
+    def _compute(self, name: str, context: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The output that is asked for, and all others that are missing where one operator makes them together."""
+        weights = self._fusible(name, context, batch) if self.backend != "exact" and len(batch.touch.rows) > 0 else {}
+        return self._fused(weights, context, batch.touch) if weights else {name: self._exact(name, context, batch.touch)}
 
-    def _find(self, context: Tensor) -> _Kept:
-        strengths = self._strengths(context)
-        for key, entry in self._kept.items():
-            same = entry.context.shape == context.shape and entry.context.dtype == context.dtype and entry.context.device == context.device
-            if same and torch.equal(entry.strengths, strengths) and torch.equal(entry.context, context):
-                self._kept.move_to_end(key)
-                return entry
-        entry = _Kept(context.detach().clone(), strengths.clone(), self.composition.touch(context, strengths, self.gate))
-        self._count += 1
-        self._kept[self._count] = entry
-        return entry
+    def _fusible(self, name: str, context: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Weights of the projection that is asked for, and of the missing ones, if one operator is to make them; else nothing."""
+        if torch.is_autocast_enabled(context.device.type) or (self.backend == "auto" and len(batch.touch.rows) < len(context)):
+            return {}
+        missing = [n for n in self._sites if n == name or n not in batch.outputs] if self.keep else [name]
+        found = {n: self._sites[n].weight() for n in missing}
+        weights = {n: w for n, w in found.items() if w is not None and _same_kind(w, context)}
+        if name not in weights or (self.backend == "auto" and why_not(PROJECT_KV, context=context, weights=list(weights.values()))):
+            return {}
+        return weights
 
-    def _shrink(self, newest: _Kept) -> None:
-        while self.kept_bytes > self.max_bytes:
-            key, oldest = next(iter(self._kept.items()))
-            if oldest is newest:
-                newest.outputs.clear()
-                return
-            del self._kept[key]
+    def _exact(self, name: str, context: Tensor, touch: Touch) -> Tensor:
+        base = self._sites[name].forward(context)
+        if len(touch.rows) == 0:
+            return base
+        up = self.composition.up(name, touch.concepts).T.to(base.device)
+        return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows)
+
+    def _fused(self, weights: Mapping[str, Tensor], context: Tensor, touch: Touch) -> dict[str, Tensor]:
+        up = torch.cat([self.composition.up(name, touch.concepts).T for name in weights], dim=1).to(context.device)
+        # a small β would sink into half precision's subnormals: powers of two go from Y to H, exactly
+        exponent = torch.frexp(up.abs().amax(dim=1)).exponent
+        up = torch.ldexp(up, -exponent[:, None]).to(context.dtype)
+        h = torch.zeros(*context.shape[:2], up.shape[0], device=context.device)
+        h[touch.rows] = torch.ldexp(touch.h, exponent)
+        matrices = list(weights.values())
+        flat = (project_kv_eager if self.backend == "eager" else project_kv)(context, matrices, up, h)
+        return dict(zip(weights, split(flat, matrices, *context.shape[:2]), strict=True))
 
 
-def _version(tensor: Tensor) -> int | None:
-    """The in-place version counter; None for inference tensors, which have none."""
-    return None if tensor.is_inference() else tensor._version
+def _same_kind(weight: Tensor, context: Tensor) -> bool:
+    return weight.dtype == context.dtype and weight.device == context.device and weight.shape[1] == context.shape[-1]

@@ -182,10 +182,13 @@ class DiffusersHost:
         guidance: float = 3.0,
         gate: bool = True,
         keep: bool = True,
+        backend: str = "auto",
         latents_only: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Draw one image a prompt and seed, each prompt with its own toggles (its tags beat ``toggles``).
+
+        ``gate``, ``keep`` and ``backend`` are :class:`KVProjector`'s.
 
         Returns:
             images ``(n, 3, height, width)`` float32 in [-1, 1], or latents ``(n, 4, h, w)``.
@@ -233,5 +236,5 @@ class DiffusersHost:
             if guidance > 1:
                 rows = [merge(base, negative_tags)] * len(rows) + rows
             table = strengths(rows, composition.names)
-            with KVProjector(self._layers, composition, gate=gate, keep=keep).attached(table):
+            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table):
                 return run(pooled)

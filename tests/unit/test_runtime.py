@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sepme import runtime
 from sepme.composition import Composition
 from sepme.delta import ConceptDelta
 from sepme.errors import SepMEError
 from sepme.layers import projections
 from sepme.nullspace import ratios
-from sepme.ops import add_to_rows
-from sepme.runtime import KVProjector, patched
+from sepme.ops import project_kv
+from sepme.runtime import BACKENDS, KVProjector, patched
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -176,14 +177,6 @@ def test_touched_rows_are_rounded_once(hosts: dict[Any, Any], delta: ConceptDelt
             assert (found.float() - expected.float()).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_add_to_rows_writes_only_touched_rows() -> None:
-    base, h, up = torch.randn(4, 3, 5).bfloat16(), torch.randn(2, 3, 2), torch.randn(5, 2)
-    before = base.clone()
-    assert add_to_rows(base, h, up, torch.tensor([2, 0])) is base
-    assert torch.equal(base[[1, 3]], before[[1, 3]])
-    assert torch.equal(base[[2, 0]], (before[[2, 0]].float() + h @ up.T).bfloat16())
-
-
 def test_gradients_flow_and_nothing_is_kept(host: Any, delta: ConceptDelta) -> None:
     x, t, context = batch(host, ["a star"])
     projector = KVProjector(host.attention_layers(), Composition((delta,)))
@@ -193,6 +186,88 @@ def test_gradients_flow_and_nothing_is_kept(host: Any, delta: ConceptDelta) -> N
         assert projector.kept_bytes == 0
     assert point.grad is not None
     assert point.grad.abs().max() > 0
+
+
+# --- backends
+
+
+def plain(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A host's own forward that is no plain product as far as can be seen."""
+    return lambda context: forward(context)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree(
+    hosts: dict[Any, Any], delta: ConceptDelta, other: ConceptDelta, dtype: torch.dtype, keep: bool, backend: str
+) -> None:
+    """Up to rounding in touched rows; auto (without a kernel) is exact; where the host does more than a product, all are exact."""
+    host, composition = hosts[dtype], Composition((delta, other))
+    _, _, context = batch(host, ["a star", "a red cat", ""])
+    table = torch.tensor([[1.0, 0.5], [0.0, 0.0], [-0.5, 1e-3]])
+    modules = projections(host.attention_layers())
+
+    def outputs(backend: str, keep: bool) -> dict[str, Tensor]:
+        with KVProjector(host.attention_layers(), composition, keep=keep, backend=backend).attached(table):
+            first = {n: m(context) for n, m in modules.items()}
+            again = {n: m(context.clone()) for n, m in modules.items()}
+        assert all(torch.equal(first[n], again[n]) for n in modules)
+        return first
+
+    reference, found = outputs("exact", False), outputs(backend, keep)
+    stock = {n: m(context) for n, m in modules.items()}
+    for name in modules:
+        assert found[name].dtype == dtype
+        assert found[name].shape == reference[name].shape
+        assert torch.equal(reference[name][1], stock[name][1])
+        error = (found[name].double() - reference[name].double()).norm() / reference[name].double().norm()
+        assert error <= (1e-6 if dtype == torch.float32 else 8e-3)
+        if backend in ("auto", "exact"):
+            assert torch.equal(found[name], reference[name])
+    with patched(modules, lambda name, module, forward: plain(forward)):
+        found = outputs(backend, keep)
+    assert all(torch.equal(found[n], reference[n]) for n in modules)
+
+
+def test_fused_is_one_call_a_prompt(host: Any, delta: ConceptDelta, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all layers, and none where nothing is erased; auto takes it when every row is touched and a kernel is there."""
+    calls: list[int] = []
+    monkeypatch.setattr(runtime, "project_kv", lambda *args: calls.append(len(args[1])) or project_kv(*args))
+    x, t, context = batch(host, ["a star", "cat"])
+    count = len(projections(host.attention_layers()))
+
+    def run(backend: str, table: Tensor) -> list[int]:
+        calls.clear()
+        with KVProjector(host.attention_layers(), Composition((delta,)), backend=backend).attached(table):
+            for _ in range(3):
+                host.predict(x, t, context.clone())
+        return list(calls)
+
+    both, one, none = torch.ones(1), torch.tensor([[1.0], [0.0]]), torch.zeros(1)
+    assert [run("fused", table) for table in (both, one, none)] == [[count], [count], []]
+    assert [run("auto", table) for table in (both, one, none)] == [[], [], []]
+    monkeypatch.setattr(runtime, "why_not", lambda constraints, **inputs: None)  # as if there were a kernel
+    assert [run("auto", table) for table in (both, one, none)] == [[count], [], []]
+    assert [run(b, both) for b in ("exact", "eager")] == [[], []]
+
+
+def test_small_factors_survive_half_precision(make_host: Callable[..., Any], shapes_of: Callable[..., Any], make_random_delta: Any) -> None:
+    """A Y of 1e-7 is no normal float16 number; fused must not lose it."""
+    host = make_host(torch.float16)
+    tiny = make_random_delta("star", shapes_of(host), rank=4, size=1e-7)
+    _, _, context = batch(host, ["a star"])
+    table, found = torch.tensor([1e6]), {}
+    for backend in ("exact", "fused"):
+        with KVProjector(host.attention_layers(), Composition((tiny,)), backend=backend).attached(table):
+            found[backend] = {n: m(context).double() for n, m in projections(host.attention_layers()).items()}
+    for name, exact in found["exact"].items():
+        assert (found["fused"][name] - exact).norm() <= 2e-3 * exact.norm()
+
+
+def test_an_unknown_backend_is_refused(host: Any, delta: ConceptDelta) -> None:
+    with pytest.raises(SepMEError, match="no backend 'fast'; choose one of auto, exact, fused, eager"):
+        KVProjector(host.attention_layers(), Composition((delta,)), backend="fast")
 
 
 # --- keys and values are kept
@@ -385,8 +460,7 @@ def test_a_pass_does_not_fill_the_memory(host: Any, delta: ConceptDelta) -> None
     with in_place(host, projector), projector.forward_pass(torch.ones(1), context):
         for i in range(50):
             module(context + i)
-        assert projector._pass is not None
-        assert len(projector._pass.seen) <= 8
+        assert 0 < len(projector.kept._seen) <= 8
 
 
 # --- the model is left as it was found
