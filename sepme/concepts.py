@@ -74,6 +74,11 @@ class ConceptBook:
     preserve_file: str = ""
 
     def __post_init__(self) -> None:
+        for prompt in self.preserve:
+            if re.search("[\ud800-\udfff]", prompt) or len(prompt) > MAX_PROMPT:
+                raise SepMEError(
+                    f"The preserved prompt {prompt[:40]!a} holds half a character or is longer than {MAX_PROMPT}; type it again."
+                )
         owner: dict[str, str] = {normalised(p): "the preserve list" for p in self.preserve}
         names: set[str] = set()
         for concept in self.concepts:

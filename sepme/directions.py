@@ -135,14 +135,16 @@ def soft_bases(factor: Tensor, tokens: Sequence[Tensor], max_rank: int, energy: 
 
     Args:
         factor: L, the Cholesky factor ``(d_in, d_in)``. tokens: C ``(n, d_in)`` of each concept.
-        energy: share of Σν that k directions must carry, if ``max_rank`` allows.
+        energy: share of Σν that k directions must carry, if ``max_rank`` allows; directions with less than two thirds of the largest ν
+            are left out in any case: others share them.
     """
     reduced = [reduce_rows(c.double()) for c in tokens]
     whitened = torch.linalg.solve_triangular(factor, torch.cat(reduced).T, upper=False).split([len(r) for r in reduced], dim=1)
     leading = []
     for m in whitened:
         values, vectors = torch.linalg.eigh(m.T @ m)  # ascending
-        k = min(_rank_for(values.flip(0).clamp_min(0), max_rank, energy), int((values > 1e-12).sum()))
+        own = int((values > max(1e-12, float(values[-1]) * 2 / 3)).sum())
+        k = min(_rank_for(values.flip(0).clamp_min(0), max_rank, energy), own)
         leading.append(m @ vectors[:, len(values) - k :].flip(1))
     vectors = torch.linalg.solve_triangular(factor.T, torch.cat(leading, dim=1), upper=True)
     return [torch.linalg.qr(v / v.norm(dim=0)).Q for v in vectors.split([x.shape[1] for x in leading], dim=1)]

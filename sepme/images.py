@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .delta import write_atomically
 from .errors import SepMEError
+from .files import write_atomically
 
 READABLE = {".png", ".jpg", ".jpeg", ".webp"}
 MAX_PICTURES = 1000

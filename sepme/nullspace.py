@@ -280,7 +280,7 @@ class Planner:
         null = self._null(name, [n for n in self.names if n != name], self.mode)
         kept = kept_energy(self._rows(name), null)
         if kept < self.options.min_kept_energy:
-            raise SepMEError(self._refusal(name, kept))
+            raise SepMEError(self._refusal(name, kept, basis=False))
         return null
 
     def pooled(self, name: str) -> tuple[Pooled | None, dict[str, Any] | None]:
@@ -314,7 +314,8 @@ class Planner:
         name = self.book[name].name
         return self._calibrate([name], [Found(basis, kept_energy(self._rows(name), basis), null_dims)], gate)[name]
 
-    def _refusal(self, name: str, kept: float) -> str:
+    def _refusal(self, name: str, kept: float, basis: bool = True) -> str:
+        """Why there is no room and what to do; ``basis`` False where soft directions would not do (mode ``paper``)."""
         others = [n for n in self.names if n != name]
 
         def fits(count: int) -> bool:
@@ -325,9 +326,10 @@ class Planner:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside the preserve list"
+        other = ", soft or auto" if basis else ""
         advice = {
-            "exact": "use mode tolerance, soft or auto, or fewer concepts or prompts",
-            "tolerance": "raise the tolerance, use mode soft or auto, or fewer concepts or prompts",
+            "exact": f"use mode tolerance{other}, or fewer concepts or prompts",
+            "tolerance": f"raise the tolerance{', use mode soft or auto' * basis}, or use fewer concepts or prompts",
             "soft": "raise epsilon, or use fewer concepts or prompts",
         }[self.mode]
         return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."

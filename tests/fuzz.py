@@ -25,7 +25,8 @@ import torch
 
 from sepme.cli.inspect import summary
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta, _header_hash
+from sepme.delta import ConceptDelta
+from sepme.delta_format import header_hash
 from sepme.errors import SepMEError
 from sepme.toggles import merge, parse_json, parse_tags
 
@@ -139,7 +140,7 @@ def delta_case(rng: random.Random, whole: bytes) -> bytes:
             own["content_hash"] = digest.hexdigest()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             pass
-        own["header_hash"] = _header_hash(own)
+        own["header_hash"] = header_hash(own)
     raw = json.dumps(header).encode()
     if rng.random() < 0.1:  # the same key twice
         raw = raw[:-1] + b', "down": ' + json.dumps(spoil(rng, header.get("down") if isinstance(header, dict) else 1)).encode() + b"}"

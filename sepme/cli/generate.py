@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..delta import ConceptDelta, check_writable, remove_leftovers
+from ..delta import ConceptDelta
 from ..errors import SepMEError
+from ..files import check_writable, remove_leftovers
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
 
 

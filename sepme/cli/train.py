@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ..concepts import ConceptBook, file_name
-from ..delta import ConceptDelta, check_writable, remove_leftovers
+from ..delta import ConceptDelta
 from ..errors import Interrupted, SepMEError
+from ..files import check_writable, remove_leftovers
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
 from .inspect import show_summaries, summary
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..composition import Composition
-from ..delta import ConceptDelta, safetensors_bytes, write_atomically
+from ..delta import ConceptDelta
 from ..errors import SepMEError
+from ..files import safetensors_bytes, write_atomically
 from ..toggles import Toggles
 from ..toggles import strengths as table
 from .names import kohya_names

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..delta import ConceptDelta, write_atomically
+from ..delta import ConceptDelta
+from ..files import write_atomically
 from ..images import grid, png
 
 TEMPLATE = Path(__file__).with_name("report.html")

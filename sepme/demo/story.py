@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..composition import Composition
 from ..concepts import Concept, ConceptBook, file_name
-from ..delta import ConceptDelta, write_atomically
+from ..delta import ConceptDelta
+from ..files import write_atomically
 from ..hosts.diffusers import DEMO, DiffusersHost
 from ..nullspace import Planner, ordinary_prompts
 from ..toggles import Toggles

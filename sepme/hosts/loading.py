@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ..delta import refuse_pickle
 from ..errors import SepMEError, out_of_memory
+from ..files import refuse_pickle
 from . import ldm
 from .tokenizers import END, clip_tokenizer
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..delta import write_atomically
 from ..errors import Interrupted, SepMEError, out_of_memory
+from ..files import write_atomically
 from ..layers import projections
 from ..objectives import OBJECTIVES
 from ..pooled import Pooled

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..delta import MAX_RANK
+from ..delta_format import MAX_RANK
 from ..errors import SepMEError
 from ..nullspace import PlanOptions
 from ..objectives import OBJECTIVES

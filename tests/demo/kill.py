@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import sepme.train
-from sepme import cli, delta
+from sepme import cli, files
 from sepme.concepts import ConceptBook
 from sepme.delta import ConceptDelta
 from sepme.hosts.diffusers import DiffusersHost
@@ -122,9 +122,9 @@ def dying(moment: str, at: int) -> Callable[[], None]:
                 die()
 
         if moment == "half written":
-            delta.os.fdopen = half  # type: ignore[assignment]
+            files.os.fdopen = half  # type: ignore[assignment]
         else:
-            delta.os.replace = rename  # type: ignore[assignment]
+            files.os.replace = rename  # type: ignore[assignment]
 
     return prepare
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +276,10 @@ def test_sides_are_timed_by_turns() -> None:
     timing = alternate(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3)
     assert "".join(calls) == "abbaab"
     assert min(timing) > 0
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_soft_leaves_out_directions_that_are_mostly_of_others(world: SimpleNamespace, count: int) -> None:
+    concepts = tuple(Concept(n, (n, f"a {n}")) for n in world.words[:count])
+    certificate = Planner(world.Encoder(d_in=192), ConceptBook(concepts), PlanOptions(mode="soft")).plan("star").certificate
+    assert max(certificate.leakage_linear.values()) < certificate.gate_low < certificate.gate_high

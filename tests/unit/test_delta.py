@@ -21,8 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sepme.concepts import Concept
-from sepme.delta import FORMAT, MAX_FILE, MAX_HEADER, ConceptDelta, write_atomically
+from sepme.delta import ConceptDelta
+from sepme.delta_format import FORMAT, MAX_FILE, MAX_HEADER
 from sepme.errors import SepMEError
+from sepme.files import write_atomically
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
 SHAPES = {f"{LAYER}.to_k": (6, 16), f"{LAYER}.to_v": (6, 16), "input_blocks.1.1.transformer_blocks.0.attn2.to_k": (4, 16)}

@@ -1,0 +1,143 @@
+"""The delta format ``sepme.delta/1``: what a file may declare, checked before a tensor is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .concepts import Concept
+from .errors import SepMEError
+from .files import refuse_pickle
+
+FORMAT = "sepme.delta/1"
+MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
+POOLED = ("pooled.down", "pooled.anchor")
+OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}  # metadata that is no info
+_UP = re.compile(r"up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
+
+
+def header_hash(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what the header says, but for itself and what other tools may show or change."""
+    own = {k: v for k, v in metadata.items() if k != "header_hash" and not k.startswith("modelspec.")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and declared tensors of a file, without reading a tensor; sizes are capped first."""
+    refuse_pickle(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise SepMEError(f"{path} has {size >> 20} MB; a delta has less than {MAX_FILE >> 20} MB, so this is another kind of file.")
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= size - 8:
+                raise SepMEError(f"{path} is no safetensors file or is cut short; get it again.")
+            if length > MAX_HEADER:
+                raise SepMEError(f"{path}: its header has {length >> 20} MB, more than {MAX_HEADER >> 20} MB; this is no delta.")
+            raw = file.read(length)
+    except OSError as error:
+        raise SepMEError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise SepMEError(f"{path} is no safetensors file; get it again.") from None
+    if not isinstance(header, dict):
+        raise SepMEError(f"{path} is no safetensors file; get it again.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise SepMEError(f"{path}: its metadata is damaged; get the file again.")
+    kind = metadata.get("format")
+    if kind != FORMAT:
+        what = f"format {kind[:40]!r}" if kind and kind.startswith("sepme") else "a foreign safetensors file"
+        raise SepMEError(f"{path} is {what}, not {FORMAT}; a LoRA or checkpoint is no delta, and a newer format needs a newer SepME.")
+    return metadata, header
+
+
+def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
+    """Check names, types and shapes in the header before any tensor is read."""
+    down = declared.get("down")
+    if not isinstance(down, dict) or down.get("dtype") != "F32" or not _is_shape(down.get("shape"), 2):
+        raise SepMEError(f"{path}: tensor 'down' is missing or is not a float32 matrix; this is no complete delta.")
+    rank, d_in = declared["down"]["shape"]
+    if not (1 <= rank <= MAX_RANK and 1 <= d_in <= MAX_WIDTH):
+        raise SepMEError(f"{path}: 'down' has the impossible shape {rank} x {d_in}; this is no delta.")
+    for name, entry in declared.items():
+        if name in ("down", *POOLED) or (name.endswith(".scale") and _UP.fullmatch(name[:-6]) and name[:-6] in declared):
+            continue
+        if not _UP.fullmatch(name):
+            raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
+        if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
+            raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
+        shape = entry["shape"]
+        if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH:
+            raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected (d_out, {rank}); the file is damaged.")
+        scale = declared.get(f"{name}.scale")
+        if not isinstance(scale, dict) or scale.get("dtype") != "F32" or scale.get("shape") != []:
+            raise SepMEError(f"{path}: the scale of tensor {name!r} is missing; the file is damaged.")
+    if not any(_UP.fullmatch(name) for name in declared):
+        raise SepMEError(f"{path}: it holds no up-factors; the file is damaged.")
+    _check_pooled(path, *(declared.get(name) for name in POOLED))
+
+
+def _check_pooled(path: Path, down: Any, anchor: Any) -> None:
+    if down is None and anchor is None:
+        return
+    if not isinstance(down, dict) or down.get("dtype") != "F32" or not _is_shape(down.get("shape"), 2):
+        raise SepMEError(f"{path}: tensor {POOLED[0]!r} is missing or is not a float32 matrix; the file is damaged.")
+    rank, width = down["shape"]
+    if not (1 <= rank <= MAX_RANK and 1 <= width <= MAX_WIDTH):
+        raise SepMEError(f"{path}: {POOLED[0]!r} has the impossible shape {rank} x {width}; the file is damaged.")
+    if not isinstance(anchor, dict) or anchor.get("dtype") != "F32" or anchor.get("shape") != [rank]:
+        raise SepMEError(f"{path}: tensor {POOLED[1]!r} is missing or is not a float32 vector of {rank} values; the file is damaged.")
+
+
+def _is_shape(value: Any, dims: int) -> bool:
+    return isinstance(value, list) and len(value) == dims and all(isinstance(v, int) for v in value)
+
+
+def plain_json(text: str) -> Any:
+    """JSON without NaN, infinities and deep nesting."""
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is no number")
+        return value
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return 1 + max(map(depth, inner), default=0)
+
+    data = json.loads(text, parse_constant=number, parse_float=number)
+    if depth(data) > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    return data
+
+
+def check_info(info: Mapping[str, Any]) -> None:
+    """Raise an error (of any plain type) unless the facts that commands read have the types that they expect."""
+    for concept in info.get("known", []):
+        Concept(concept["name"], tuple(concept["prompts"]))
+    for prompt in info.get("preserve", {}).get("prompts", []):
+        prompt.encode()
+    objective, certificate = info.get("objective", {}), info.get("certificate", {})
+    objective.get("name", "").encode()
+    numbers = [objective.get("steps", 0), *info.get("losses", [])]
+    for name in ("leakage_linear", "leakage_gated"):
+        numbers += certificate.get(name, {}).values()
+    numbers += [certificate.get(n, 0) for n in ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")]
+    pooled = certificate.get("pooled") or {"mode": "", "residual": 0}
+    pooled["mode"].encode()
+    numbers.append(pooled["residual"])
+    if not all(isinstance(v, (int, float)) for v in numbers):
+        raise ValueError("a figure is no number")
+    if not isinstance(info.get("kv_fingerprint", ""), str):
+        raise ValueError("kv_fingerprint")

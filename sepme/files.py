@@ -1,0 +1,82 @@
+"""Files: whole or not at all when written, never a pickle when read."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import SepMEError
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. safetensors itself writes metadata in random order, so the header is written again, sorted."""
+    data = save(dict(sorted(tensors.items())), metadata=dict(metadata))
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw + data[end:]
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise :class:`SepMEError` for a file that is a pickle by its name; it is not opened."""
+    if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"):
+        raise SepMEError(f"{path} is a pickle by its name; pickles can run code and are never opened, use a .safetensors file.")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left of :func:`write_atomically` for this path."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`SepMEError` unless files can be made in this folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # nameless where the system can: nothing to leave behind
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> SepMEError:
+    return SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.")
+
+
+def write_atomically(path: str | Path, data: bytes) -> Path:
+    """Write bytes so that the path holds either the old or the whole new content.
+
+    Raises:
+        SepMEError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        if part is not None and os.path.exists(part):
+            os.unlink(part)
+    return path

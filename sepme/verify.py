@@ -1,0 +1,139 @@
+"""Certificates measured again, with a real text encoder and the prompts that the deltas themselves name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .concepts import mentions
+from .delta import ConceptDelta
+from .gate import leakage_matrix, ordinary_prompts, ratios
+from .pooled import residual
+from .protocols import Encoding, TextEncoder
+from .tokens import OnProgress, PreserveFile, encode, silent
+
+
+@dataclass(frozen=True)
+class Check:
+    """One delta's certificate, measured.
+
+    Attributes:
+        own_min: smallest gate statistic of its own prompts. own_touched: share of them that pass the gate.
+        leakage_linear: worst ``‖c D‖ / ‖c‖`` by whose prompts; leakage_gated: 0 where the gate stays closed.
+        false_touch_rate: share of ordinary prompts that pass the gate.
+        pooled: what becomes of the pooled vector along the concept, and the share that is left; None without one.
+        holds: the gate opens for all of its own prompts and for none that must not change.
+    """
+
+    concept: str
+    gate: float
+    own_min: float
+    own_touched: float
+    leakage_linear: dict[str, float]
+    leakage_gated: dict[str, float]
+    false_touch_rate: float
+    pooled: dict[str, Any] | None
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Checks of several deltas.
+
+    Attributes:
+        matrix: ``(deltas, deltas)``, worst gate statistic of delta i on the prompts of delta j.
+    """
+
+    checks: tuple[Check, ...]
+    matrix: Tensor
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def holds(self) -> bool:
+        return all(c.holds for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        checks = [asdict(c) for c in self.checks]
+        return {"deltas": checks, "matrix": self.matrix.tolist(), "warnings": list(self.warnings), "holds": self.holds}
+
+
+def verify(
+    encoder: TextEncoder, deltas: Sequence[ConceptDelta], preserve: str | Path | None = None, on_progress: OnProgress = silent
+) -> Verification:
+    """Measure gates and leakage of deltas on their own, known, preserved and ordinary prompts.
+
+    Args:
+        preserve: text file of prompts that must not change; deltas hold only the digest of a long list.
+
+    Raises:
+        SepMEError: the preserve file cannot be read.
+    """
+    own = {d.concept.name: encode(encoder, d.concept.prompts) for d in deltas}
+    empty = encode(encoder, [""])
+    strangers = ordinary_prompts()[1::2]  # the half that no gate was calibrated on
+    ordinary = encode(encoder, strangers).context
+    worst, warnings = _preserved(encoder, deltas, preserve, on_progress)
+    checks = []
+    for i, delta in enumerate(deltas):
+        on_progress("Verifying", i, len(deltas))
+        name = delta.concept.name
+        statistic = ratios(own[name].context, delta.down)
+        prompts = {c["name"]: [p for p in c["prompts"] if not mentions(p, name)] for c in delta.info.get("known", [])}
+        leakage = {n: _worst(encode(encoder, p), delta) for n, p in prompts.items() if p}
+        leakage |= {"(empty prompt)": _worst(empty, delta)} | ({"(preserved prompts)": worst[name]} if name in worst else {})
+        foreign = ratios(ordinary, delta.down)[[not mentions(p, name) for p in strangers]]
+        checks.append(
+            Check(
+                name, delta.gate, float(statistic.min()), float((statistic > delta.gate).float().mean()),
+                leakage, {n: v if v > delta.gate else 0.0 for n, v in leakage.items()}, float((foreign > delta.gate).float().mean()),
+                _pooled(delta, own[name], encode(encoder, [delta.concept.anchor])),
+                bool((statistic > delta.gate).all()) and all(v <= delta.gate for v in leakage.values()),
+            )
+        )  # fmt: skip
+    matrix = leakage_matrix({d.concept.name: d.down for d in deltas}, {n: e.context for n, e in own.items()})
+    return Verification(tuple(checks), matrix, tuple(warnings))
+
+
+def _worst(encoding: Encoding, delta: ConceptDelta) -> float:
+    return float(ratios(encoding.context, delta.down).max())
+
+
+def _preserved(
+    encoder: TextEncoder, deltas: Sequence[ConceptDelta], path: str | Path | None, on_progress: OnProgress
+) -> tuple[dict[str, float], list[str]]:
+    """Worst statistic by concept on preserved prompts, the listed and those of the file; and what was not checked."""
+    listed = {d.concept.name: tuple(d.info.get("preserve", {}).get("prompts", ())) for d in deltas}
+    encodings = {prompts: encode(encoder, prompts) for prompts in set(listed.values()) if prompts}
+    worst = {d.concept.name: _worst(encodings[p], d) for d in deltas if (p := listed[d.concept.name])}
+    digests = {p: hashlib.sha256("".join(f"{line}\n" for line in p).encode()) for p in set(listed.values())}
+    if path is not None:
+        file = PreserveFile(path)
+        for prompts, done in file.batches():
+            encoding = encode(encoder, prompts)
+            for delta in deltas:
+                worst[delta.concept.name] = max(worst.get(delta.concept.name, 0.0), _worst(encoding, delta))
+            for digest in digests.values():
+                digest.update("".join(f"{p}\n" for p in prompts).encode())
+            on_progress("Preserve file", done, file.size)
+    warnings = []
+    for delta in deltas:
+        name, facts = delta.concept.name, delta.info.get("preserve", {})
+        if facts.get("sha256") in (None, digests[listed[name]].hexdigest()):
+            continue
+        if path is None:
+            missing = facts.get("count", 0) - len(listed[name])
+            warnings.append(f"{missing} preserved prompts of {name!r} are not in its file and were not checked; give them with --preserve.")
+        else:
+            warnings.append(f"{path} is not the preserve file that {name!r} was made with; it was checked all the same.")
+    return worst, warnings
+
+
+def _pooled(delta: ConceptDelta, own: Encoding, anchor: Encoding) -> dict[str, Any] | None:
+    if own.pooled is None or anchor.pooled is None:
+        return None
+    return {"mode": "replaced" if delta.pooled is not None else "left", "residual": residual(delta.pooled, own.pooled, anchor.pooled)}

@@ -1,0 +1,57 @@
+"""Certificates measured again: they agree with what was stored, and what is not stored is asked for."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sepme.concepts import Concept, ConceptBook
+from sepme.delta import ConceptDelta
+from sepme.nullspace import Planner, PlanOptions
+from sepme.train import TrainOptions, make_delta
+from sepme.verify import verify
+
+PROMPTS = [f"a {colour} {thing}" for colour in ("red", "big", "small") for thing in ("cat", "dog", "boat")]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    (tmp_path / "kept.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return tmp_path / "kept.txt"
+
+
+@pytest.fixture
+def made(world: SimpleNamespace, kept: Path) -> tuple[object, ConceptDelta]:
+    encoder = world.Encoder(d_in=192)
+    book = ConceptBook((Concept("moon", ("moon", "a moon")), Concept("star", ("star", "a star"))), ("a blue tree",), str(kept))
+    planner = Planner(encoder, book, PlanOptions())
+    options = TrainOptions(objective="closed-form")
+    return encoder, make_delta(planner, "star", world.Denoiser(d_in=192), options, kept.parent / "c.safetensors")
+
+
+def test_what_is_measured_is_what_was_stored(made: tuple[object, ConceptDelta], kept: Path) -> None:
+    encoder, delta = made
+    result = verify(encoder, [delta], kept)
+    (check,) = result.checks
+    assert result.warnings == ()
+    stored = delta.info["certificate"]
+    for name, value in stored["leakage_linear"].items():  # stored: the worst over half precisions too
+        assert check.leakage_linear[name] == pytest.approx(value, rel=0.02, abs=2e-3), name
+    assert check.false_touch_rate == pytest.approx(stored["false_touch_rate"], abs=0.01)
+    assert check.own_min > delta.gate
+    assert result.matrix.shape == (1, 1)
+    wide = verify(encoder, [replace(delta, gate=0.0)], kept)
+    assert not wide.holds
+    assert wide.checks[0].leakage_gated == wide.checks[0].leakage_linear
+
+
+def test_a_preserve_file_is_asked_for_and_known_again(made: tuple[object, ConceptDelta], kept: Path) -> None:
+    encoder, delta = made
+    result = verify(encoder, [delta])
+    assert [w for w in result.warnings if "9 preserved prompts of 'star'" in w and "--preserve" in w]
+    kept.write_text("\n".join([*PROMPTS, "a star cat"]), encoding="utf-8")
+    other = verify(encoder, [delta], kept)
+    assert "is not the preserve file" in other.warnings[0]
+    assert other.checks[0].leakage_linear["(preserved prompts)"] > result.checks[0].leakage_linear["(preserved prompts)"]
+    assert not other.holds
