@@ -27,11 +27,11 @@ def parse_tags(prompt: str) -> tuple[str, dict[str, float]]:
     found: list[dict[str, float]] = []
 
     def take(match: re.Match[str]) -> str:
-        kind, name, strength = match[1].lower(), match[2].strip(), match[3]
+        kind, name, strength, shown = match[1].lower(), match[2].strip(), match[3], match[0][:60]
         if not name:
-            raise SepMEError(f"The tag {match[0]!r} names no concept; write <erase:name>.")
+            raise SepMEError(f"The tag {shown!r} names no concept; write <erase:name>.")
         if kind == "keep" and strength is not None:
-            raise SepMEError(f"The tag {match[0]!r} has a strength; <keep:name> takes none, use <erase:name:strength>.")
+            raise SepMEError(f"The tag {shown!r} has a strength; <keep:name> takes none, use <erase:name:strength>.")
         found.append({name: 0.0 if kind == "keep" else _strength(strength if strength is not None else 1.0, name)})
         return " "
 

@@ -48,11 +48,14 @@ def test_tags(prompt: str, cleaned: str, toggles: dict[str, float]) -> None:
         ("<erase:x:nan>", "no number"),
         ("<erase:x:inf>", "no number"),
         ("<erase:x:101>", "no number"),
+        ("<erase:" + " " * 5000 + ">", "names no concept"),
+        ("<keep:" + "x" * 5000 + ":1>", "<keep:name> takes none"),
     ],
 )
 def test_bad_tags(prompt: str, message: str) -> None:
-    with pytest.raises(SepMEError, match=message):
+    with pytest.raises(SepMEError, match=message) as refusal:
         parse_tags(prompt)
+    assert len(str(refusal.value)) < 200
 
 
 @given(NAMES, STRENGTHS, st.text("abc ,", max_size=20), st.text("abc ,", max_size=20))
