@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -57,8 +57,8 @@ def _unwritable(path: Path, error: OSError) -> SepMEError:
     return SepMEError(f"{path} cannot be written ({error.strerror}); choose a folder that you may write to, with room left.")
 
 
-def write_atomically(path: str | Path, data: bytes) -> Path:
-    """Write bytes so that the path holds either the old or the whole new content.
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> Path:
+    """Write bytes, or one piece after the other, so that the path holds either the old or the whole new content.
 
     Raises:
         SepMEError: the folder cannot be written, or the disk is full.
@@ -69,7 +69,7 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(part, 0o644)

@@ -51,13 +51,10 @@ def lora(
     """Tensors and metadata of the LoRA of several deltas; arguments as for :func:`export_lora`."""
     if dtype not in DTYPES:
         raise SepMEError(f"A LoRA cannot be written as {dtype}; choose float16, bfloat16 or float32.")
-    composition = Composition(tuple(deltas))
-    weighed = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.names)[0].tolist(), strict=True) if s != 0]
-    if not weighed:
-        raise SepMEError("Nothing is left to export; give at least one delta whose strength is not 0.")
+    chosen = weighed(deltas, strengths)
     tensors: dict[str, Tensor] = {}
     for name, key in kohya_names(deltas[0].up).items():
-        pairs = [_balanced(s * d.up_factor(name), d.down) for d, s in weighed]
+        pairs = [_balanced(s * d.up_factor(name), d.down) for d, s in chosen]
         if any(up.any() for up, _ in pairs):  # values-only deltas leave to_k as it is
             up, down = (torch.cat(side, dim=axis) for side, axis in zip(zip(*pairs, strict=True), (1, 0), strict=True))
             tensors[f"{key}.lora_up.weight"] = up.to(dtype).contiguous()
@@ -65,7 +62,20 @@ def lora(
             tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))  # loaders scale by alpha / rank, 1 here
     if not tensors:
         raise SepMEError("These deltas change nothing; there is nothing to export.")
-    return tensors, _metadata(weighed)
+    return tensors, _metadata(chosen)
+
+
+def weighed(deltas: Sequence[ConceptDelta], strengths: Toggles | None) -> list[tuple[ConceptDelta, float]]:
+    """Deltas and their strengths, without those at 0.
+
+    Raises:
+        SepMEError: nothing is left, two deltas of one concept or for different models, an unknown concept.
+    """
+    composition = Composition(tuple(deltas))
+    chosen = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.names)[0].tolist(), strict=True) if s != 0]
+    if not chosen:
+        raise SepMEError("Nothing is left to export; give at least one delta whose strength is not 0.")
+    return chosen
 
 
 def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,11 +87,11 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up * 2.0**half, down * 2.0**-half
 
 
-def _metadata(weighed: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
-    architecture, rank = weighed[0][0].architecture, sum(d.rank for d, _ in weighed)
-    names = ", ".join(d.concept.name for d, _ in weighed)
+def _metadata(chosen: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
+    architecture, rank = chosen[0][0].architecture, sum(d.rank for d, _ in chosen)
+    names = ", ".join(d.concept.name for d, _ in chosen)
     facts = {
-        "sepme.concepts": json.dumps([{"name": d.concept.name, "strength": s, "content_hash": d.content_hash()} for d, s in weighed]),
+        "sepme.concepts": json.dumps([{"name": d.concept.name, "strength": s, "content_hash": d.content_hash()} for d, s in chosen]),
         "sepme.gate": GATE_OFF,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -91,7 +101,7 @@ def _metadata(weighed: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
         "modelspec.title": f"SepME: {names}",
         "modelspec.description": f"Erases {names}. The row gate is off in a LoRA; SepME's own files have it.",
     }
-    if any(d.pooled is not None for d, _ in weighed):
+    if any(d.pooled is not None for d, _ in chosen):
         facts["sepme.pooled"] = "left out: a LoRA cannot replace the pooled text vector"
     if architecture in BASE:
         facts |= {"ss_base_model_version": BASE[architecture], "ss_v2": str(architecture == "sd21")}

@@ -175,9 +175,7 @@ def _finish(
         d_in = planner.empty.context.shape[-1]
         subspace = planner.certify(name, torch.eye(d_in, dtype=torch.float64), 0, gate=0.0)
         up = {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
-    info = {
-        "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c is not plan.concept],
-        "preserve": _preserve(planner),
+    info = separable_from(planner, name) | {
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": recipe["kv_fingerprint"],
@@ -189,8 +187,11 @@ def _finish(
     return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
 
 
-def _preserve(planner: Planner) -> dict[str, Any]:
-    """What a delta says of the preserved prompts: of list and file count and digest, a short list whole."""
+def separable_from(planner: Planner, name: str) -> dict[str, Any]:
+    """What a delta says of everything else that is known: concepts; of the preserved prompts count and digest, a short list whole."""
     prompts = planner.book.preserve
-    facts = {"count": planner.preserved.count, "sha256": planner.preserved.digest}
-    return facts | ({"prompts": prompts} if len(prompts) <= 100 else {})
+    preserve = {"count": planner.preserved.count, "sha256": planner.preserved.digest}
+    return {
+        "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c.name != name],
+        "preserve": preserve | ({"prompts": prompts} if len(prompts) <= 100 else {}),
+    }

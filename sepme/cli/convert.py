@@ -1,0 +1,173 @@
+"""``sepme export``, ``sepme import`` and ``sepme reproject``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..concepts import Concept, ConceptBook, file_name
+from ..delta import ConceptDelta
+from ..errors import SepMEError
+from ..files import check_writable, remove_leftovers
+from .common import Device, DType, Files, Json, Model, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .inspect import show_summaries, summary
+
+NullSpace = Annotated[str | None, typer.Option(help="exact, tolerance (the default), soft, or auto: the strictest that fits.")]
+Tolerance = Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")]
+MaxRank = Annotated[int | None, typer.Option(help="Cap on the rank of a delta (8).")]
+
+
+def export(
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; a new folder for a diffusers model.")],
+    to: Annotated[str, typer.Option(help="lora (kohya's layout) or checkpoint (the model's own layout).")] = "lora",
+    model: Annotated[str | None, typer.Option(help="For --to checkpoint: 'demo', a diffusers folder or a .safetensors file.")] = None,
+    erase: Annotated[list[str] | None, typer.Option(help="NAME:STRENGTH (repeatable); 1 where not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of a LoRA: float16, bfloat16 or float32.")] = "float16",
+    as_json: Json = False,
+) -> None:
+    """Write deltas as a LoRA or merge them into a checkpoint; both act on every prompt, since neither has the gate."""
+    import torch
+
+    from ..convert import export_checkpoint, export_lora
+    from ..toggles import merge, parse_tags
+
+    deltas = [ConceptDelta.load(path) for path in files]
+    strengths = merge(*(parse_tags(f"<erase:{item}>")[1] for item in erase or []))
+    remove_leftovers(out)
+    if to == "lora":
+        kind = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype)
+        if kind is None:
+            raise SepMEError(f"There is no precision {dtype!r}; choose float16, bfloat16 or float32.")
+        export_lora(deltas, out, strengths, kind)
+    elif to == "checkpoint":
+        if model is None:
+            raise SepMEError("Merging needs the model; name it with --model.")
+        if model == "demo":
+            from ..hosts.loading import DEMO
+
+            model = str(DEMO)
+        export_checkpoint(deltas, model, out, strengths)
+    else:
+        raise SepMEError(f"There is no export to {to!r}; choose lora or checkpoint.")
+    data = {"file": str(out), "to": to, "concepts": [d.concept.name for d in deltas], "strengths": strengths, "gate": "off"}
+    finish(data, as_json, lambda: log.print(f"Wrote {out}. It acts on every prompt: only SepME's own files have the gate."))
+
+
+def import_(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="LoRA, or weights (whole or partial) made from MODEL, as .safetensors.")],
+    name: Annotated[str, typer.Option("--as", help="The concept that the file erases.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Delta file to write.")],
+    against: Annotated[Path | None, typer.Option(help="Concept book of everything else that is known.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt that means the concept (repeatable).")] = None,
+    null_space: NullSpace = None,
+    tolerance: Tolerance = None,
+    max_rank: MaxRank = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+) -> None:
+    """Make somebody else's eraser a separable delta: projected, factored, certified, and what was lost is stated."""
+    from ..convert import import_eraser
+    from ..nullspace import Planner
+    from ..train import plan_options
+
+    book = ConceptBook.load(against) if against is not None else ConceptBook((Concept(name, tuple(prompt or ())),))
+    if all(c.name.casefold() != name.strip().casefold() for c in book.concepts):
+        book = replace(book, concepts=(*book.concepts, Concept(name, tuple(prompt or ()))))
+    elif against is not None and prompt:
+        raise SepMEError(f"{against} has prompts of {name!r} already; leave --prompt out or take the concept out of the book.")
+    check_writable(out.parent)
+    remove_leftovers(out)
+    plan = plan_options("subspace", mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled="leave")
+    host = load_host(model, device, dtype, tokenizer)
+    with interruptible() as check, progress_bar() as bar:
+        planner = Planner(host, book, plan, on_progress=progress(bar, check))
+        delta = import_eraser(planner, name, file, host.attention_layers())
+    delta.save(out)
+    facts = delta.info["imported"]
+
+    def show() -> None:
+        show_summaries([summary(delta, out)])
+        log.print(f"On its prompts {facts['response_loss']:.1%} of the file's effect on keys and values was lost.")
+        if facts["other_tensors"]:
+            log.print(f"{facts['other_tensors']} tensors of the file are no cross-attention to_k or to_v and were left out.")
+        if facts.get("own_scale") is False:
+            log.print("The LoRA does not say its scale; 1 was taken.")
+
+    finish(summary(delta, out) | {"imported": facts}, as_json, show)
+
+
+def reproject(
+    model: Model,
+    files: Files,
+    against: Annotated[Path, typer.Option(help="Concept book of everything that is known now.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the new delta files.")],
+    order: Annotated[
+        bool, typer.Option("--order-gap", help="Also let the newcomers arrive one by one, in both orders, and compare.")
+    ] = False,
+    null_space: NullSpace = None,
+    tolerance: Tolerance = None,
+    max_rank: MaxRank = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    as_json: Json = False,
+) -> None:
+    """Make older deltas spare concepts that came later, without training: new directions, old response refitted."""
+    from ..convert import known_to, order_gap
+    from ..convert import reproject as again
+    from ..layers import kv_fingerprint
+    from ..nullspace import Planner, ratios
+    from ..train import plan_options
+
+    deltas = [ConceptDelta.load(path) for path in files]
+    book = known_to(deltas, ConceptBook.load(against))
+    paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
+    if len(set(paths)) < len(paths):
+        raise SepMEError("Two of the files would get the same name; reproject them one by one.")
+    if len({d.pooled is None for d in deltas}) > 1:
+        raise SepMEError("Some of the files replace the pooled text vector and some leave it; reproject them apart.")
+    check_writable(out)
+    host = load_host(model, device, dtype, tokenizer)
+    layers = host.attention_layers()
+    fingerprint = kv_fingerprint(layers)
+    rows: list[dict[str, Any]] = []
+    with interruptible() as check, progress_bar() as bar:
+        pooled = "leave" if deltas[0].pooled is None else "replace"
+        plan = plan_options("subspace", mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled=pooled)
+
+        def planner_of(known: ConceptBook) -> Planner:
+            return Planner(host, known, plan, on_progress=progress(bar, check))
+
+        planner = planner_of(book)
+        planner.plan_all([d.concept.name for d in deltas])
+        for delta, path in zip(deltas, paths, strict=True):
+            name = delta.concept.name
+            if delta.info.get("kv_fingerprint") not in (None, fingerprint):
+                log.print(f"Warning: {name!r} was made on K/V weights {delta.info['kv_fingerprint']}, this model has {fingerprint}.")
+            new = again(planner, delta, layers)
+            linear = {c: float(ratios(planner.encodings[c].context, delta.down).max()) for c in planner.names if c != name}
+            row: dict[str, Any] = {"from": delta.content_hash(), "leakage_before": max(linear.values(), default=0.0)}
+            row["response_loss"] = new.info["reprojected"]["response_loss"]
+            if order:
+                row["order_gap"] = order_gap(delta, book, planner_of, layers)
+            remove_leftovers(path)
+            new.save(path)
+            rows.append(summary(new, path) | row)
+
+    def show() -> None:
+        show_summaries(rows)
+        table = Table("concept", "leak before", "leak now", "response lost", *(["order gap"] if order else []))
+        for r in rows:
+            gap = [f"{r['order_gap']:.2e}"] if order else []
+            table.add_row(r["concept"], f"{r['leakage_before']:.4f}", f"{r['leakage_linear_max']:.4f}", f"{r['response_loss']:.2e}", *gap)
+        log.print(table)
+
+    finish({"deltas": rows}, as_json, show)

@@ -1,0 +1,170 @@
+"""Deltas merged into a checkpoint, in the layout of the original: a single file or a diffusers folder. No model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta import ConceptDelta
+from ..errors import SepMEError
+from ..files import refuse_pickle, write_atomically
+from ..toggles import Toggles
+from .lora import GATE_OFF, weighed
+from .names import diffusers_names
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx", "*.onnx_data")
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the unmerged file
+PIECE, MAX_HEADER = 16 << 20, 100 << 20
+
+
+def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: str | Path, strengths: Toggles | None = None) -> Path:
+    """Write a copy of a model with ``W + Σ_i s_i Y_i D_iᵀ`` in its to_k and to_v; every other tensor keeps its bytes and place.
+
+    The gate is off in merged weights, they are rounded to the file's precision, and SDXL's pooled part has no place in them.
+
+    Args:
+        deltas: of the model's architecture. model: a ``.safetensors`` checkpoint or a diffusers folder.
+        out: a file for a file, a new folder for a folder. strengths: by concept, 1 where not given.
+
+    Raises:
+        SepMEError: a model of another architecture, quantised or damaged; an unknown concept; weights that would overflow; a place
+            that cannot be written.
+    """
+    model, out = Path(model), Path(out)
+    chosen = weighed(deltas, strengths)
+    refuse_pickle(model)
+    if model.is_dir():
+        return _folder(chosen, model, out)
+    if out.suffix.lower() != ".safetensors":
+        raise SepMEError(f"{out} is no name for a checkpoint; end it in .safetensors.")
+    file = _File.open(model)
+    keys = {name: f"model.diffusion_model.{name}.weight" for name in chosen[0][0].up}
+    _check(model, chosen[0][0], [file], keys)
+    _apart(model, out)
+    return write_atomically(out, file.merged(chosen, keys))
+
+
+def _apart(model: Path, out: Path) -> None:
+    if out.exists() and out.samefile(model):
+        raise SepMEError(f"{out} is the model itself; write the merged one to another name.")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A safetensors file by its header: where its tensors lie."""
+
+    path: Path
+    start: int
+    entries: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    @staticmethod
+    def open(path: Path) -> _File:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(8)
+                length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+                if not 2 <= length <= min(size - 8, MAX_HEADER):
+                    raise ValueError("header")
+                entries = json.loads(file.read(length))
+            metadata = entries.pop("__metadata__", {})
+            for entry in entries.values():
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - length or not all(isinstance(n, int) for n in entry["shape"]):
+                    raise ValueError("offsets")
+                entry["dtype"].encode()
+            return _File(path, 8 + length, entries, metadata)
+        except OSError as error:
+            raise SepMEError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise SepMEError(f"{path} is no safetensors file or is cut short; get it again.") from None
+
+    def merged(self, chosen: Sequence[tuple[ConceptDelta, float]], keys: Mapping[str, str]) -> Iterator[bytes]:
+        """The file's bytes with the changed weights, in pieces; the header differs in its metadata alone."""
+        names = {key: name for name, key in keys.items() if key in self.entries}
+        facts = {"sepme.concepts": json.dumps([{"name": d.concept.name, "strength": s} for d, s in chosen]), "sepme.gate": GATE_OFF}
+        metadata = {k: v for k, v in self.metadata.items() if k not in HASHES} | facts
+        raw = json.dumps({"__metadata__": metadata, **self.entries}, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        yield struct.pack("<Q", len(raw)) + raw
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            place = 0
+            for key, entry in sorted(self.entries.items(), key=lambda item: item[1]["data_offsets"]):
+                begin, end = entry["data_offsets"]
+                yield from _pieces(file, begin - place)
+                if key in names:
+                    yield self._changed(b"".join(_pieces(file, end - begin)), entry, names[key], chosen)
+                else:
+                    yield from _pieces(file, end - begin)
+                place = end
+
+    def _changed(self, data: bytes, entry: Mapping[str, Any], name: str, chosen: Sequence[tuple[ConceptDelta, float]]) -> bytes:
+        dtype = DTYPES[entry["dtype"]]
+        weight = torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"])
+        change: Tensor = sum(s * d.weight_delta(name) for d, s in chosen)  # type: ignore[assignment]
+        result = (weight.to(torch.promote_types(dtype, torch.float32)) + change).to(dtype) if change.any() else weight
+        if not result.isfinite().all():
+            raise SepMEError(f"{name} of {self.path} would overflow {entry['dtype']}; lower the strengths.")
+        return result.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _pieces(file: Any, count: int) -> Iterator[bytes]:
+    while count:
+        piece = file.read(min(count, PIECE))
+        if not piece:
+            raise SepMEError(f"{file.name} became shorter while it was read; try again.")
+        count -= len(piece)
+        yield piece
+
+
+def _check(model: Path, delta: ConceptDelta, files: Sequence[_File], keys: Mapping[str, str]) -> None:
+    """Raise unless the files hold exactly the delta's projections, in a precision that can be added to."""
+    entries = {key: entry for file in files for key, entry in file.entries.items() if ".attn2.to_" in key}
+    found = {key for key in entries if key.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))}
+    shapes = {name: tuple(entries[key]["shape"]) for name, key in keys.items() if key in found}
+    if shapes != delta.shapes or found != set(keys.values()):
+        raise SepMEError(f"{model} is no model of the architecture {delta.architecture} of {delta.concept.name!r}; name the one it is for.")
+    for key in found:
+        if entries[key]["dtype"] not in DTYPES:
+            raise SepMEError(f"{model} is quantised ({entries[key]['dtype']}); merge into the float16 or float32 model instead.")
+
+
+def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path) -> Path:
+    files = [_File.open(path) for path in sorted((model / "unet").glob("*.safetensors"))]
+    if not (model / "model_index.json").is_file() or not files:
+        raise SepMEError(f"{model} is no diffusers folder with a UNet in safetensors; name one, or a single .safetensors file.")
+    delta = chosen[0][0]
+    theirs = diffusers_names(dict.fromkeys(name.rsplit(".", 1)[0] for name in delta.up))
+    keys = {name: f"{theirs[name.rsplit('.', 1)[0]]}.{name.rsplit('.', 1)[1]}.weight" for name in delta.up}
+    _check(model, delta, files, keys)
+    _apart(model, out)
+    if out.exists():
+        raise SepMEError(f"{out} is there already; choose a new name for the merged model's folder.")
+    part = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        whole = part / out.name
+        shutil.copytree(model, whole, ignore=shutil.ignore_patterns(*PICKLES))
+        for file in files:
+            write_atomically(whole / "unet" / file.path.name, file.merged(chosen, keys))
+        os.replace(whole, out)
+    except OSError as error:  # shutil's own is one too
+        raise SepMEError(f"{out} cannot be written ({error.strerror or 'copying failed'}); choose another folder with room left.") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+    return out
