@@ -10,6 +10,7 @@ TORCH ?= torch>=2.4 torchvision
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq --disable-pip-version-check $(foreach p,$(TORCH),"$(p)")
 	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
+	$(BIN)/python tests/comfyui/environment.py
 	touch $@
 
 demo: .venv/.ready
@@ -17,7 +18,7 @@ demo: .venv/.ready
 	@echo "Open demo/report.html"
 
 test: .venv/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .delta import ConceptDelta
+
 
 def solve(
     weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, down: Tensor, ridge: float = 1e-6, values_only: bool = False
@@ -49,3 +51,18 @@ def apply(weights: Mapping[str, Tensor], shifts: Sequence[Tensor], values_only: 
         for one, part in zip(result, y.split(ranks, dim=1), strict=True):
             one[name] = part.contiguous()
     return result
+
+
+def distance(weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, delta: ConceptDelta) -> float:
+    """``‖C (W + ΔW)ᵀ − C* Wᵀ‖ / ‖C Wᵀ − C* Wᵀ‖`` over all layers: how far keys and values still are from the anchor's, 1 without delta.
+
+    Args:
+        weights, tokens, target: as for :func:`solve`.
+    """
+    moved, given = tokens.float() @ delta.down.T, (tokens - target).float()
+    before = after = 0.0
+    for name, weight in weights.items():
+        gap = given @ weight.detach().float().cpu().T
+        before += float(gap.square().sum())
+        after += float((gap + moved @ delta.up_factor(name).T).square().sum())
+    return (after / before) ** 0.5 if before else 0.0

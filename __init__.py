@@ -1,0 +1,13 @@
+"""ComfyUI's entry point; the nodes are in ``nodes/``, the library in ``sepme/``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint() -> Any:
+    from .nodes import SepMEExtension
+
+    return SepMEExtension()

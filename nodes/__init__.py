@@ -1,0 +1,33 @@
+"""SepME's ComfyUI nodes, one file a stage: concepts, train, deltas, apply, prompt, verify. ``host/`` is all that knows ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import SepMEApply
+from .concepts import SepMEConcept, SepMEConceptBook
+from .deltas import SepMEExport, SepMELoadDelta, SepMESaveDeltas
+from .models import SepMEDemoModel, SepMELoadCheckpoint
+from .prompt import SepMEConditioningToggles, SepMETextEncode
+from .train import SepMETrain
+from .verify import SepMEVerify
+
+NODES: list[type[io.ComfyNode]] = [
+    SepMEDemoModel,
+    SepMELoadCheckpoint,
+    SepMEConcept,
+    SepMEConceptBook,
+    SepMETrain,
+    SepMESaveDeltas,
+    SepMELoadDelta,
+    SepMEApply,
+    SepMETextEncode,
+    SepMEConditioningToggles,
+    SepMEVerify,
+    SepMEExport,
+]
+
+
+class SepMEExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,25 @@
+"""Everything that touches ComfyUI's internals: its text encoders, UNets, patches, folders, progress. Nodes use nothing else of it."""
+
+from .demo import demo_model
+from .denoiser import UNetDenoiser, attention_layers
+from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
+from .jobs import Job, check_interrupted, trainable
+from .patch import apply_deltas, toggled
+from .text import ClipEncoder
+
+__all__ = [
+    "ClipEncoder",
+    "Job",
+    "UNetDenoiser",
+    "apply_deltas",
+    "attention_layers",
+    "check_interrupted",
+    "checkpoint_names",
+    "delta_library",
+    "delta_names",
+    "demo_model",
+    "load_checkpoint",
+    "lora_folder",
+    "toggled",
+    "trainable",
+]

@@ -1,0 +1,51 @@
+"""ComfyUI's model folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+
+from ...sepme.errors import SepMEError
+from ...sepme.files import refuse_pickle
+from ...sepme.library import DeltaLibrary
+
+FOLDER = "sepme"
+
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+delta_library = DeltaLibrary(lambda: folder_paths.get_folder_paths(FOLDER))
+
+
+def delta_names() -> list[str]:
+    """Names of the files in the folders, for a combo box: from ComfyUI's cache, no file is opened."""
+    return [name.replace("\\", "/") for name in folder_paths.get_filename_list(FOLDER)]
+
+
+def lora_folder() -> str:
+    return str(folder_paths.get_folder_paths("loras")[0])
+
+
+def checkpoint_names() -> list[str]:
+    return list(folder_paths.get_filename_list("checkpoints"))
+
+
+def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of a ``.safetensors`` checkpoint.
+
+    Raises:
+        SepMEError: a pickle, or a file without one of the three.
+    """
+    refuse_pickle(Path(name))
+    path = folder_paths.get_full_path_or_raise("checkpoints", name)
+    out = comfy.sd.load_checkpoint_guess_config(
+        path, output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
+    )
+    model, clip, vae = out[:3]
+    if model is None or clip is None or vae is None:
+        raise SepMEError(f"{name} holds no complete model; load UNet, CLIP and VAE with ComfyUI's own loaders, they work just as well.")
+    return model, clip, vae

@@ -1,0 +1,73 @@
+"""Long jobs in a node: progress with a picture of the loss, the interrupt button, models loaded through ComfyUI's accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import nn
+
+PREVIEW_EVERY = 5  # steps
+
+
+def check_interrupted() -> None:
+    """Raise ComfyUI's own exception when the user pressed interrupt."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class Job:
+    """The progress bar of a node whose parts are shown one after another on one scale of 1000."""
+
+    def __init__(self, parts: int) -> None:
+        self.bar, self.parts, self.part = comfy.utils.ProgressBar(1000), max(parts, 1), 0
+
+    def show(self, done: float, losses: Sequence[float] = ()) -> None:
+        """Set the bar to ``done`` (0 to 1) of the current part, with a picture of the losses now and then; stop when interrupted."""
+        check_interrupted()
+        preview = None
+        if len(losses) > 1 and len(losses) % PREVIEW_EVERY == 0:
+            from ..pictures import loss_curve
+
+            preview = ("JPEG", loss_curve(losses), 512)
+        self.bar.update_absolute(round(1000 * (self.part + min(done, 1.0)) / self.parts), 1000, preview)
+
+    def next(self) -> None:
+        """The current part is done."""
+        self.part += 1
+        self.bar.update_absolute(round(1000 * self.part / self.parts), 1000)
+
+
+@contextmanager
+def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
+    """Load a model completely, with gradients possible, for as long as the block runs; yields the model.
+
+    Args:
+        patcher: a MODEL; its LoRAs are in effect. latents: shape of the batch, for the memory that has to be free.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        needed = 3 * patcher.memory_required(list(latents))  # activations are kept for the way back
+        comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+        model = patcher.model
+        asked = [p for p in model.parameters() if p.requires_grad]
+        _plain(model)
+        model.requires_grad_(False)
+        try:
+            yield model
+        finally:
+            for p in asked:
+                p.requires_grad_(not p.is_inference())
+            comfy.model_management.soft_empty_cache()
+
+
+def _plain(model: nn.Module) -> None:
+    """ComfyUI loads under inference mode, and such parameters cannot take part in a graph: put equal ones in their place, one by one."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None and value.is_inference():
+                    plain = value.detach().clone()
+                    held[name] = nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain

@@ -1,0 +1,177 @@
+"""Deltas on a MODEL: patched keys and values, every prompt's own strengths in one batch, nothing left when a run is over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from comfy.conds import CONDRegular
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor, nn
+
+from ...sepme.composition import Composition
+from ...sepme.delta import ConceptDelta
+from ...sepme.layers import projections
+from ...sepme.runtime import KVProjector
+from ...sepme.toggles import Toggles, merge, strengths
+from .denoiser import attention_layers
+
+KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
+TOGGLES, TAGS = "toggles", "tags"  # of CONDITIONING[KEY]: set by nodes, and by the prompt's own text, which beats them
+
+log = logging.getLogger("sepme")
+
+
+class Applied:
+    """What a patched MODEL carries. It acts during a sampling run only, from ON_PRE_RUN to ON_CLEANUP.
+
+    Args:
+        composition: all deltas of the MODEL. toggles: for prompts that say nothing themselves. inner: what the patches stand before.
+    """
+
+    def __init__(
+        self, composition: Composition, toggles: Toggles, gate: bool, backend: str, inner: Mapping[str, Callable[..., Any]]
+    ) -> None:
+        self.composition, self.toggles, self.gate, self.backend, self.inner = composition, dict(toggles), gate, backend, dict(inner)
+        self.default = self._strengths({})
+        self._projectors: dict[int, KVProjector] = {}  # by model object: hosts with several GPUs run copies of one model
+        self._current = threading.local()
+        self._running, self._keep = False, True
+        self._said: set[str] = set()
+
+    def _strengths(self, own: Mapping[str, Toggles]) -> Tensor:
+        """``(N,)`` of a CONDITIONING."""
+        return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.names)[0]
+
+    def start(self, patcher: Any) -> None:
+        self._projectors.clear()
+        self._running = True
+        self._keep = not getattr(patcher, "hook_patches", None)  # hooks change weights in place, unseen, between two forwards
+
+    def stop(self, patcher: Any) -> None:
+        self._projectors.clear()
+        self._running = False
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """ComfyUI's own, and the strengths ``(1, N)``, which it lays side by side in the order of the rows of each batch.
+
+        Every prompt gets them: prompts with other keys would go in a batch of their own.
+        """
+        inner = self.inner["extra_conds"]
+        if not self._running:
+            return inner(**kwargs)
+        own = self._strengths(kwargs.pop(KEY, None) or {})
+        if bool(((own < 0) | (own > 1)).any()):
+            self._say("A strength lies outside 0 to 1: negative ones amplify the concept, larger ones overshoot.")
+        pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
+        if pooled is not None and context is not None and any(d.pooled is not None for d in self.composition.deltas):
+            kwargs["pooled_output"] = self.composition.replace_pooled(pooled, context, own, self.gate)
+        return inner(**kwargs) | {KEY: CONDRegular(own[None])}
+
+    def apply_model(
+        self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+        transformer_options: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Wrapper of one forward pass: the rows' strengths are taken out of the arguments and hold until it returns."""
+        rows, model = kwargs.pop(KEY, None), executor.class_obj
+        arguments = (x, t, c_concat, c_crossattn, control, {} if transformer_options is None else transformer_options)
+        if c_crossattn is None:
+            return executor(*arguments, **kwargs)
+        projector = self._projectors.get(id(model))
+        if projector is None:
+            projector = KVProjector(attention_layers(model), self.composition, gate=self.gate, keep=self._keep)
+            self._projectors[id(model)] = projector
+        with projector.forward_pass(self._rows(rows, c_crossattn), c_crossattn, self.default, self._unknown_rows):
+            self._current.projector = projector
+            try:
+                return executor(*arguments, **kwargs)
+            finally:
+                self._current.projector = None
+
+    def _rows(self, rows: Tensor | None, context: Tensor) -> Tensor:
+        if rows is None:  # a caller that makes its arguments itself
+            return self.default
+        rows = rows.to("cpu", torch.float32)
+        if len(rows) == len(context):
+            return rows
+        if bool((rows == rows[0]).all()):
+            return rows[0]
+        self._say("Another extension split or joined the batch of prompts; all of it gets the toggles of SepME Apply.")
+        return self.default
+
+    def _unknown_rows(self) -> None:
+        self._say("Another extension added prompts to the batch (attention couple?); those get the toggles of SepME Apply.")
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
+
+    def project(self, name: str, context: Tensor) -> Tensor:
+        """The patched ``forward`` of a projection."""
+        inner = self.inner[name]
+        projector = getattr(self._current, "projector", None)
+        if projector is None:
+            return inner(context)
+        module = projector.modules[name]
+        if isinstance(getattr(inner, "__self__", None), nn.Module):  # the module's own, of whatever model object runs
+            inner = MethodType(inner.__func__, module)
+        return projector.project(name, module, inner, context)
+
+
+class _Projection:
+    """``to_k.forward`` or ``to_v.forward``."""
+
+    def __init__(self, applied: Applied, name: str) -> None:
+        self.applied, self.name = applied, name
+
+    def __call__(self, context: Tensor) -> Tensor:
+        return self.applied.project(self.name, context)
+
+
+def _inner(found: Any, name: str, before: Applied | None) -> Any:
+    """What a patch stands before: what is there, or what an earlier one of ours stood before, which it replaces."""
+    owner = found.applied if isinstance(found, _Projection) else getattr(found, "__self__", None)
+    return before.inner[name] if before is not None and owner is before else found
+
+
+def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggles, gate: bool = True, backend: str = "auto") -> Any:
+    """A clone of a MODEL with deltas on it; those that it carries already stay, with their toggles where the new ones say nothing.
+
+    Raises:
+        SepMEError: deltas for another model, two of one concept, toggles of unknown concepts, no Stable Diffusion UNet.
+    """
+    clone = patcher.clone()
+    before: Applied | None = patcher.get_attachment(KEY)
+    if before is not None:
+        deltas, toggles = before.composition.deltas + tuple(deltas), merge(before.toggles, toggles)
+    if not deltas:
+        return clone
+    layers = attention_layers(patcher.model)
+    deltas[0].check_fits({name: (m.out_features, m.in_features) for name, m in projections(layers).items()}, "this MODEL")
+    paths = {name: f"diffusion_model.{name}.forward" for name in projections(layers)} | {"extra_conds": "extra_conds"}
+    inner = {name: _inner(patcher.get_model_object(path), name, before) for name, path in paths.items()}
+    applied = Applied(Composition(tuple(deltas)), toggles, gate, backend, inner)
+    for name, path in paths.items():
+        clone.add_object_patch(path, applied.extra_conds if name == "extra_conds" else _Projection(applied, name))
+    clone.set_attachments(KEY, applied)
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, applied.apply_model)
+    for call, function in ((CallbacksMP.ON_PRE_RUN, applied.start), (CallbacksMP.ON_CLEANUP, applied.stop)):
+        clone.remove_callbacks_with_key(call, KEY)
+        clone.add_callback_with_key(call, KEY, function)
+    return clone
+
+
+def toggled(conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None) -> list[Any]:
+    """A CONDITIONING that carries toggles, set by a node, and tags of its own text; those that it carries already count where not named."""
+    result = []
+    for tensor, facts in conditioning:
+        own = facts.get(KEY, {})
+        merged = {TOGGLES: merge(own.get(TOGGLES, {}), toggles or {}), TAGS: merge(own.get(TAGS, {}), tags or {})}
+        result.append([tensor, {**facts, KEY: merged}])
+    return result

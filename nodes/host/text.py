@@ -1,0 +1,78 @@
+"""ComfyUI's CLIP as text encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...sepme.protocols import Encoding
+from .jobs import check_interrupted
+
+BATCH = 32  # prompts encoded between two looks at the interrupt button
+
+Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks of (id, weight)
+
+
+class ClipEncoder:
+    """Encodes prompts as CLIPTextEncode does, without weights: parentheses are plain text.
+
+    Args:
+        clip: a CLIP of SD1.x, SD2.x or SDXL; its LoRAs and clip skip are in effect.
+    """
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip
+        self.has_pooled = "g" in self._tokens("")  # SDXL; other UNets do not read the pooled vector
+
+    def _tokens(self, prompt: str) -> Tokens:
+        tokens: Tokens = self.clip.tokenize(prompt, disable_weights=True)
+        return tokens
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        """See :class:`~sepme.protocols.TextEncoder`; prompts of fewer chunks are repeated to a common length, as ComfyUI does."""
+        tokens = [self._tokens(p) for p in prompts]
+        with torch.inference_mode():
+            rows = [row for part in self._groups(tokens) for row in self._encode(part)]
+        length = math.lcm(*(c.shape[0] for c, _ in rows))
+        masks = [self._mask(t) for t in tokens]
+        return Encoding(
+            torch.stack([c.repeat(length // len(c), 1) for c, _ in rows]).clone(),  # cloned: nothing made for inference leaves
+            torch.stack([m.repeat(length // len(m)) for m in masks]),
+            torch.stack([p for _, p in rows if p is not None]).clone() if self.has_pooled else None,
+        )
+
+    def _groups(self, tokens: list[Tokens]) -> Iterator[list[Tokens]]:
+        """Consecutive prompts that can be encoded at once: of one chunk each, where the pooled vectors do not matter."""
+        group: list[Tokens] = []
+        for one in tokens:
+            single = not self.has_pooled and all(len(chunks) == 1 for chunks in one.values())
+            if group and (not single or len(group) == BATCH):
+                yield group
+                group = []
+            group.append(one)
+            if not single:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _encode(self, group: list[Tokens]) -> list[tuple[Tensor, Tensor | None]]:
+        """Context ``(tokens, d_in)`` and pooled vector of each prompt: several short prompts go as the chunks of one long prompt."""
+        check_interrupted()
+        joined = {key: [chunk for one in group for chunk in one[key]] for key in group[0]}
+        context, pooled = self.clip.encode_from_tokens(joined, return_pooled=True)
+        return [(c, pooled[0] if self.has_pooled else None) for c in context[0].chunk(len(group))]
+
+    def _mask(self, tokens: Tokens) -> Tensor:
+        """True up to and including the end token of each chunk; a chunk's padding repeats its end token or is 0."""
+        chunks = next(iter(tokens.values()))
+        end = next(iter(self._tokens("").values()))[0][1][0]
+        masks = []
+        for chunk in chunks:
+            ends = [i for i, entry in enumerate(chunk) if isinstance(entry[0], int) and entry[0] == end]
+            masks.append(torch.arange(len(chunk)) <= (ends[0] if ends else len(chunk)))
+        return torch.cat(masks)

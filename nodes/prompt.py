@@ -1,0 +1,64 @@
+"""Toggles of a prompt's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..sepme.errors import SepMEError
+from ..sepme.toggles import parse_json, parse_tags
+from . import host
+from .sockets import CATEGORY, TOGGLES_TIP
+
+OWN = "as SepME Apply says"
+
+
+class SepMETextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SepMETextEncode",
+            display_name="SepME Text Encode",
+            category=CATEGORY,
+            description="Encode a prompt with its own switches: 'a city <erase:van gogh>', 'a star <erase:star:0.5>', '<keep:picasso>'. "
+            "The tags are gone before the text encoder sees the prompt, and they go before all other toggles.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, default="", tooltip="The prompt, tags included."),
+                io.String.Input("toggles", default="{}", optional=True, tooltip=f"{TOGGLES_TIP}{OWN}."),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.String.Output("cleaned_text", display_name="cleaned text", tooltip="The prompt without tags."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, toggles: str = "{}") -> io.NodeOutput:
+        if clip is None:
+            raise SepMEError("This checkpoint has no text encoder; load CLIP with a loader of its own.")
+        cleaned, tags = parse_tags(text)
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(cleaned))
+        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags), cleaned)
+
+
+class SepMEConditioningToggles(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SepMEConditioningToggles",
+            display_name="SepME Conditioning Toggles",
+            category=CATEGORY,
+            description="Switch concepts for one prompt (an area, a mask, a time range), whatever node encoded it. Tags in the prompt's "
+            "text go before these toggles, these before SepME Apply's.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="A prompt, or several combined: all get these toggles."),
+                io.String.Input("toggles", default="{}", tooltip=f"{TOGGLES_TIP}{OWN}."),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list[Any], toggles: str = "{}") -> io.NodeOutput:
+        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles)))

@@ -1,0 +1,150 @@
+"""Training: concepts become deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..sepme.closed_form import distance
+from ..sepme.concepts import ConceptBook, normalised
+from ..sepme.delta import ConceptDelta
+from ..sepme.errors import SepMEError
+from ..sepme.layers import weights
+from ..sepme.nullspace import Planner
+from ..sepme.objectives import OBJECTIVES
+from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
+from ..sepme.train.options import MODES
+from . import host
+from .concepts import join, lines
+from .sockets import CATEGORY, Concepts, Deltas, LossMap
+
+RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken from, with guidance
+
+
+class SepMETrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SepMETrain",
+            display_name="SepME Train",
+            category=CATEGORY,
+            description="Make one delta for every concept that is to be erased. Training runs on the MODEL as it is, LoRAs included; "
+            "the MODEL itself is not changed. Interrupt works at any step.",
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.x, SD2.x, SDXL or the demo model."),
+                io.Clip.Input("clip", tooltip="The text encoder that your prompts will use, with its clip skip."),
+                Concepts.Input("concepts", tooltip="All known concepts; each delta leaves the others' prompts alone."),
+                io.String.Input(
+                    "erase", default="*", optional=True,
+                    tooltip="Names to erase, separated by commas or lines; * for all. The other concepts are only kept safe.",
+                ),
+                io.String.Input(
+                    "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."
+                ),
+                io.Combo.Input(
+                    "objective", options=[*OBJECTIVES, "closed-form"], default="gcirs", optional=True,
+                    tooltip="gcirs: trained, erases most (SepME). closed-form: solved in seconds, the anchor takes the concept's place.",
+                ),
+                io.Combo.Input(
+                    "mode", options=list(MODES), default="subspace", optional=True,
+                    tooltip="subspace: small deltas, fast. paper: as published. unrestricted: any change of weights; cannot be combined "
+                    "or taken back exactly.",
+                ),
+                io.Int.Input("steps", default=1000, min=1, max=100_000, optional=True, tooltip="At most; training stops by itself."),
+                io.Float.Input(
+                    "learning_rate", default=0.0, min=0.0, max=10.0, step=0.00001, round=False, optional=True,
+                    tooltip="0: what suits the mode (0.03, 0.1, 0.00001).",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, tooltip="Of every draw."),
+                io.Int.Input("max_rank", default=0, min=0, max=4096, optional=True, tooltip="Cap on a delta's rank and size. 0: 8."),
+                Deltas.Input(
+                    "deltas", optional=True,
+                    tooltip="Deltas made earlier: their concepts count as known, and they are passed on with the new ones.",
+                ),
+                io.Int.Input(
+                    "size", default=0, min=0, max=4096, step=8, optional=True, tooltip="Pixels of an image's side. 0: the model's own."
+                ),
+            ],
+            outputs=[
+                Deltas.Output("deltas_out", display_name="DELTAS"),
+                LossMap.Output(
+                    "loss_map", display_name="LOSS_MAP",
+                    tooltip="For Plot Loss Graph. In closed form: distance of keys and values from the anchor's, before (1) and after.",
+                ),
+                io.String.Output("report", display_name="report"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
+        mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
+        deltas: Sequence[ConceptDelta] | None = None, size: int = 0,
+    ) -> io.NodeOutput:  # fmt: skip
+        known = tuple(deltas or ())
+        rate: Any = learning_rate or None  # None: the mode's own
+        options = TrainOptions(objective=objective, mode=mode, steps=steps, learning_rate=rate, seed=seed)
+        plan = plan_options(mode, max_rank=max_rank or None)
+        book, names = agenda(concepts, erase, lines(preserve), known)
+        made: list[ConceptDelta] = []
+        loss_map: list[float] = []
+        job = host.Job(1 + len(names))
+        encoder, denoiser = host.ClipEncoder(clip), host.UNetDenoiser(model, size)
+        with host.trainable(model, (RUNS, *denoiser.latents)):
+            planner = Planner(encoder, book, plan, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
+            if mode == "subspace":
+                planner.plan_all(names)
+            for name in names:
+                job.next()
+                losses: list[float] = []
+
+                def on_step(step: Progress, losses: list[float] = losses) -> None:
+                    losses.append(step.loss)
+                    job.show(step.step / step.steps, losses)
+
+                delta = make_delta(planner, name, denoiser, options, on_step=on_step, check=host.check_interrupted)
+                loss_map += losses or [1.0, distance(weights(denoiser.attention_layers()), *planner.tokens(name), delta)]
+                made.append(delta)
+        job.next()
+        return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made))
+
+
+def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: Sequence[ConceptDelta]) -> tuple[ConceptBook, list[str]]:
+    """The book of everything known, and the names to erase.
+
+    Raises:
+        SepMEError: a name that is not among the concepts, nothing to erase, or a concept that is erased already.
+    """
+    wanted = [name.strip() for name in erase.replace("\n", ",").split(",") if name.strip()]
+    names = [c.name for c in concepts.concepts] if wanted == ["*"] else list(dict.fromkeys(concepts[n].name for n in wanted))
+    if not names:
+        raise SepMEError("Nothing is to be erased; write names into 'erase', or * for all concepts.")
+    erased = {normalised(d.concept.name) for d in known}
+    for name in names:
+        if normalised(name) in erased:
+            raise SepMEError(f"There is a delta for {name!r} already; leave it out of 'erase', or out of 'deltas' to train it again.")
+    new = tuple(c for c in concepts.concepts if normalised(c.name) not in erased)
+    book = join(ConceptBook(tuple(d.concept for d in known)) if known else None, ConceptBook(new, concepts.preserve))
+    return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
+
+
+def report(book: ConceptBook, made: Sequence[ConceptDelta]) -> str:
+    """What was made and how separable it is, a few lines a delta."""
+    parts = []
+    for delta in made:
+        certificate, losses = delta.info["certificate"], delta.info["losses"]
+        trained = f"{len(losses)} steps, loss {losses[0]:.5f} to {losses[-1]:.5f}" if losses else "closed form"
+        leak = max(certificate["leakage_linear"].values(), default=0.0)
+        gated = max(certificate["leakage_gated"].values(), default=0.0)
+        parts.append(
+            f"{delta.concept.name}: {trained}; rank {delta.rank}, {len(delta.to_bytes()) / 1000:.0f} kB\n"
+            f"  leakage into known prompts {leak:.4f}, behind the gate {gated:.4f}; gate {certificate['gate_low']:.3f} < {delta.gate:.3f} "
+            f"< {certificate['gate_high']:.3f}; touches {certificate['false_touch_rate']:.1%} of ordinary prompts"
+        )
+    names = {d.concept.name for d in made}
+    for inner, outer in book.overlaps():
+        if inner in names or outer in names:
+            parts.append(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
+    return "\n".join(parts)

@@ -1,0 +1,67 @@
+"""What a workflow says of its deltas beyond a file name: how to make one again, and, if asked, the delta itself.
+
+It stands in ``workflow.extra.sepme`` by content hash, where the front end keeps it in saved workflows, and SaveImage in PNGs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..sepme.delta import ConceptDelta
+from ..sepme.library import embed, unembed
+
+KEY = "sepme"
+Record = dict[str, Any]
+
+
+def record(delta: ConceptDelta, file: str, embedded: bool) -> Record:
+    """What is kept of a delta; ``data`` is the file itself."""
+    recipe = delta.info.get("recipe", {})
+    facts: Record = {"concept": delta.concept.name, "prompts": list(delta.concept.prompts), "anchor": delta.concept.anchor, "file": file}
+    facts["train"] = {k: v for k, v in recipe.get("train", {}).items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
+    facts["known"] = [c.get("name", "") for c in delta.info.get("known", [])]
+    return facts | ({"data": embed(delta)} if embedded else {})
+
+
+def remember(extra_pnginfo: Any, content_hash: str, entry: Record) -> None:
+    """Put a record into the workflow that is running; without one (a bare API prompt) nothing happens."""
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    if isinstance(workflow, dict):
+        extra = workflow.get("extra")
+        if not isinstance(extra, dict):
+            extra = workflow["extra"] = {}
+        kept = extra.get(KEY)
+        if not isinstance(kept, dict):
+            kept = extra[KEY] = {}
+        old = kept.get(content_hash)
+        kept[content_hash] = (old if isinstance(old, dict) else {}) | entry
+
+
+def recall(extra_pnginfo: Any, content_hash: str, name: str) -> Record | None:
+    """The record of this hash, or, without one, of this file name."""
+    kept: Any = extra_pnginfo
+    for key in ("workflow", "extra", KEY):
+        kept = kept.get(key) if isinstance(kept, Mapping) else None
+    if not isinstance(kept, Mapping):
+        return None
+    found = [r for h, r in kept.items() if isinstance(r, dict) and (h == content_hash if content_hash else r.get("file") == name)]
+    return found[0] if found else None
+
+
+def carried(entry: Record | None) -> ConceptDelta | None:
+    """The delta inside a record, checked like a file."""
+    data = entry.get("data") if entry else None
+    return unembed(data) if isinstance(data, str) else None
+
+
+def again(entry: Record | None) -> str:
+    """How to make a delta again, in a sentence."""
+    if entry is None:
+        return "this workflow holds no recipe for it, so ask whoever made it for the file"
+    train = entry.get("train")
+    settings = ", ".join(f"{k} {v}" for k, v in train.items()) if isinstance(train, dict) else ""
+    prompts = entry.get("prompts")
+    listed = "; ".join(map(str, prompts)) if isinstance(prompts, list) else ""
+    anchor = f", anchor {entry['anchor']!r}" if entry.get("anchor") else ""
+    return f"or make it again: SepME Concept {entry.get('concept')!r} with the prompts [{listed}]{anchor} and SepME Train with {settings}"

@@ -1,0 +1,158 @@
+"""The delta files in a host's model folders: listed, found again when renamed, read from text that travels inside a workflow."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .concepts import file_name
+from .delta import ConceptDelta
+from .delta_format import read_header
+from .errors import SepMEError
+
+MAX_EMBEDDED = 4 << 20  # bytes of a delta that travels inside a workflow
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a delta file says of itself.
+
+    Attributes:
+        name: path below its folder, with forward slashes. path: of the file. bytes: its size.
+    """
+
+    name: str
+    path: Path
+    bytes: int
+    concept: str
+    content_hash: str
+    architecture: str
+    kv_fingerprint: str
+
+
+class DeltaLibrary:
+    """The ``.safetensors`` files below some folders. Headers are read once, until a file's time or size changes.
+
+    Args:
+        folders: called for the folders whenever they are needed; those that do not exist are passed over.
+    """
+
+    def __init__(self, folders: Callable[[], Sequence[str | Path]]) -> None:
+        self._folders = folders
+        self._known: dict[Path, tuple[tuple[int, int], Entry | None]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where new files go."""
+        return Path(self._folders()[0])
+
+    def entries(self) -> list[Entry]:
+        """All deltas, by name; what is no delta, or cannot be read, is left out. Of equal names the first folder's counts."""
+        found: dict[str, Entry] = {}
+        present = set()
+        for folder in map(Path, self._folders()):
+            for path in sorted(folder.rglob("*.safetensors")):
+                present.add(path)
+                entry = self._entry(folder, path)
+                if entry is not None:
+                    found.setdefault(entry.name, entry)
+        self._known = {path: known for path, known in self._known.items() if path in present}
+        return sorted(found.values(), key=lambda e: e.name)
+
+    def _entry(self, folder: Path, path: Path) -> Entry | None:
+        try:
+            stat = path.stat()
+            state = (stat.st_mtime_ns, stat.st_size)
+            if path not in self._known or self._known[path][0] != state:
+                self._known[path] = (state, _read(folder, path, stat.st_size))
+            return self._known[path][1]
+        except OSError:  # removed meanwhile, or not ours to read
+            return None
+
+    def find(self, name: str, content_hash: str = "") -> Path | None:
+        """The file of this name, with either kind of slash; with a hash the file that has it, wherever it is, and no other."""
+        entries = self.entries()
+        plain = name.replace("\\", "/")
+        candidates = [e for e in entries if e.name == plain] + [e for e in entries if content_hash and e.name != plain]
+        for entry in candidates:
+            if not content_hash or entry.content_hash == content_hash:
+                return entry.path
+        return None
+
+    def save(self, delta: ConceptDelta, prefix: str = "") -> Path:
+        """Write a delta as ``<prefix><concept>.safetensors``; a file with the same content is kept, one with other content never replaced.
+
+        Raises:
+            SepMEError: the prefix leads out of the folder, or the file cannot be written.
+        """
+        data, stem = delta.to_bytes(), self.place(f"{prefix}{file_name(delta.concept.name)}")
+        for number in range(1, 10_000):
+            path = stem.with_name(f"{stem.name}{'' if number == 1 else f'-{number}'}.safetensors")
+            if not path.exists():
+                return delta.save(path)
+            if path.stat().st_size == len(data) and path.read_bytes() == data:
+                return path
+        raise SepMEError(f"{stem.parent} holds ten thousand files of this name; choose another prefix.")
+
+    def place(self, name: str) -> Path:
+        """The path of a new file of this name in the first folder.
+
+        Raises:
+            SepMEError: it lies outside.
+        """
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
+            raise SepMEError(f"The file name {name[:60]!r} leads out of {self.folder}; give a plain name, with / for subfolders.")
+        path = self.folder / parts
+        if not path.resolve().is_relative_to(self.folder.resolve()):  # a linked subfolder
+            raise SepMEError(f"The file name {name[:60]!r} leads out of {self.folder}; give a plain name, with / for subfolders.")
+        return path
+
+
+def _read(folder: Path, path: Path, size: int) -> Entry | None:
+    try:
+        header, _ = read_header(path)
+    except SepMEError:
+        return None
+    known = (header.get(key, "") for key in ("concept", "content_hash", "architecture"))
+    return Entry(path.relative_to(folder).as_posix(), path, size, *known, header.get("kv_fingerprint", "").strip('"'))
+
+
+def embed(delta: ConceptDelta) -> str:
+    """A delta file as text.
+
+    Raises:
+        SepMEError: it is too large for that.
+    """
+    data = delta.to_bytes()
+    if len(data) > MAX_EMBEDDED:
+        raise SepMEError(
+            f"The delta of {delta.concept.name!r} has {len(data) >> 10} kB, too much to travel inside a workflow (at most "
+            f"{MAX_EMBEDDED >> 10} kB); share the file, or train it with a smaller max_rank."
+        )
+    return base64.b64encode(data).decode()
+
+
+def unembed(text: str, what: str = "the delta inside the workflow") -> ConceptDelta:
+    """A delta from the text of :func:`embed`; it passes the same checks as a file.
+
+    Raises:
+        SepMEError: no such text, or a damaged file.
+    """
+    if len(text) > 2 * MAX_EMBEDDED:
+        raise SepMEError(f"{what[0].upper()}{what[1:]} is too large to be one; share the file instead.")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise SepMEError(f"{what[0].upper()}{what[1:]} is damaged (no base64); get the workflow again, or the file.") from None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "embedded.safetensors"
+        path.write_bytes(data)
+        try:
+            return ConceptDelta.load(path)
+        except SepMEError as error:
+            raise SepMEError(str(error).replace(str(path), what)) from None

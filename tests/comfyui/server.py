@@ -1,0 +1,189 @@
+"""A real ComfyUI server with this checkout as a custom node, and a client that speaks to it as a user's browser does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comfyui.environment import comfyui
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+Prompt = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What became of a queued prompt.
+
+    Attributes:
+        images: of output nodes, by node id, uint8 arrays. executed: ids of nodes that ran (not cached). cached: those that did not.
+        error: the execution error or the refusal, as the front end gets it; None when all went well. events: all messages.
+    """
+
+    prompt_id: str = ""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    executed: list[str] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
+    error: Any = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    previews: int = 0
+
+    @property
+    def message(self) -> str:
+        """The error in the words that the user sees."""
+        if self.error is None:
+            return ""
+        return str(self.error.get("exception_message") or json.dumps(self.error))
+
+
+class Server:
+    """``main.py --cpu`` in a folder of its own: ``base`` holds models, custom_nodes, input and output."""
+
+    def __init__(self, base: Path, packs: dict[str, Path] | None = None, environment: dict[str, str] | None = None) -> None:
+        self.base, self.port = base, _free_port()
+        for name in ("models/checkpoints", "models/loras", "models/controlnet", "custom_nodes", "input", "output", "temp", "user"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        for name, folder in {"comfyui-sepme": ROOT, **(packs or {})}.items():
+            (base / "custom_nodes" / name).symlink_to(folder)
+        self.log = base / "server.log"
+        path = os.environ.get("SEPME_COMFYUI_PACKAGES", "")  # packages that only another version of ComfyUI needs
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--disable-api-nodes", "--base-directory", str(base)]
+        command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=comfyui(), env=env, stdout=log, stderr=subprocess.STDOUT)
+        self._wait()
+
+    def _wait(self) -> None:
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.1)
+        self.stop()
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            data = answer.read()
+        return json.loads(data) if "json" in answer.headers.get("Content-Type", "") else data
+
+    def post(self, path: str, data: Any) -> Any:
+        request = urllib.request.Request(self.url + path, json.dumps(data).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            body = answer.read()
+        return json.loads(body) if body else None
+
+    def run(self, prompt: Prompt, workflow: dict[str, Any] | None = None, on_event: Callable[[dict[str, Any]], None] | None = None) -> Run:
+        """Queue a prompt in API format and wait until it is done."""
+        import asyncio
+
+        return asyncio.run(self._run(prompt, workflow, on_event))
+
+    async def _run(self, prompt: Prompt, workflow: dict[str, Any] | None, on_event: Callable[[dict[str, Any]], None] | None) -> Run:
+        import aiohttp
+
+        client, run = uuid.uuid4().hex, Run()
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as ws:
+            extra = {"extra_pnginfo": {"workflow": workflow}} if workflow is not None else {}
+            async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client, "extra_data": extra}) as answer:
+                body = await answer.json()
+                if answer.status != 200:
+                    run.error = body
+                    return run
+                run.prompt_id = body["prompt_id"]
+            while True:
+                message = await ws.receive(timeout=300)
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    run.previews += 1
+                    continue
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    raise RuntimeError(f"the server went away: {self.log.read_text(errors='replace')[-3000:]}")
+                event = json.loads(message.data)
+                if event.get("data", {}).get("prompt_id", run.prompt_id) != run.prompt_id:
+                    continue
+                run.events.append(event)
+                if on_event is not None:
+                    on_event(event)
+                kind, data = event["type"], event.get("data", {})
+                if kind == "execution_cached":
+                    run.cached = [str(n) for n in data["nodes"]]
+                elif kind == "executing" and data.get("node") is not None:
+                    run.executed.append(str(data["node"]))
+                elif kind in ("execution_error", "execution_interrupted"):
+                    run.error = data | {"type": kind}
+                    break
+                elif kind == "execution_success" or (kind == "executing" and data.get("node") is None):
+                    break
+        self._collect(run)
+        return run
+
+    def _collect(self, run: Run) -> None:
+        for _ in range(100):  # the history is written a moment after the last message
+            history = self.get(f"/history/{run.prompt_id}")
+            if history:
+                break
+            time.sleep(0.02)
+        run.outputs = history[run.prompt_id]["outputs"] if history else {}
+        for node, output in run.outputs.items():
+            for image in output.get("images", []):
+                run.images.setdefault(node, []).append(np.asarray(Image.open(io.BytesIO(self.view(image))).convert("RGB")))
+
+    def view(self, image: dict[str, str]) -> bytes:
+        """The bytes of an output file."""
+        data: bytes = self.get(f"/view?{urllib.parse.urlencode({k: image[k] for k in ('filename', 'subfolder', 'type')})}")
+        return data
+
+    def memory(self) -> int:
+        """Resident bytes of the server."""
+        import psutil
+
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+
+@contextlib.contextmanager
+def serving(base: Path, **options: Any) -> Iterator[Server]:
+    server = Server(base, **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
