@@ -57,7 +57,7 @@ def report(result: Verification) -> str:
         lines += [
             f"{check.concept}: {'holds' if check.holds else 'DOES NOT HOLD'}",
             f"  own prompts touched {check.own_touched:.0%}, smallest statistic {check.own_min:.4f}, gate {check.gate:.4f}",
-            f"  worst of what must not change: {worst}, {check.leakage_linear[worst]:.4f}, behind the gate {check.leakage_gated[worst]:.4f}",
+            f"  worst that must not change: {worst}, {check.leakage_linear[worst]:.4f}, behind the gate {check.leakage_gated[worst]:.4f}",
             f"  ordinary prompts touched: {check.false_touch_rate:.2%}",
         ]
     return "\n".join([*lines, *result.warnings])

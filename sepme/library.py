@@ -118,8 +118,15 @@ def _read(folder: Path, path: Path, size: int) -> Entry | None:
         header, _ = read_header(path)
     except SepMEError:
         return None
-    known = (header.get(key, "") for key in ("concept", "content_hash", "architecture"))
-    return Entry(path.relative_to(folder).as_posix(), path, size, *known, header.get("kv_fingerprint", "").strip('"'))
+    return Entry(
+        name=path.relative_to(folder).as_posix(),
+        path=path,
+        bytes=size,
+        concept=header.get("concept", ""),
+        content_hash=header.get("content_hash", ""),
+        architecture=header.get("architecture", ""),
+        kv_fingerprint=header.get("kv_fingerprint", "").strip('"'),
+    )
 
 
 def embed(delta: ConceptDelta) -> str:

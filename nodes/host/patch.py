@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from comfy.conds import CONDRegular
+from comfy.ops import disable_weight_init
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
@@ -83,14 +85,25 @@ class Applied:
             return executor(*arguments, **kwargs)
         projector = self._projectors.get(id(model))
         if projector is None:
-            projector = KVProjector(attention_layers(model), self.composition, gate=self.gate, keep=self._keep)
-            self._projectors[id(model)] = projector
+            projector = self._projectors[id(model)] = self._projector(model)
         with projector.forward_pass(self._rows(rows, c_crossattn), c_crossattn, self.default, self._unknown_rows):
             self._current.projector = projector
             try:
                 return executor(*arguments, **kwargs)
             finally:
                 self._current.projector = None
+
+    def _projector(self, model: Any) -> KVProjector:
+        projector = KVProjector(attention_layers(model), self.composition, gate=self.gate, keep=self._keep, backend=self.backend)
+        for name, module in projector.modules.items():
+            inner = self._inner(name, module)
+            projector.wrap(name, module, inner, partial(_plain_weight, module, inner))
+        return projector
+
+    def _inner(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What the patch stands before: of a module's own forward that of the running model's module, which may be another object."""
+        inner = self.inner[name]
+        return MethodType(inner.__func__, module) if isinstance(getattr(inner, "__self__", None), nn.Module) else inner
 
     def _rows(self, rows: Tensor | None, context: Tensor) -> Tensor:
         if rows is None:  # a caller that makes its arguments itself
@@ -113,14 +126,19 @@ class Applied:
 
     def project(self, name: str, context: Tensor) -> Tensor:
         """The patched ``forward`` of a projection."""
-        inner = self.inner[name]
-        projector = getattr(self._current, "projector", None)
+        projector: KVProjector | None = getattr(self._current, "projector", None)
         if projector is None:
-            return inner(context)
+            return self.inner[name](context)
         module = projector.modules[name]
-        if isinstance(getattr(inner, "__self__", None), nn.Module):  # the module's own, of whatever model object runs
-            inner = MethodType(inner.__func__, module)
-        return projector.project(name, module, inner, context)
+        return projector.project(name, module, self._inner(name, module), context)
+
+
+def _plain_weight(module: nn.Module, forward: Any) -> Tensor | None:
+    """The weight of a projection that is a plain product at the moment: not cast, not patched while it runs, not another extension's."""
+    if getattr(forward, "__func__", None) is not type(module).forward or not isinstance(module, disable_weight_init.Linear):
+        return None
+    busy = module.comfy_cast_weights or module.weight_function or module.bias_function or module.bias is not None
+    return None if busy else module.weight
 
 
 class _Projection:
