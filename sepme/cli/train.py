@@ -21,7 +21,7 @@ def train(
     model: Model,
     book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")],
-    objective: Annotated[str, typer.Option(help="gcirs or closed-form.")] = "gcirs",
+    objective: Annotated[str, typer.Option(help="gcirs, closed-form, or a rival's: esd, sdd, ablation, fmn.")] = "gcirs",
     mode: Annotated[
         str, typer.Option(help="How increments are parametrised: subspace, paper (as published) or unrestricted (never to be restored).")
     ] = "subspace",
@@ -36,6 +36,7 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
     ] = None,
+    guidance: Annotated[float, typer.Option(help="How far past the empty prompt ESD aims.")] = 1.0,
     threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
     regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
@@ -75,7 +76,7 @@ def train(
     own: dict[str, Any] = {"learning_rate": learning_rate, "warm_start": warm_start}  # None: the mode's
     options = TrainOptions(
         objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise, seed=seed,
-        values_only=values_only, **own,
+        values_only=values_only, guidance=guidance, **own,
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):

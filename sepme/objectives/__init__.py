@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
-from torch import Tensor
-
-from ..protocols import Encoding
+from .ablation import Ablation
+from .esd import ESD
+from .fmn import FMN
 from .gcirs import GCiRs
+from .sdd import SDD
+from .step import Objective, Step
 
-Predict = Callable[[Encoding], Tensor]
+__all__ = ["OBJECTIVES", "Objective", "Step"]
 
-
-class Objective(Protocol):
-    """A loss of one concept at one draw of ``x_t``, t and prompts."""
-
-    name: str
-
-    def loss(self, frozen: Predict, erased: Predict, context: Encoding, empty: Encoding) -> Tensor:
-        """Scalar loss.
-
-        Args:
-            frozen: ε of the frozen model for prompts, without a graph. erased: the same with the delta, with a graph.
-            context: the concept's prompts, ``batch`` of them. empty: the empty prompt as often.
-        """
-        ...
-
-
-# built with protected=True where the empty prompt lies in A
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"gcirs": GCiRs}
+# made from TrainOptions; where the empty prompt lies in A it is protected
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "gcirs": lambda options: GCiRs(protected=options.mode != "unrestricted"),
+    "esd": lambda options: ESD(options.guidance),
+    "sdd": lambda options: SDD(protected=options.mode != "unrestricted"),
+    "ablation": lambda options: Ablation(),
+    "fmn": lambda options: FMN(),
+}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from ..protocols import Encoding
+from .step import Step
 
 
 class GCiRs:
@@ -17,14 +15,12 @@ class GCiRs:
             False (mode unrestricted): four passes, two with a graph.
     """
 
-    name = "gcirs"
+    name, averages, reads_words = "gcirs", False, False
 
     def __init__(self, protected: bool = True) -> None:
         self.protected = protected
 
-    def loss(
-        self, frozen: Callable[[Encoding], Tensor], erased: Callable[[Encoding], Tensor], context: Encoding, empty: Encoding
-    ) -> Tensor:
-        nothing = frozen(empty)
-        original = frozen(context) - nothing
-        return ((erased(context) - (nothing if self.protected else erased(empty))) * original).mean()
+    def loss(self, step: Step) -> Tensor:
+        nothing = step.frozen(step.empty)
+        original = step.frozen(step.own) - nothing
+        return ((step.erased(step.own) - (nothing if self.protected else step.erased(step.empty))) * original).mean()

@@ -37,6 +37,16 @@ class Increment:
         w = {n: nn.Parameter(torch.zeros(len(weight), width, dtype=dtype, device=weight.device)) for n, weight in chosen.items()}
         return Increment(basis, beta, w)
 
+    def copy(self) -> Increment:
+        """The same with w of its own."""
+        return Increment(self.basis, self.beta, {n: nn.Parameter(w.detach().clone()) for n, w in self.w.items()})
+
+    @torch.no_grad()
+    def follow(self, other: Increment, decay: float) -> None:
+        """``w ← decay · w + (1 − decay) · w_other``."""
+        for name, w in self.w.items():
+            w.lerp_(other.w[name], 1 - decay)
+
     def features(self, context: Tensor) -> Tensor:
         """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once a pass, for all layers."""
         context = context.to(next(iter(self.w.values())).dtype)

@@ -7,21 +7,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Interrupted, SepMEError, out_of_memory
 from ..files import write_atomically
 from ..layers import projections
-from ..objectives import OBJECTIVES
+from ..objectives import OBJECTIVES, Objective
 from ..pooled import Pooled
 from ..protocols import Denoiser, Encoding
-from ..runtime import Forward, patched
 from .increment import Increment
 from .options import OnStep, Progress, TrainOptions
+from .passes import make_step
 from .source import Source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,8 +34,11 @@ class Track:
     """One concept's way through training.
 
     Attributes:
-        own: its prompts. nothing: the empty prompt, one row. pooled: what replaces the concept in the pooled vector, if anything.
-        generator: of every draw. losses: L_cor by step. momentum: of its own losses.
+        own: its prompts. nothing, anchor: the empty prompt and the concept's anchor, one row each.
+        words: where the concept's own words stand in ``own`` ``(prompts, tokens)`` bool, if the objective reads them.
+        average: the increment's running average, if the objective's teacher is one.
+        pooled: what replaces the concept in the pooled vector, if anything.
+        generator: of every draw. losses: by step. momentum: of its own losses.
     """
 
     name: str
@@ -42,25 +46,24 @@ class Track:
     source: Source
     own: Encoding
     nothing: Encoding
+    anchor: Encoding
     generator: torch.Generator
     optimizer: torch.optim.Adam
     losses: list[float] = field(default_factory=list)
     momentum: float = 0.0
     pooled: Pooled | None = None
+    words: Tensor | None = None
+    average: Increment | None = None
 
     @staticmethod
     def start(
-        name: str,
-        increment: Increment,
-        source: Source,
-        own: Encoding,
-        nothing: Encoding,
-        options: TrainOptions,
-        pooled: Pooled | None = None,
+        name: str, increment: Increment, source: Source, own: Encoding, nothing: Encoding, options: TrainOptions, **more: Any
     ) -> Track:
+        """A track before its first step; ``more`` are the attributes that have defaults, and ``anchor`` (the empty prompt)."""
         optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
         generator = torch.Generator().manual_seed(options.seed)
-        return Track(name, increment, source, own, nothing, generator, optimizer, pooled=pooled)
+        average = increment.copy() if make_objective(options).averages else None
+        return Track(name, increment, source, own, nothing, more.pop("anchor", nothing), generator, optimizer, average=average, **more)
 
 
 def balance(losses: Sequence[float], cap: float) -> list[float]:
@@ -71,8 +74,12 @@ def balance(losses: Sequence[float], cap: float) -> list[float]:
     return [1.0 if loss == top else min(cap, (top / loss) ** 2) if loss else cap for loss in losses]
 
 
+def make_objective(options: TrainOptions) -> Objective:
+    return OBJECTIVES[options.objective](options)
+
+
 class Training:
-    """Minimise ``Σ_i η_i L_cor(c_i, Δθ) + λ‖W‖_p`` (Eq. 3 and 11), all tracks' increments active: ``Δθ = Σ_i Δθ_i``.
+    """Minimise ``Σ_i η_i L(c_i, Δθ) + λ‖W‖_p`` (Eq. 3 and 11 with L = L_cor), all tracks' increments active: ``Δθ = Σ_i Δθ_i``.
 
     ``A_i ΔW_iᵀ = 0``, so a concept's loss has no gradient with respect to another's w: each is differentiated by its own w alone,
     with one graph in memory at a time, and then weighed by η.
@@ -82,7 +89,7 @@ class Training:
         self.tracks, self.denoiser, self.options = tracks, denoiser, options
         found = projections(denoiser.attention_layers())
         self.modules = {name: found[name] for name in tracks[0].increment.w}
-        self.objective = OBJECTIVES[options.objective](protected=options.mode != "unrestricted")
+        self.objective = make_objective(options)
         self.momentum = 0.0
 
     @property
@@ -126,33 +133,12 @@ class Training:
         return loss if first else alpha * momentum + (1 - alpha) * loss
 
     def _differentiate(self, track: Track) -> tuple[float, tuple[Tensor, ...]]:
-        """L_cor of one draw, and its gradient with respect to the concept's own w."""
-        x_t, t, prompts = track.source.draw(track.generator, self.options.batch)
-        given, batch = track.own.rows(prompts), len(prompts)
-
-        def frozen(c: Encoding) -> Tensor:
-            with torch.no_grad():
-                return _precise(self.denoiser.predict(x_t, t, c.context, c.pooled))
-
-        def erased(c: Encoding) -> Tensor:
-            pooled = c.pooled if c.pooled is None or track.pooled is None else track.pooled.replace(c.pooled)
-            increments = [(other.increment, other.increment.features(c.context)) for other in self.tracks]
-
-            def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
-                def project(c: Tensor) -> Tensor:
-                    out = forward(c)
-                    for increment, features in increments:
-                        out = out + increment.term(name, features).to(out.dtype)
-                    return out
-
-                return project
-
-            with patched(self.modules, wrap):
-                return _precise(self.denoiser.predict(x_t, t, c.context, pooled))
-
-        loss = self.objective.loss(frozen, erased, given, track.nothing.rows([0] * batch))
-        gain = HALF_GAIN if x_t.dtype == torch.float16 else 1.0
-        gradients = torch.autograd.grad(loss * gain, list(track.increment.w.values()))
+        """The loss of one draw, and its gradient with respect to the concept's own w."""
+        draw = track.source.draw(track.generator, self.options.batch)
+        loss = self.objective.loss(make_step(track, [t.increment for t in self.tracks], self.denoiser, self.modules, draw))
+        gain = HALF_GAIN if draw.x_t.dtype == torch.float16 else 1.0
+        w = list(track.increment.w.values())
+        gradients = torch.autograd.grad(loss * gain, w, allow_unused=True, materialize_grads=True)  # the last values move no attention
         return float(loss.detach()), tuple(g / gain for g in gradients)
 
     def _descend(self, track: Track, gradient: Sequence[Tensor], eta: float) -> None:
@@ -163,6 +149,8 @@ class Training:
             (self.options.regularisation * track.increment.penalty(self.options.regularise)).backward()
         track.optimizer.step()
         track.optimizer.zero_grad()
+        if track.average is not None:
+            track.average.follow(track.increment, self.options.ema)
 
     def run(self, checkpoint: Path | None, digest: str, on_step: OnStep | None) -> None:
         """Train to the end, going on from a checkpoint of the same recipe; one is kept meanwhile.
@@ -192,6 +180,8 @@ class Training:
             for name, w in track.increment.w.items():
                 tensors[f"{i}.w.{name}"] = w.detach().cpu()
                 tensors |= {f"{i}.{k}.{name}": track.optimizer.state[w][k].cpu() for k in MOMENTS}
+            if track.average is not None:
+                tensors |= {f"{i}.average.{name}": w.detach().cpu() for name, w in track.average.w.items()}
         metadata = {
             "digest": digest,
             "momenta": json.dumps([self.momentum.hex(), *(t.momentum.hex() for t in self.tracks)]),
@@ -225,6 +215,8 @@ class Training:
                 w.data.copy_(tensors[f"{i}.w.{name}"])
                 moments = {k: tensors[f"{i}.{k}.{name}"].to(w.device) for k in MOMENTS}
                 track.optimizer.state[w] = {"step": torch.tensor(float(len(track.losses))), **moments}
+            for name, w in {} if track.average is None else track.average.w.items():
+                w.data.copy_(tensors[f"{i}.average.{name}"])
             track.generator.set_state(tensors[f"{i}.generator"])
         return True
 
@@ -235,8 +227,3 @@ def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _precise(prediction: Tensor) -> Tensor:
-    """At least float32; float64 where the model is."""
-    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))

@@ -18,7 +18,9 @@ from ..delta import ConceptDelta
 from ..errors import SepMEError
 from ..layers import kv_fingerprint, weights
 from ..nullspace import Planner, Subspace
+from ..objectives import OBJECTIVES
 from ..protocols import Denoiser, Encoding
+from ..words import own_words
 from .compress import compress
 from .increment import Increment
 from .loop import Track, Training
@@ -148,7 +150,10 @@ def _track(
     repeat = own.context.shape[1] // empty.context.shape[1]
     nothing = Encoding(empty.context.repeat(1, repeat, 1), empty.mask.repeat(1, repeat), empty.pooled).to(device)
     source = make_source(denoiser, own, nothing, options, pictures, check)
-    return Track.start(name, increment, source, own, nothing, options, planner.pooled(name)[0])
+    anchor = planner.anchors[name]
+    anchor = Encoding(anchor.context.repeat(1, repeat, 1), anchor.mask.repeat(1, repeat), anchor.pooled).to(device)
+    words = own_words(planner.encoder, planner.book[name], own.mask) if OBJECTIVES[options.objective](options).reads_words else None
+    return Track.start(name, increment, source, own, nothing, options, anchor=anchor, words=words, pooled=planner.pooled(name)[0])
 
 
 def _finish(

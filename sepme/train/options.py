@@ -29,7 +29,7 @@ class TrainOptions:
     """Hyper-parameters. Those left at None take the mode's own default (:data:`MODES`).
 
     Attributes:
-        objective: ``gcirs`` or ``closed-form``.
+        objective: ``gcirs``, a rival's loss (``esd``, ``sdd``, ``ablation``, ``fmn``) or ``closed-form``.
         mode: ``subspace`` (Y along D), ``paper`` (full-width w, Eq. 9-10, compressed afterwards) or ``unrestricted`` (any ΔW).
         steps: at most so many. learning_rate: Adam's, on w. batch: draws a step. beta: β of Eq. 9, folded into Y.
         regularisation: λ of Eq. 11. regularise: ``w``: ``‖w‖_1 / M`` as in Eq. 11; ``delta``: ``‖ΔW‖_1 / M`` as in the published code.
@@ -37,7 +37,9 @@ class TrainOptions:
         eta_cap: largest η_i in joint training; 0: every η_i is 1.
         source: what x_t is made of: ``trajectory`` (points of the frozen model's denoising runs) or ``drawn`` (noised images of the
             frozen model). trajectories: how many runs or images.
-        warm_start: start from the closed form. ridge: μ of the closed form. values_only: leave to_k as it is.
+        guidance: η of ESD. ema: decay of SDD's teacher (mode unrestricted).
+        warm_start: start from the closed form (if not given: G-CiRs in mode subspace). ridge: μ of the closed form.
+        values_only: leave to_k as it is.
         checkpoint_every: steps between checkpoints. seed: of every draw.
 
     Raises:
@@ -58,6 +60,8 @@ class TrainOptions:
     eta_cap: float = 100.0
     source: str = None  # type: ignore[assignment]
     trajectories: int = 8
+    guidance: float = 1.0
+    ema: float = 0.999
     warm_start: bool = None  # type: ignore[assignment]
     ridge: float = 1e-6
     values_only: bool = False
@@ -68,16 +72,21 @@ class TrainOptions:
         _choice("objective", self.objective, (*OBJECTIVES, "closed-form"))
         _choice("mode", self.mode, MODES)
         _choice("regularisation", self.regularise, ("w", "delta"))
-        for key, value in MODES[self.mode].items():
+        defaults = MODES[self.mode]
+        if self.objective not in ("gcirs", "closed-form"):
+            defaults = defaults | {"warm_start": False}
+        for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         _choice("source", self.source, ("trajectory", "drawn"))
         positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
-        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or self.eta_cap < 0:
+        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or not 0 <= self.ema < 1 or self.eta_cap < 0:
             raise SepMEError(
-                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum in [0, 1), "
+                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum and ema in [0, 1), "
                 "and the cap on eta at least 0."
             )
+        if self.objective == "fmn" and self.values_only:
+            raise SepMEError("Forget-Me-Not moves attention, which values have no part in; train keys too, or choose another objective.")
         if self.mode != "subspace" and (self.warm_start or self.objective == "closed-form"):
             raise SepMEError(f"The closed form fills the concept's subspace; use it with mode subspace, not {self.mode}.")
 

@@ -17,6 +17,7 @@ from sepme.delta import ConceptDelta
 from sepme.errors import Interrupted, SepMEError
 from sepme.layers import kv_fingerprint, projections, weights
 from sepme.nullspace import Planner, PlanOptions
+from sepme.objectives import Step
 from sepme.objectives.gcirs import GCiRs
 from sepme.train import Progress, TrainOptions, make_delta
 
@@ -70,7 +71,8 @@ def test_loss_is_equation_2(planner: Planner, host: Any, make_host: Callable[...
     changed = merged(make_host, up, subspace.down)
     x, t, context, empty = draws(planner, host, TrainOptions(**QUICK))
     with torch.no_grad():
-        loss = GCiRs().loss(lambda c: host.predict(x, t, c), lambda c: changed.predict(x, t, c), context, empty)
+        frozen, erased = (lambda c, h=h: h.predict(x, t, c) for h in (host, changed))
+        loss = GCiRs().loss(Step(frozen, erased, erased, None, context, empty, empty))
         r_changed = changed.predict(x, t, context) - changed.predict(x, t, empty)
         r = host.predict(x, t, context) - host.predict(x, t, empty)
         assert (r_changed - r).abs().max() > 0.1 * r.abs().max()
