@@ -8,6 +8,9 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> Any:
+    from . import kernels
     from .nodes import SepMEExtension
+    from .sepme import ops
 
+    kernels.register(ops)
     return SepMEExtension()

@@ -64,7 +64,7 @@ class Case:
         aligned = [*pointers, "columns", "d_out"]  # what the launcher's arguments are multiples of 16 in
         attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
         source = ASTSource(kernel, signature, constants, attrs)
-        return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
 
     def report(self) -> dict[str, Any]:
         """What the compiler made of it.

@@ -94,6 +94,7 @@ def project_kv(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: Tensor
             rows, rank, columns, len(table),
             D_IN=d_in, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
             PRECISION=precision(context.dtype, name), COLUMNS=COLUMNS, num_warps=config.warps, num_stages=config.stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

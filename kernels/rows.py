@@ -54,6 +54,6 @@ def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
     with torch.cuda.device_of(base):
         add_to_rows_kernel[grid](
             out, h.float().contiguous(), up, rows.to(torch.int64).contiguous(), out, tokens, d_out, rank, up.stride(0), up.stride(1),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, num_warps=WARPS,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out

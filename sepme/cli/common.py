@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -25,6 +26,16 @@ DType = Annotated[str, typer.Option(help="The model's precision: float32, float1
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")]
 Prediction = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
 Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
+
+
+def register_kernels() -> None:
+    """Put the Triton kernels under the operators, where their package is installed; Triton is imported with the first tensor on a GPU."""
+    from .. import ops
+
+    try:
+        importlib.import_module("sepme_kernels").register(ops)
+    except ImportError:
+        return
 
 
 def finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -59,6 +70,7 @@ def load_host(
         logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise SepMEError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    register_kernels()
     options = LoadOptions(device, DTYPES[dtype], str(tokenizer) if tokenizer else None, prediction, size)
     return DiffusersHost.load(model, options=options)
 
