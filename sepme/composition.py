@@ -68,7 +68,8 @@ class Composition:
 
     def up(self, name: str, concepts: Sequence[int]) -> Tensor:
         """Y ``(d_out, R)`` float32 of a projection, of the given deltas side by side."""
-        halves = torch.cat([self.deltas[i].up[name] for i in concepts], dim=1)
+        with torch.autocast("cpu", enabled=False):  # it cannot join halves of another type than its own
+            halves = torch.cat([self.deltas[i].up[name] for i in concepts], dim=1)
         ranks = torch.tensor([self.deltas[i].rank for i in concepts])
         return halves.float() * torch.tensor([self.deltas[i].scale[name] for i in concepts]).repeat_interleave(ranks)
 
