@@ -1,10 +1,11 @@
-"""One real ComfyUI server for all tests of a worker."""
+"""One real ComfyUI server, and one ComfyUI inside the process, for all tests of a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from comfyui import inside as comfyui_inside
 from comfyui.server import Server, serving
 
 
@@ -12,3 +13,9 @@ from comfyui.server import Server, serving
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def inside(tmp_path_factory: pytest.TempPathFactory) -> comfyui_inside.Inside:
+    comfyui_inside.start(tmp_path_factory.mktemp("comfyui"))
+    return comfyui_inside.Inside()
