@@ -124,13 +124,17 @@ class Applied:
             self._said.add(text)
             log.warning(text)
 
-    def project(self, name: str, context: Tensor) -> Tensor:
-        """The patched ``forward`` of a projection."""
+    def project(self, name: str, context: Tensor) -> Tensor | None:
+        """Keys or values of the model that runs at the moment; None when none does."""
         projector: KVProjector | None = getattr(self._current, "projector", None)
         if projector is None:
-            return self.inner[name](context)
+            return None
         module = projector.modules[name]
         return projector.project(name, module, self._inner(name, module), context)
+
+    def __deepcopy__(self, memo: Any) -> Applied:
+        """One for all copies of a model."""
+        return self
 
 
 def _plain_weight(module: nn.Module, forward: Any) -> Tensor | None:
@@ -142,13 +146,14 @@ def _plain_weight(module: nn.Module, forward: Any) -> Tensor | None:
 
 
 class _Projection:
-    """``to_k.forward`` or ``to_v.forward``."""
+    """``to_k.forward`` or ``to_v.forward``. In a deep copy of the model ``inner`` is the copy's own."""
 
     def __init__(self, applied: Applied, name: str) -> None:
-        self.applied, self.name = applied, name
+        self.applied, self.name, self.inner = applied, name, applied.inner[name]
 
     def __call__(self, context: Tensor) -> Tensor:
-        return self.applied.project(self.name, context)
+        out = self.applied.project(self.name, context)
+        return self.inner(context) if out is None else out
 
 
 def _inner(found: Any, name: str, before: Applied | None) -> Any:

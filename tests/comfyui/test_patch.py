@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -205,6 +206,27 @@ def test_between_runs_a_live_patch_does_nothing(inside: Inside) -> None:
     with torch.inference_mode():
         assert torch.equal(unet(x, t, context=context), stock)
         assert "sepme" not in inside.model.model.extra_conds(cross_attn=context, noise=x, device="cpu")
+
+
+def test_deep_copies_of_a_patched_model(inside: Inside) -> None:
+    """Hosts with several GPUs copy the model, patches and all: a copy uses its own weights, and carries the same deltas."""
+    applied, prompt = inside.apply(inside.model), inside.text("a striped star")
+    expected, stock = inside.sample(applied, prompt), inside.sample(inside.model, prompt)
+    inside.sample(applied, prompt)  # live on the model
+    copied = applied.clone()
+    copied.model = copy.deepcopy(inside.model.model)
+    copied.object_patches_backup = {}
+    assert torch.equal(inside.sample(copied, prompt), expected)
+    inside.sample(applied, prompt)
+    unet, context = copy.deepcopy(inside.model.model).diffusion_model, prompt[0][0]
+    with torch.inference_mode():
+        arguments = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500])
+        before = unet(*arguments, context=context)
+        for name, module in unet.named_modules():
+            if name.endswith("attn2.to_v"):
+                module.weight = torch.nn.Parameter(module.weight * 0, requires_grad=False)
+        assert not torch.equal(unet(*arguments, context=context), before)
+    assert torch.equal(inside.sample(inside.model, prompt), stock)
 
 
 def test_a_run_that_fails_leaves_nothing_on(inside: Inside) -> None:
