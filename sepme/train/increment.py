@@ -37,6 +37,11 @@ class Increment:
         w = {n: nn.Parameter(torch.zeros(len(weight), width, dtype=dtype, device=weight.device)) for n, weight in chosen.items()}
         return Increment(basis, beta, w)
 
+    @property
+    def names(self) -> list[str]:
+        """Projections that it changes."""
+        return list(self.w)
+
     def copy(self) -> Increment:
         """The same with w of its own."""
         return Increment(self.basis, self.beta, {n: nn.Parameter(w.detach().clone()) for n, w in self.w.items()})

@@ -88,7 +88,7 @@ class Training:
     def __init__(self, tracks: Sequence[Track], denoiser: Denoiser, options: TrainOptions) -> None:
         self.tracks, self.denoiser, self.options = tracks, denoiser, options
         found = projections(denoiser.attention_layers())
-        self.modules = {name: found[name] for name in tracks[0].increment.w}
+        self.modules = {name: found[name] for name in tracks[0].increment.names}
         self.objective = make_objective(options)
         self.momentum = 0.0
 

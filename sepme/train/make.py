@@ -107,7 +107,7 @@ def make_deltas(
     if options.objective != "closed-form":
         tracks = []
         for name, plan, increment in zip(names, plans, increments, strict=True):
-            tracks.append(_track(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check))
+            tracks.append(make_track(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check))
         digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
         Training(tracks, denoiser, options).run(checkpoint, digest, on_step)
         losses = [t.losses for t in tracks]
@@ -136,7 +136,7 @@ def _start(planner: Planner, plan: _Plan, kv: Mapping[str, Tensor], options: Tra
     return increment
 
 
-def _track(
+def make_track(
     planner: Planner,
     name: str,
     denoiser: Denoiser,
@@ -145,6 +145,7 @@ def _track(
     pictures: Pictures | None,
     check: Callable[[], None] | None,
 ) -> Track:
+    """A concept's track before its first step."""
     device = next(iter(increment.w.values())).device
     own, empty = planner.encodings[name].to(device), planner.empty
     repeat = own.context.shape[1] // empty.context.shape[1]

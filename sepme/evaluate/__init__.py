@@ -1,0 +1,1 @@
+"""The evaluation: rivals and baselines under their keys, scenes, metrics, attacks, report."""

@@ -1,0 +1,164 @@
+"""What every method becomes once it is made: something that erases a set of concepts on a host."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..composition import Composition
+from ..delta import ConceptDelta
+from ..layers import projections, weight_of
+from ..runtime import Forward, patched
+from ..toggles import strengths
+
+Changes = Mapping[str, Tensor]
+
+
+class Eraser(Protocol):
+    """A method, ready to use.
+
+    Attributes:
+        gated: whether it has a gate that can be switched off. bytes: of what has to be stored for all its concepts.
+    """
+
+    gated: bool
+    bytes: int
+
+    def generate(
+        self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any
+    ) -> Tensor:
+        """As ``host.generate``, with these concepts erased and the others as they are."""
+        ...
+
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> AbstractContextManager[Any]:
+        """The block in which the host's denoiser itself acts erased, on any context: what an attack on the text side meets.
+        Gradients are to be taken inside of it."""
+        ...
+
+
+class Separable:
+    """Deltas under toggles: this project's, whatever objective filled them."""
+
+    gated = True
+
+    def __init__(self, deltas: Sequence[ConceptDelta]) -> None:
+        self.composition = Composition(tuple(deltas))
+        self.bytes = sum(len(d.to_bytes()) for d in deltas)
+
+    def toggles(self, erased: Sequence[str]) -> dict[str, float]:
+        return {name: float(name in erased) for name in self.composition.names}
+
+    def generate(
+        self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any
+    ) -> Tensor:
+        return host.generate(prompts, seeds, self.composition, self.toggles(erased), gate=gate, **options)
+
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> AbstractContextManager[Any]:
+        """Differentiable by the context, the gate's decision aside; the arithmetic is that of :meth:`Composition.touch`."""
+        composition = self.composition
+        table = strengths([self.toggles(erased)], composition.names)[0]
+
+        def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
+            up = composition.up(name, range(len(composition.deltas)))
+
+            def project(context: Tensor) -> Tensor:
+                _, weight = composition._weigh(context, table, gate)
+                h = (context.float() @ composition.down.T) * weight[:, composition.owner][:, None]
+                out = forward(context)
+                return out + (h @ up.T).to(out.dtype)
+
+            return project
+
+        return patched(projections(host.attention_layers()), wrap)
+
+
+class Merged:
+    """Weights of keys and values changed for all prompts.
+
+    Args:
+        changes: ΔW ``(d_out, d_in)`` by projection name for a set of erased concepts.
+    """
+
+    gated = False
+
+    def __init__(self, changes: Callable[[frozenset[str]], Changes], size: int) -> None:
+        self.changes, self.bytes = changes, size
+        self._last: tuple[frozenset[str], Changes] | None = None
+
+    def _for(self, erased: Sequence[str]) -> Changes:
+        wanted = frozenset(erased)
+        if self._last is None or self._last[0] != wanted:
+            self._last = wanted, self.changes(wanted) if wanted else {}
+        return self._last[1]
+
+    def generate(
+        self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any
+    ) -> Tensor:
+        with self.acting(host, erased, gate):
+            return host.generate(prompts, seeds, **options)
+
+    @contextmanager
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> Iterator[None]:
+        modules = projections(host.attention_layers())
+        changes = self._for(erased)
+        before = {name: weight_of(modules[name]).detach().clone() for name in changes}
+        try:
+            with torch.no_grad():
+                for name, change in changes.items():
+                    weight_of(modules[name]).add_(change.to(before[name]))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    weight_of(modules[name]).copy_(weight)
+
+
+class NegativePrompt:
+    """The names of the erased concepts as negative prompt."""
+
+    gated, bytes = False, 0
+
+    def generate(
+        self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any
+    ) -> Tensor:
+        return host.generate(prompts, seeds, negative=", ".join(erased), **options)
+
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class KeywordFilter:
+    """The names of the erased concepts taken out of prompts before the text encoder sees them."""
+
+    gated, bytes = False, 0
+
+    def generate(
+        self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any
+    ) -> Tensor:
+        return host.generate([without(p, erased) for p in prompts], seeds, **options)
+
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+def without(prompt: str, names: Sequence[str]) -> str:
+    """The prompt without these names (whole words, any case); spaces closed up. Others keep their characters."""
+    cleaned = prompt
+    for name in sorted(names, key=len, reverse=True):
+        cleaned = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", cleaned, flags=re.IGNORECASE)
+    return prompt if cleaned == prompt else re.sub(r"\s+", " ", cleaned).strip(" ,")
+
+
+def summed(deltas: Mapping[str, ConceptDelta], together: ConceptDelta | None = None) -> Callable[[frozenset[str]], Changes]:
+    """ΔW of a set of concepts: the sum of what was trained for each by itself; of all, what was trained for all at once, if given."""
+
+    def changes(erased: frozenset[str]) -> Changes:
+        chosen = [together] if together is not None and erased == frozenset(deltas) else [deltas[n] for n in sorted(erased)]
+        return {name: torch.stack([d.weight_delta(name) for d in chosen]).sum(0) for name in chosen[0].up}
+
+    return changes

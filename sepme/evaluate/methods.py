@@ -1,0 +1,186 @@
+"""All methods of an evaluation under their keys: this project's, the rivals' losses under weight decoupling and as published, baselines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..concepts import Concept, ConceptBook, file_name
+from ..delta import ConceptDelta
+from ..errors import SepMEError
+from ..files import write_atomically
+from ..layers import weights
+from ..nullspace import Planner, PlanOptions
+from ..tokens import OnProgress, silent
+from ..train import Progress, TrainOptions, make_delta
+from .closed import speed, uce
+from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed
+from .lora import train_lora
+
+RIVALS = ("esd", "sdd", "ablation", "fmn")
+KEYS = (
+    "sepme_gcirs", "sepme_closed_form", *RIVALS, *(f"{r}_wd" for r in RIVALS),
+    "uce", "speed", "lora_sum", "negative_prompt", "keyword_filter",
+)  # fmt: skip
+EVERYTHING = "everything"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A method's eraser, and the seconds that making it took for all concepts."""
+
+    eraser: Eraser
+    seconds: float
+
+
+@dataclass
+class Workshop:
+    """Makes methods, each in a folder of its own; what is there from the same settings is not made again.
+
+    Attributes:
+        settings: by key, :class:`TrainOptions` fields and ``anchor`` (AbConcept's), ``rank`` (LoRA's), ``ridge``, ``preserve`` (UCE's).
+        check: called between steps; it may raise :class:`~sepme.errors.Interrupted`.
+    """
+
+    host: Any
+    book: ConceptBook
+    plan: PlanOptions
+    folder: Path
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    on_progress: OnProgress = silent
+    check: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        for key in self.settings:
+            if key not in KEYS:
+                raise SepMEError(f"There is no method {key!r}; choose from {', '.join(KEYS)}.")
+        self._planners: dict[str, Planner] = {}
+
+    def make(self, key: str) -> Made:
+        """Make one method.
+
+        Raises:
+            SepMEError: an unknown key or setting.
+        """
+        if key not in KEYS:
+            raise SepMEError(f"There is no method {key!r}; choose from {', '.join(KEYS)}.")
+        given = dict(self.settings.get(key, {}))
+        if key in ("negative_prompt", "keyword_filter"):
+            return Made(NegativePrompt() if key == "negative_prompt" else KeywordFilter(), 0.0)
+        if key in ("uce", "speed"):
+            return self._closed(key, given)
+        if key == "lora_sum":
+            return self._lora(given)
+        objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}.get(key, key.removesuffix("_wd"))
+        planner = self._planner(given.pop("anchor", None))
+        if key in RIVALS:
+            return self._published(key, planner, _options(key, given | {"objective": objective, "mode": "unrestricted"}))
+        options = _options(key, given | {"objective": objective, "mode": "subspace"})
+        planner.plan_all()
+        deltas, seconds = self._deltas(key, planner, options, planner.names)
+        return Made(Separable(list(deltas.values())), seconds)
+
+    def _planner(self, anchor: str | None = None) -> Planner:
+        """Plans are shared by all methods that have the same anchors."""
+        key = anchor or ""
+        if key not in self._planners:
+            concepts = self.book.concepts if anchor is None else tuple(replace(c, anchor=anchor) for c in self.book.concepts)
+            self._planners[key] = Planner(self.host, replace(self.book, concepts=concepts), self.plan, on_progress=self.on_progress)
+        return self._planners[key]
+
+    def _published(self, key: str, planner: Planner, options: TrainOptions) -> Made:
+        """Unrestricted fine-tuning, each concept by itself and all at once (several fine-tunings have no other way to be combined
+        than to be added, which is worse than one of all)."""
+        deltas, seconds = self._deltas(key, planner, options, planner.names)
+        prompts = tuple(p for c in planner.book.concepts for p in c.prompts)
+        anchor = planner.book.concepts[0].anchor
+        joint = Planner(self.host, ConceptBook((Concept(EVERYTHING, prompts, anchor),), planner.book.preserve), self.plan, ())
+        together, more = self._deltas(key, joint, replace(options, steps=2 * options.steps), [EVERYTHING])
+        size = 2 * sum(y.numel() for d in deltas.values() for y in d.up.values())  # weights as float16
+        return Made(Merged(summed(deltas, together[EVERYTHING]), size), seconds + more)
+
+    def _deltas(self, key: str, planner: Planner, options: TrainOptions, names: list[str]) -> tuple[dict[str, ConceptDelta], float]:
+        deltas, seconds = {}, 0.0
+        for i, name in enumerate(names):
+            path = self.folder / key / f"{file_name(name)}.safetensors"
+            self.on_progress(f"{key}: training", i, len(names))
+            delta = _made(path, planner, options)
+            if delta is None:
+                started = time.perf_counter()
+                checkpoint = path.with_suffix(".checkpoint.safetensors")
+                made = make_delta(planner, name, self.host, options, checkpoint, lambda step: self.check(), check=self.check)
+                made.save(path)
+                _note(path, time.perf_counter() - started)
+                checkpoint.unlink(missing_ok=True)
+                delta = ConceptDelta.load(path)
+            deltas[name] = delta
+            seconds += _noted(path)
+        self.on_progress(f"{key}: training", len(names), len(names))
+        return deltas, seconds
+
+    def _closed(self, key: str, given: dict[str, Any]) -> Made:
+        planner, kv = self._planner(), weights(self.host.attention_layers())
+        solve = {"uce": uce, "speed": speed}[key](planner, kv, **given)
+        started = time.perf_counter()
+        changes = solve(frozenset(planner.names))
+        seconds = time.perf_counter() - started
+        return Made(Merged(solve, 2 * sum(v.numel() for v in changes.values())), seconds)
+
+    def _lora(self, given: dict[str, Any]) -> Made:
+        planner, rank = self._planner(), int(given.pop("rank", 4))
+        options = _options("lora_sum", {"objective": "esd"} | given | {"mode": "unrestricted"})
+        made: dict[str, dict[str, Any]] = {}
+        seconds = 0.0
+        size = 0
+        for i, name in enumerate(planner.names):
+            self.on_progress("lora_sum: training", i, len(planner.names))
+            path = self.folder / "lora_sum" / f"{file_name(name)}.safetensors"
+            started, there = time.perf_counter(), path.exists()
+
+            def on_step(step: Progress) -> None:
+                self.check()
+
+            made[name] = train_lora(planner, name, self.host, options, rank, path, on_step, self.check)
+            if not there:
+                _note(path, time.perf_counter() - started)
+            seconds, size = seconds + _noted(path), size + path.stat().st_size
+        self.on_progress("lora_sum: training", len(planner.names), len(planner.names))
+
+        def changes(erased: frozenset[str]) -> dict[str, Any]:
+            chosen = [made[n] for n in sorted(erased)]
+            return {name: sum(c[name] for c in chosen) for name in chosen[0]}
+
+        return Made(Merged(changes, size), seconds)
+
+
+def _options(key: str, given: dict[str, Any]) -> TrainOptions:
+    try:
+        return TrainOptions(**given)
+    except TypeError as error:
+        raise SepMEError(f"The settings of {key} have an unknown entry ({error}); they are those of sepme train.") from None
+
+
+def _made(path: Path, planner: Planner, options: TrainOptions) -> ConceptDelta | None:
+    """The delta in a file, if it was made with these options for this book."""
+    if not path.exists() or not _times(path).exists():
+        return None
+    delta = ConceptDelta.load(path)
+    recipe = delta.info.get("recipe", {})
+    same = recipe.get("train") == asdict(options) and recipe.get("book") == json.loads(planner.book.dumps())
+    return delta if same and recipe.get("plan") == asdict(planner.options) else None
+
+
+def _times(path: Path) -> Path:
+    return path.with_suffix(".seconds")
+
+
+def _note(path: Path, seconds: float) -> None:
+    write_atomically(_times(path), f"{seconds:.3f}".encode())
+
+
+def _noted(path: Path) -> float:
+    return float(_times(path).read_text()) if _times(path).exists() else 0.0
