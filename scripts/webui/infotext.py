@@ -1,0 +1,30 @@
+"""What a picture's infotext says of the deltas that were on: ``van gogh (0123456789): 1, star (abcdef0123): 0.5``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+CONCEPTS, GATE = "SepME concepts", "SepME gate"
+HASH_LENGTH = 10
+_RECORD = re.compile(rf"(.+?) \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e-?[0-9]+)?)(?:, |$)")
+
+
+class Record(NamedTuple):
+    """A delta that was on."""
+
+    name: str
+    hash: str
+    strength: float
+
+
+def write(records: Sequence[Record]) -> str:
+    return ", ".join(f"{r.name} ({r.hash[:HASH_LENGTH]}): {r.strength:g}" for r in records)
+
+
+def read(params: Mapping[str, str]) -> list[Record] | None:
+    """The records of a parsed infotext; None where it says nothing of a picture's settings at all."""
+    if CONCEPTS in params:
+        return [Record(name, digest, float(strength)) for name, digest, strength in _RECORD.findall(params[CONCEPTS])]
+    return [] if "Steps" in params else None

@@ -1,0 +1,105 @@
+"""What the panel says, and what a batch of prompts makes of it. Plain data: no host, no widgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ...sepme.composition import Composition
+from ...sepme.concepts import normalised
+from ...sepme.errors import SepMEError
+from ...sepme.runtime import BACKENDS
+from ...sepme.toggles import merge, parse_json, parse_tags, strengths
+
+Tags = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The panel's controls, in the order of the API's positional arguments.
+
+    Attributes:
+        enabled: whether the panel's concepts are on; prompt tags work either way.
+        concepts: labels of delta files. strengths: by concept name; 1 where not given.
+    """
+
+    enabled: bool = False
+    concepts: tuple[str, ...] = ()
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    gate: bool = True
+    backend: str = "auto"
+
+    @staticmethod
+    def parse(*args: Any) -> Settings:
+        """Read the controls' values; missing ones at the end take their defaults.
+
+        Raises:
+            SepMEError: a value that no control would give.
+        """
+        given = dict(zip(("enabled", "concepts", "strengths", "gate", "backend"), args, strict=False))
+        concepts, table = given.get("concepts") or (), given.get("strengths") or {}
+        if isinstance(concepts, str):
+            concepts = [concepts]
+        if not isinstance(concepts, (list, tuple)) or not all(isinstance(c, str) for c in concepts):
+            raise SepMEError("SepME's second argument is a list of concepts, like ['van gogh'].")
+        if isinstance(table, Mapping):
+            table = {str(k): v for k, v in table.items()}
+            table = merge(*(parse_tags(f"<erase:{name}:{value}>")[1] for name, value in table.items()))
+        else:
+            table = parse_json(str(table))
+        backend = given.get("backend") or "auto"
+        if backend not in BACKENDS:
+            raise SepMEError(f"SepME has no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+        return Settings(bool(given.get("enabled")), tuple(dict.fromkeys(concepts)), table, bool(given.get("gate", True)), backend)
+
+    def at(self, strength: float) -> Settings:
+        """The same with every concept at this strength."""
+        return replace(self, strengths=dict.fromkeys(self.strengths, strength) | {"*": strength})
+
+    def strength(self, name: str) -> float:
+        """Of a concept chosen in the panel."""
+        table = {normalised(k): v for k, v in self.strengths.items()}
+        return table.get(normalised(name), table.get("*", 1.0))
+
+
+def take_tags(prompts: Sequence[str]) -> tuple[list[str], list[Tags]]:
+    """Prompts without tags, and the tags of each.
+
+    Raises:
+        SepMEError: a tag that cannot be read.
+    """
+    pairs = [parse_tags(p) for p in prompts]
+    return [text for text, _ in pairs], [tags for _, tags in pairs]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Strengths of a batch of images.
+
+    Attributes:
+        composition: all deltas that any row may need. base: ``(N,)`` what the panel says.
+        positive, negative: ``(images, N)`` of the prompts and negative prompts.
+    """
+
+    composition: Composition
+    base: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @staticmethod
+    def make(composition: Composition, panel: Mapping[str, float], positive: Sequence[Tags], negative: Sequence[Tags]) -> Tables:
+        """Every prompt's own tags beat the panel; deltas that the panel does not name are there for tags alone."""
+        known = {normalised(n) for n in composition.names}
+
+        def table(rows: Sequence[Tags]) -> Tensor:
+            return strengths([merge(panel, {n: s for n, s in r.items() if normalised(n) in known}) for r in rows], composition.names, 0.0)
+
+        return Tables(composition, table([{}])[0], table(positive), table(negative))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done: no row of any image has a strength."""
+        return not any(t.any() for t in (self.base, self.positive, self.negative))
