@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .protocols import AttentionLayer
 
 PROJECTIONS = ("to_k", "to_v")
+_LDM = re.compile(r"(?:(?:input|output)_blocks\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2")
 
 
 def diffusers_to_ldm(down_blocks: Sequence[Sequence[int]], middle: int, up_blocks: Sequence[Sequence[int]]) -> dict[str, str]:
@@ -56,6 +58,11 @@ def unet_layers(unet: Any) -> dict[str, AttentionLayer]:
         [depths(b) for b in unet.up_blocks],
     )
     return {ldm: unet.get_submodule(name) for name, ldm in names.items()}
+
+
+def ldm_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
+    """Cross-attention modules of a UNet whose own names are the canonical ones, in the order of the forward pass."""
+    return {name: module for name, module in unet.named_modules() if _LDM.fullmatch(name)}  # type: ignore[misc]
 
 
 def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-CONCEPTS, GATE = "SepME concepts", "SepME gate"
+CONCEPTS, GATE, TAGS = "SepME concepts", "SepME gate", "SepME tags"
 HASH_LENGTH = 10
 _RECORD = re.compile(rf"(.+?) \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e-?[0-9]+)?)(?:, |$)")
+ANY_TAG = re.compile(r"<(?:erase|keep):[^>]*>", re.IGNORECASE)
 
 
 class Record(NamedTuple):
@@ -23,8 +24,8 @@ def write(records: Sequence[Record]) -> str:
     return ", ".join(f"{r.name} ({r.hash[:HASH_LENGTH]}): {r.strength:g}" for r in records)
 
 
-def read(params: Mapping[str, str]) -> list[Record] | None:
+def read(params: Mapping[str, str], key: str = CONCEPTS) -> list[Record] | None:
     """The records of a parsed infotext; None where it says nothing of a picture's settings at all."""
-    if CONCEPTS in params:
-        return [Record(name, digest, float(strength)) for name, digest, strength in _RECORD.findall(params[CONCEPTS])]
+    if key in params:
+        return [Record(name, digest, float(strength)) for name, digest, strength in _RECORD.findall(params[key])]
     return [] if "Steps" in params else None

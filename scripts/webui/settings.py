@@ -100,6 +100,11 @@ class Tables:
         return Tables(composition, table([{}])[0], table(positive), table(negative))
 
     @property
+    def uniform(self) -> bool:
+        """Whether every prompt has what the panel says."""
+        return bool((self.positive == self.base).all() and (self.negative == self.base).all())
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no row of any image has a strength."""
         return not any(t.any() for t in (self.base, self.positive, self.negative))

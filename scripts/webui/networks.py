@@ -1,0 +1,31 @@
+"""``<erase:...>`` and ``<keep:...>`` as the host knows tags, for those that other extensions add after ours were read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...sepme.errors import SepMEError
+from ...sepme.toggles import merge, parse_tags
+from . import host
+from .script import add_tags
+
+
+class TagNetwork(host.ExtraNetwork):  # type: ignore[misc,name-defined]
+    """Prompts are read in ``before_process_batch``, each for itself; what comes here later counts for the whole batch."""
+
+    def activate(self, p: Any, params_list: list[Any]) -> None:
+        tags: dict[str, float] = {}
+        for params in params_list:
+            try:
+                tags = merge(tags, parse_tags(f"<{self.name}:{':'.join(params.items)}>")[1])
+            except SepMEError as error:
+                p.comment(f"SepME: {error}")
+        add_tags(p, tags)
+
+    def deactivate(self, p: Any) -> None:
+        pass
+
+
+def register_tags() -> None:
+    for name in ("erase", "keep"):
+        host.register_extra_network(TagNetwork(name))

@@ -1,0 +1,119 @@
+"""The accordion: which deltas, how strongly, gate, backend."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import gradio as gr
+
+from ...sepme.errors import SepMEError
+from ...sepme.library import DeltaLibrary
+from ...sepme.runtime import BACKENDS
+from . import infotext
+from .host import InputAccordion
+from .settings import Settings
+from .shelf import by_hash, choose, label_of, labels
+
+HELP = (
+    "Delta files are read from <code>models/sepme</code>. In prompts and negative prompts: <code>&lt;erase:name&gt;</code>, "
+    "<code>&lt;erase:name:0.7&gt;</code>, <code>&lt;keep:name&gt;</code>; a prompt's own tags go before what is set here."
+)
+GATE_INFO = "Only prompts that carry a concept are changed; all others stay as they are, bit for bit."
+BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
+
+
+class Panel:
+    """The controls of one tab; ``controls`` in the order of the API's arguments (:class:`Settings`): only ever append."""
+
+    def __init__(self, library: DeltaLibrary, elem_id: Callable[[str], str]) -> None:
+        self.library = library
+        with InputAccordion(False, label="SepME concepts", elem_id=elem_id("enabled")) as enabled:
+            with gr.Row(elem_classes=["sepme-choice"]):
+                concepts = gr.Dropdown(
+                    label="Concepts to erase", choices=list(labels(library.entries())), value=[], multiselect=True,
+                    allow_custom_value=True, elem_id=elem_id("concepts"), scale=8,
+                )  # fmt: skip
+                refresh = gr.Button("\U0001f504", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+            rows = gr.HTML(self._rows([], ""), elem_id=elem_id("rows"))
+            with gr.Row():
+                gate = gr.Checkbox(True, label="Gate", info=GATE_INFO, elem_id=elem_id("gate"))
+                backend = gr.Dropdown(list(BACKENDS), value="auto", label="Backend", info=BACKEND_INFO, elem_id=elem_id("backend"))
+            strengths = gr.Textbox(
+                "", label="Strengths by concept, 1 where not given", placeholder='{"van gogh": 0.7}', lines=1, max_lines=1,
+                elem_id=elem_id("strengths"),
+            )  # fmt: skip
+            gr.HTML(f'<p class="sepme-help">{HELP}</p>')
+        for control in (concepts, strengths):
+            control.change(self._rows, [concepts, strengths], [rows], show_progress=False)
+        refresh.click(self._refresh, [concepts], [concepts], show_progress=False)
+        self.controls = [enabled, concepts, strengths, gate, backend]
+        self.infotext_fields = [
+            (enabled, self._read_enabled),
+            (concepts, self._read_concepts),
+            (strengths, self._read_strengths),
+            (gate, self._read_gate),
+        ]
+
+    def _refresh(self, chosen: Sequence[str]) -> Any:
+        return gr.update(choices=list(labels(self.library.entries())), value=list(chosen or []))
+
+    def _rows(self, chosen: Sequence[str], strengths: str) -> str:
+        """A switch and a slider a concept; ``javascript/sepme.js`` writes what they say into the strengths."""
+        try:
+            settings = Settings.parse(True, list(chosen or []), strengths)
+        except SepMEError as error:
+            return f'<p class="sepme-error">{html.escape(str(error))}</p>'
+        entries = self.library.entries()
+        if not chosen:
+            hint = "Choose concepts above." if entries else "There are no delta files yet: make some in the tab SepME, or copy some there."
+            return f'<p class="sepme-hint">{hint}</p>'
+        return "".join(self._row(label, choose(label, entries, ""), settings) for label in settings.concepts)
+
+    @staticmethod
+    def _row(label: str, entry: Any, settings: Settings) -> str:
+        name = entry.concept if entry is not None else label
+        strength = settings.strength(name)
+        facts = f"{entry.architecture}, {entry.bytes / 1000:.0f} kB" if entry is not None else "no such file; refresh, or take it out"
+        quoted = html.escape(name, quote=True)
+        return (
+            f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
+            f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
+            f"{html.escape(label)}</label>"
+            f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" aria-label="Strength of {quoted}" '
+            f'title="0 keeps, 1 erases, more overshoots"><output>{strength:g}</output>'
+            f'<span class="sepme-facts">{html.escape(facts)}</span></div>'
+        )
+
+    def _read_enabled(self, params: Mapping[str, str]) -> bool | None:
+        records = infotext.read(params)
+        return None if records is None else bool(records)
+
+    def _read_concepts(self, params: Mapping[str, str]) -> list[str] | None:
+        """Labels of the files with these hashes; a hash that is not there is said, and changes nothing else."""
+        entries = self.library.entries()
+        found = []
+        for key in (infotext.CONCEPTS, infotext.TAGS):
+            for record in infotext.read(params, key) or []:
+                entry = by_hash(record.hash, entries)
+                if entry is None:
+                    _warn(f"SepME: this picture was made with a delta of {record.name!r} ({record.hash}) that is not in {self.library.folder}.")
+                elif key == infotext.CONCEPTS:
+                    found.append(label_of(entry, entries))
+        return None if infotext.read(params) is None else found
+
+    def _read_strengths(self, params: Mapping[str, str]) -> str | None:
+        records = infotext.read(params)
+        return None if records is None else json.dumps({r.name: r.strength for r in records}) if records else ""
+
+    def _read_gate(self, params: Mapping[str, str]) -> bool | None:
+        return None if infotext.read(params) is None else params.get(infotext.GATE) != "off"
+
+
+def _warn(text: str) -> None:
+    print(text)
+    with suppress(Exception):  # outside of an event there is no page to show it on
+        gr.Warning(text)
