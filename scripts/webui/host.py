@@ -40,6 +40,15 @@ def lora_folder() -> Path:
     return Path(getattr(shared.cmd_opts, "lora_dir", None) or Path(paths.models_path) / "Lora")
 
 
+def checkpoint_folder() -> Path:
+    return Path(getattr(shared.cmd_opts, "ckpt_dir", None) or Path(paths.models_path) / "Stable-diffusion")
+
+
+def checkpoint_file() -> Path:
+    """The file of the loaded checkpoint."""
+    return Path(shared.sd_model.sd_checkpoint_info.filename)
+
+
 def script_modules() -> list[Any]:
     """The modules of all scripts that the host has loaded."""
     return [data.module for data in scripts.scripts_data]
@@ -111,7 +120,9 @@ class ClassForward:
         if getattr(module, "bias", None) is not None:
             return None
         if type(module).__module__ == "backend.operations":  # Forge
-            odd = module.parameters_manual_cast or hasattr(module, "forge_online_loras") or getattr(module, "scale_weight", None) is not None
+            odd = (
+                module.parameters_manual_cast or hasattr(module, "forge_online_loras") or getattr(module, "scale_weight", None) is not None
+            )
             return None if odd or type(module).__qualname__ != "ForgeOperations.Linear" else module.weight  # type: ignore[return-value]
         if forward is not nn.Linear.forward:
             return None
@@ -416,19 +427,20 @@ def _schedule(model: Any) -> tuple[Tensor, str]:
 
 
 @contextmanager
-def job(name: str) -> Iterator[Callable[[], None]]:
-    """The host's queue for as long as the block runs; yields a check that raises :class:`Interrupted` once the user interrupts."""
+def job(name: str) -> Iterator[None]:
+    """The host's queue for as long as the block runs."""
     with call_queue.queue_lock:
         shared.state.begin(name)
-
-        def check() -> None:
-            if shared.state.interrupted or shared.state.stopping_generation:
-                raise Interrupted
-
         try:
-            yield check
+            yield
         finally:
             shared.state.end()
+
+
+def check_interrupted() -> None:
+    """Raise :class:`Interrupted` once the user interrupts."""
+    if shared.state.interrupted or shared.state.stopping_generation:
+        raise Interrupted
 
 
 def interrupt() -> None:

@@ -100,7 +100,9 @@ class Panel:
             for record in infotext.read(params, key) or []:
                 entry = by_hash(record.hash, entries)
                 if entry is None:
-                    _warn(f"SepME: this picture was made with a delta of {record.name!r} ({record.hash}) that is not in {self.library.folder}.")
+                    _warn(
+                        f"SepME: this picture was made with a delta of {record.name!r} ({record.hash}) that is not in {self.library.folder}."
+                    )
                 elif key == infotext.CONCEPTS:
                     found.append(label_of(entry, entries))
         return None if infotext.read(params) is None else found

@@ -1,0 +1,241 @@
+"""The tab: train concepts on the loaded checkpoint, verify deltas with it, export them for tools that know nothing of SepME."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...sepme.concepts import ConceptBook, file_name
+from ...sepme.convert import export_checkpoint, export_lora
+from ...sepme.delta import ConceptDelta
+from ...sepme.errors import SepMEError
+from ...sepme.files import remove_leftovers
+from ...sepme.layers import kv_fingerprint, shapes
+from ...sepme.nullspace import Planner
+from ...sepme.objectives import OBJECTIVES
+from ...sepme.toggles import parse_json
+from ...sepme.tokens import OnProgress
+from ...sepme.train import Progress as Step
+from ...sepme.train import TrainOptions, make_deltas, plan_options
+from ...sepme.train.options import MODES
+from ...sepme.verify import verify
+from . import host
+from .progress import Progress, follow, table
+from .shelf import choose, labels, load
+
+BOOK = """concepts:
+  - van gogh                       # name alone: templates make the prompts
+  - name: striped
+    prompts: [striped style, a striped picture]
+    anchor: a picture              # what takes its place (closed form)
+preserve: [a company logo]         # prompts that must not change at all
+"""
+NULL_SPACES = ("the mode's own", "auto", "exact", "tolerance", "soft")
+LORA, CHECKPOINT = "LoRA", "merged copy of the loaded checkpoint"
+
+
+def make_tab() -> list[tuple[Any, str, str]]:
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        with gr.Tabs():
+            with gr.Tab("Train"):
+                _train_page()
+            with gr.Tab("Verify"):
+                _verify_page()
+            with gr.Tab("Export"):
+                _export_page()
+    return [(blocks, "SepME", "sepme_tab")]
+
+
+def _train_page() -> None:
+    gr.HTML(
+        "<p>Makes one delta file a concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the accordion "
+        "afterwards. Concepts that are to be switched independently belong in one book.</p>"
+    )
+    with gr.Row():
+        book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=10, elem_id="sepme_book", scale=3)
+        with gr.Column(scale=2):
+            objective = gr.Dropdown(
+                [*OBJECTIVES, "closed-form"], value="gcirs", label="Objective", elem_id="sepme_objective",
+                info="closed-form takes seconds and no sampling; the others train against the frozen model",
+            )  # fmt: skip
+            mode = gr.Dropdown(
+                list(MODES), value="subspace", label="Mode", elem_id="sepme_mode",
+                info="subspace: small files; paper: as published; unrestricted: never to be restored",
+            )  # fmt: skip
+            null_space = gr.Dropdown(
+                list(NULL_SPACES), value=NULL_SPACES[0], label="Null space", elem_id="sepme_null_space",
+                info="auto: the strictest in which all concepts fit",
+            )  # fmt: skip
+            steps = gr.Slider(1, 1000, value=1000, step=1, label="Steps at most", elem_id="sepme_steps")
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="sepme_seed")
+            prefix = gr.Textbox("", label="Subfolder or prefix of the files", placeholder="sd15/", elem_id="sepme_prefix")
+    with gr.Row():
+        start = gr.Button("Train", variant="primary", elem_id="sepme_train")
+        stop = gr.Button("Interrupt", elem_id="sepme_interrupt")
+    status, curve = gr.HTML(elem_id="sepme_train_status"), gr.HTML(elem_id="sepme_train_plot")
+    start.click(train, [book, objective, mode, null_space, steps, seed, prefix], [status, curve], show_progress=False)
+    stop.click(host.interrupt, [], [], queue=False)
+
+
+def _verify_page() -> None:
+    gr.HTML("<p>Measures gates and leakage of deltas again, with the text encoder of the loaded checkpoint.</p>")
+    files = _file_choice("sepme_verify_files")
+    start = gr.Button("Verify", variant="primary", elem_id="sepme_verify")
+    status, curve = gr.HTML(elem_id="sepme_verify_status"), gr.HTML(visible=False)
+    start.click(check, [files], [status, curve], show_progress=False)
+
+
+def _export_page() -> None:
+    gr.HTML(
+        "<p>A LoRA or a merged checkpoint works everywhere, for every prompt: the gate is off in it, so pictures of other prompts are close to "
+        "the stock ones, no longer the same bit for bit.</p>"
+    )
+    files = _file_choice("sepme_export_files")
+    with gr.Row():
+        kind = gr.Radio([LORA, CHECKPOINT], value=LORA, label="As", elem_id="sepme_export_kind")
+        name = gr.Textbox("erased", label="Name of the new file", elem_id="sepme_export_name")
+        strengths = gr.Textbox("", label="Strengths by concept, 1 where not given", placeholder='{"van gogh": 0.7}')
+    start = gr.Button("Export", variant="primary", elem_id="sepme_export")
+    status, curve = gr.HTML(elem_id="sepme_export_status"), gr.HTML(visible=False)
+    start.click(export, [files, kind, name, strengths], [status, curve], show_progress=False)
+
+
+def _file_choice(elem_id: str) -> Any:
+    with gr.Row():
+        files = gr.Dropdown(
+            list(labels(host.library.entries())),
+            value=[],
+            multiselect=True,
+            allow_custom_value=True,
+            label="Deltas",
+            elem_id=elem_id,
+            scale=8,
+        )
+        refresh = gr.Button("\U0001f504", elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+    refresh.click(lambda: gr.update(choices=list(labels(host.library.entries()))), [], [files], show_progress=False)
+    return files
+
+
+def train(
+    book: str, objective: str, mode: str, null_space: str, steps: float, seed: float, prefix: str
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Status and loss plot, until every concept of the book has its file."""
+
+    def work(progress: Progress) -> str:
+        concepts = _book(book)
+        options = TrainOptions(objective=objective, mode=mode, steps=int(steps), seed=int(seed))
+        plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space)
+        places = {c.name: host.library.place(f"{prefix}{file_name(c.name)}.checkpoint.safetensors") for c in concepts.concepts}
+        with host.job("sepme"), host.loaded_model() as model:
+            planner = Planner(model, concepts, plan, on_progress=_shown(progress))
+            if mode == "subspace":
+                planner.plan_all(list(places))
+            saved = [_train_one(planner, name, model, options, places[name], prefix, progress) for name in places]
+        notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
+        return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)
+
+    return follow(work)
+
+
+def _shown(progress: Progress) -> OnProgress:
+    def on_progress(what: str, done: int, total: int) -> None:
+        host.check_interrupted()
+        progress.show(what, done, total)
+
+    return on_progress
+
+
+def _book(text: str) -> ConceptBook:
+    """The book; its preserve file, if any, lies in the delta folder, since this page may be open to others."""
+    book = ConceptBook.loads(text)
+    return replace(book, preserve_file=str(host.library.place(book.preserve_file))) if book.preserve_file else book
+
+
+def _train_one(
+    planner: Planner, name: str, model: host.LoadedModel, options: TrainOptions, checkpoint: Path, prefix: str, progress: Progress
+) -> tuple[ConceptDelta, Path]:  # fmt: skip
+    def on_step(step: Step) -> None:
+        progress.losses.setdefault(step.concept, []).append(step.loss)
+        progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
+        host.check_interrupted()
+
+    progress.show(f"{name}: directions", 0, 1)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(checkpoint)
+    (delta,) = make_deltas(planner, [name], model, options, checkpoint, on_step, None, host.check_interrupted)
+    path = host.library.save(delta, prefix)
+    checkpoint.unlink(missing_ok=True)
+    return delta, path
+
+
+def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
+    rows = []
+    for delta, path in saved:
+        certificate = delta.info.get("certificate", {})
+        worst = max(certificate.get("leakage_linear", {}).values(), default=0.0)
+        facts = (delta.rank, delta.info["objective"]["steps"], delta.gate, worst, float(certificate.get("false_touch_rate") or 0.0))
+        rows.append((delta.concept.name, *facts, path.relative_to(host.library.folder).as_posix()))
+    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "file"), rows)
+
+
+def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
+    entries, found = host.library.entries(), []
+    for label in chosen or []:
+        entry = choose(label, entries, "")
+        if entry is None:
+            raise SepMEError(f"There is no delta {label!r} in {host.library.folder}; refresh the list.")
+        found.append(load(entry))
+    if not found:
+        raise SepMEError("No delta is chosen; choose at least one above.")
+    return found
+
+
+def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """A table of what was measured."""
+
+    def work(progress: Progress) -> str:
+        deltas = _deltas(chosen)
+        with host.job("sepme"), host.loaded_model() as model:
+            layers = model.attention_layers()
+            fingerprint = kv_fingerprint(layers)
+            for delta in deltas:
+                delta.check_fits(shapes(layers), "the loaded checkpoint")
+            found = verify(model, deltas, on_progress=_shown(progress))
+        made = {d.concept.name: d.info.get("kv_fingerprint", fingerprint) for d in deltas}
+        others = [
+            f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
+        ]
+        heads = ("concept", "gate", "own prompts pass", "worst leakage before the gate", "behind it", "false touches", "holds")
+        rows = [
+            (c.concept, c.gate, f"{c.own_touched:.0%}", max(c.leakage_linear.values()), max(c.leakage_gated.values()), c.false_touch_rate,
+             "yes" if c.holds else "NO")
+            for c in found.checks
+        ]  # fmt: skip
+        return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *found.warnings))
+
+    return follow(work)
+
+
+def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Iterator[tuple[str, str]]:
+    """Where the file was written."""
+
+    def work(progress: Progress) -> str:
+        deltas, table_ = _deltas(chosen), parse_json(strengths or "")
+        stem = file_name(name) if name.strip() else "erased"
+        folder = host.lora_folder() if kind == LORA else host.checkpoint_folder()
+        path = folder / f"{stem}.safetensors"
+        if path.exists():
+            raise SepMEError(f"There is already a file {path.name} in {folder}; choose another name.")
+        progress.show(f"Writing {path.name}", 0, 1)
+        if kind == LORA:
+            export_lora(deltas, path, table_)
+        else:
+            export_checkpoint(deltas, host.checkpoint_file(), path, table_)
+        return f"<p>Wrote {html.escape(str(path))}. Refresh the host's own list to see it.</p>"
+
+    return follow(work)
