@@ -259,9 +259,14 @@ class Attached:
     def prepare(self, params: Any) -> None:
         """Load the patches of a model that was changed in the middle of a run; Forge loads before the first step only."""
         if self._patcher is not None:
-            from modules.sd_samplers_kdiffusion import sampling_prepare
+            _load_forge(self._patcher, params.x)
 
-            sampling_prepare(self._patcher, x=params.x)
+
+def _load_forge(unet: Any, x: Tensor) -> None:
+    """Put a Forge's UNet and its patches on the device, with room for latents like these."""
+    from modules.sd_samplers_kdiffusion import sampling_prepare
+
+    sampling_prepare(unet, x=x)
 
 
 def _crossattn(cond: Any) -> Any:
@@ -456,10 +461,8 @@ def loaded_model() -> Iterator[LoadedModel]:
     """
     model = shared.sd_model
     if is_forge(model):
-        from backend import memory_management  # type: ignore[import-not-found,unused-ignore]
-
         model.forge_objects = model.forge_objects_original.shallow_copy()
-        memory_management.load_model_gpu(model.forge_objects.unet)
+        _load_forge(model.forge_objects.unet, torch.zeros(4, 4, 128, 128))
         _plain(unet_of(model))
     with torch.inference_mode(False), torch.enable_grad(), _no_checkpointing(model):
         loaded = LoadedModel(model)

@@ -1,0 +1,3 @@
+import os
+
+models_path = os.environ.get("TOY_MODELS", "models")

@@ -1,0 +1,1 @@
+from .processing import sampling_prepare  # noqa: F401

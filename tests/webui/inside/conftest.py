@@ -1,0 +1,99 @@
+"""The extension as a host loads it: by path, with the host's modules importable. ``kind`` is the host."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from webui.conftest import ROOT, STUBS
+
+sys.path.insert(0, str(STUBS))
+
+import modules.devices
+import modules.extra_networks
+import modules.paths
+import modules.processing
+import modules.script_callbacks
+import modules.scripts
+import modules.shared
+import modules.toy
+
+CONCEPTS = ("star", "heart", "moon")
+
+
+class WebUI:
+    """A host with the extension in it."""
+
+    def __init__(self, kind: str, models: Path) -> None:
+        modules.shared.kind, modules.paths.models_path = kind, str(models)
+        modules.shared.opts.batch_cond_uncond, modules.shared.opts.pad_cond_uncond = True, False
+        modules.shared.state.__init__()  # type: ignore[misc]
+        modules.extra_networks.extra_network_registry.clear()
+        modules.toy.UnetPatcher.loaded = None
+        modules.shared.sd_model = modules.toy.Checkpoint()
+        self.kind, self.folder = kind, models / "sepme"
+        modules.scripts.load_scripts(ROOT / "scripts")
+        self.grid = SimpleNamespace(axis_options=[], AxisOption=lambda label, type, apply, choices=None: SimpleNamespace(**locals()))
+        modules.scripts.scripts_data.append(modules.scripts.ScriptClassData(type("Grid", (), {}), "xyz_grid.py", "", self.grid))
+        for callback in modules.script_callbacks.callbacks["before_ui"]:
+            callback()
+        modules.scripts.scripts_data.pop()
+        self.runner = modules.scripts.ScriptRunner()
+        self.last: Any = None
+
+    @property
+    def model(self) -> Any:
+        return modules.shared.sd_model
+
+    def part(self, name: str) -> Any:
+        """A module of the extension."""
+        return sys.modules[f"sepme_extension.{name}"]
+
+    def draw(self, prompt: str | list[str] = "a star", *args: Any, script: bool = True, **more: Any) -> torch.Tensor:
+        """Latents; ``args`` are the extension's own."""
+        runner = self.runner if script else None
+        p = modules.processing.StableDiffusionProcessing(prompt, scripts=runner, script_args=args or (False, [], "", True, "auto"), **more)
+        latents, self.infotexts = modules.processing.process_images(p)
+        self.last = p
+        return latents
+
+    def erase(self, *concepts: str, prompt: str | list[str] = "a star", strengths: str = "", gate: bool = True, **more: Any) -> torch.Tensor:
+        """Latents with concepts chosen in the panel."""
+        return self.draw(prompt, True, list(concepts), strengths, gate, "auto", **more)
+
+
+@pytest.fixture(params=["a1111", "forge"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_webui() -> Callable[..., WebUI]:
+    return WebUI
+
+
+@pytest.fixture(scope="session")
+def delta_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with deltas of the toy checkpoint, solved in closed form by the extension's own model adapter."""
+    models = tmp_path_factory.mktemp("models")
+    ui = WebUI("a1111", models)
+    book = ui.part("sepme.concepts").ConceptBook.loads("\n".join(f"- {name}" for name in CONCEPTS).replace("- ", "concepts:\n- ", 1))
+    train, host = ui.part("sepme.train"), ui.part("scripts.webui.host")
+    with host.loaded_model() as model:
+        planner = ui.part("sepme.nullspace").Planner(model, book)
+        for name in CONCEPTS:
+            delta = train.make_delta(planner, name, model, train.TrainOptions(objective="closed-form"))
+            host.library.save(delta)
+    return models
+
+
+@pytest.fixture
+def webui(kind: str, delta_files: Path) -> Iterator[WebUI]:
+    ui = WebUI(kind, delta_files)
+    yield ui
+    ui.part("scripts.webui.script")._release()

@@ -1,0 +1,359 @@
+"""What reaches the UNet: tags, rows, passes, exactness. Both hosts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import modules.processing
+import modules.shared
+import modules.toy
+import pytest
+import torch
+
+
+def hooks(ui: Any) -> list[str]:
+    """Forwards that are live on the model and are the extension's."""
+    Hook = ui.part("scripts.webui.host").Hook
+    owner = ui.model.forge_objects.unet.model if ui.kind == "forge" else ui.model.model
+    return [name for name, module in owner.named_modules() if isinstance(module.__dict__.get("forward"), Hook)]
+
+
+def test_off_nothing_is_touched(webui: Any) -> None:
+    stock = webui.draw(script=False)
+    assert torch.equal(webui.draw(), stock)
+    assert hooks(webui) == []
+    assert "SepME concepts" not in webui.infotexts[0]
+
+
+def test_erased_kept_and_restored(webui: Any) -> None:
+    stock = webui.draw(script=False)
+    erased = webui.erase("star")
+    assert not torch.equal(erased, stock)
+    assert torch.equal(webui.erase("star", strengths='{"star": 0}'), stock)
+    assert torch.equal(webui.draw("a star <keep:star>", True, ["star"]), stock)
+    assert torch.equal(webui.draw(), stock)
+    partial = webui.erase("star", strengths='{"star": 0.5}')
+    assert not torch.equal(partial, erased)
+    assert not torch.equal(partial, stock)
+
+
+def test_other_prompts_are_bit_identical(webui: Any) -> None:
+    stock = webui.draw("a red house", script=False)
+    assert torch.equal(webui.erase("star", "heart", "moon", prompt="a red house"), stock)
+
+
+def test_gate_off_is_linear(webui: Any) -> None:
+    assert not torch.equal(webui.erase("star", prompt="a red house", gate=False), webui.draw("a red house", script=False))
+
+
+def test_tags_work_without_the_panel(webui: Any) -> None:
+    assert torch.equal(webui.draw("a <erase:star> star"), webui.erase("star"))
+    assert torch.equal(webui.draw("a star <erase:Star:0.5>"), webui.erase("star", strengths='{"star": 0.5}'))
+
+
+def test_tags_never_reach_the_text_encoder(webui: Any) -> None:
+    webui.model.texts.clear()
+    webui.draw("a star <erase:star>, <lora:x:1>", negative_prompt="ugly <keep:star>", enable_hr=True, hr_negative_prompt="bad <erase:moon>")
+    assert webui.model.texts
+    assert not [t for t in webui.model.texts if "<" in t or "erase" in t or "keep" in t]
+
+
+def test_each_prompt_of_a_batch_has_its_own(webui: Any) -> None:
+    prompts = ["a star", "a star <erase:star>", "a star <erase:star:0.5>", "a heart <erase:heart>"]
+    together = webui.draw(prompts, batch_size=4)
+    for i, prompt in enumerate(prompts):
+        assert torch.allclose(together[i], webui.draw(prompt, seed=i)[0], atol=1e-5)
+    assert torch.equal(together[0], webui.draw([p.split(" <")[0] for p in prompts], batch_size=4, script=False)[0])
+
+
+def test_batches_of_a_prompt_matrix(webui: Any) -> None:
+    prompts = ["a star", "a star <erase:star>", "a star <keep:star>", "a moon"]
+    in_two = webui.draw(prompts, True, ["star"], "", True, "auto", batch_size=2)
+    for i, prompt in enumerate(prompts):
+        assert torch.allclose(in_two[i], webui.draw(prompt, True, ["star"], seed=i)[0], atol=1e-5)
+
+
+def test_negative_prompts_have_their_own(webui: Any) -> None:
+    stock = webui.draw("a house", negative_prompt="a star", script=False)
+    erased = webui.draw("a house", negative_prompt="a star <erase:star>")
+    assert not torch.equal(erased, stock)
+    assert torch.equal(webui.draw("a house", True, ["star"], negative_prompt="a star <keep:star>"), stock)
+    assert torch.equal(webui.draw("a house", True, ["star"], negative_prompt="a star"), erased)
+
+
+def test_same_words_erased_in_one_and_kept_in_the_other(webui: Any) -> None:
+    """Prompt and negative prompt have the same tokens; only their order tells them apart."""
+    stock = webui.draw("a star", negative_prompt="a star", script=False)
+    first = webui.draw("a star <erase:star>", negative_prompt="a star")
+    second = webui.draw("a star", negative_prompt="a star <erase:star>")
+    assert not torch.equal(first, stock)
+    assert not torch.equal(second, stock)
+    assert not torch.equal(first, second)
+
+
+def test_AND_and_prompt_editing(webui: Any) -> None:
+    for prompt in ("a star AND a moon", "[a star:a house:2]", "a [heart:star:1] AND a house"):
+        stock = webui.draw(prompt, script=False)
+        assert torch.equal(webui.draw(f"{prompt} <keep:star>", True, ["star"]), stock)
+        erased = webui.draw(f"{prompt} <erase:star>")
+        assert not torch.equal(erased, stock)
+        assert torch.allclose(erased, webui.erase("star", prompt=prompt), atol=1e-5)
+    two = webui.draw(["a star AND a moon <erase:star>", "a star AND a house"], batch_size=2)
+    assert torch.allclose(two[0], webui.draw("a star AND a moon <erase:star>")[0], atol=1e-5)
+    assert torch.allclose(two[1], webui.draw("a star AND a house", seed=1, script=False)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_prompts_of_other_lengths_than_negative_ones(webui: Any, together: bool) -> None:
+    """Prompts of two chunks and negative prompts of one: several calls in Automatic1111, longer contexts in Forge."""
+    modules.shared.opts.batch_cond_uncond = together
+    long = "a star " + "very " * 90
+    prompts, negatives = [long, f"{long} <erase:star>"], ["a star", "a star <keep:star>"]
+    latents = webui.draw(prompts, True, ["star"], '{"star": 0.5}', True, "auto", negative_prompt=negatives, batch_size=2)
+    for i in range(2):
+        alone = webui.draw(prompts[i], True, ["star"], '{"star": 0.5}', True, "auto", negative_prompt=negatives[i], seed=i)
+        assert torch.allclose(latents[i], alone[0], atol=1e-5)
+    assert not webui.last.comments
+
+
+def test_calls_one_by_one(webui: Any) -> None:
+    modules.shared.opts.batch_cond_uncond = False
+    prompts = ["a star", "a star <erase:star>"]
+    latents = webui.draw(prompts, batch_size=2, negative_prompt=["a star <erase:star>", "a star"])
+    stock = webui.draw(["a star", "a star"], batch_size=2, negative_prompt="a star", script=False)
+    assert not torch.equal(latents[0], stock[0])
+    assert not torch.equal(latents[1], stock[1])
+    assert not torch.equal(latents[0] - stock[0], latents[1] - stock[1])
+
+
+def test_hires_pass_has_its_own_prompts(webui: Any) -> None:
+    stock = webui.draw("a star", enable_hr=True, script=False)
+    both = webui.draw("a star <erase:star>", enable_hr=True)
+    second = webui.draw("a star", enable_hr=True, hr_prompt="a star <erase:star>")
+    assert torch.equal(webui.draw("a star", True, ["star"], '{"star": 0}', enable_hr=True), stock)
+    assert len({tuple(x.flatten().tolist()) for x in (stock, both, second)}) == 3
+    assert hooks(webui) == [] or webui.kind == "forge"
+
+
+def test_img2img_and_inpainting(webui: Any) -> None:
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    for more in ({"init_latent": start}, {"init_latent": start, "mask": mask}):
+        stock = webui.draw(script=False, **more)
+        assert not torch.equal(webui.erase("star", **more), stock)
+        assert torch.equal(webui.draw("a star <keep:star>", True, ["star"], **more), stock)
+
+
+def test_prompts_of_another_extension(webui: Any) -> None:
+    """A tag that comes in after ours were read counts for the whole batch."""
+    networks, late = webui.part("scripts.webui.networks"), []
+
+    class Late:
+        name = "late"
+
+        def activate(self, p: Any, params_list: Any) -> None:
+            late.append(p)
+
+    import modules.extra_networks
+
+    data = {"erase": [modules.extra_networks.ExtraNetworkParams(items=["star", "0.5"])]}
+    original = modules.processing.extra_networks.activate
+    modules.processing.extra_networks.activate = lambda p, found: original(p, data)
+    try:
+        drawn = webui.draw("a star")
+    finally:
+        modules.processing.extra_networks.activate = original
+    assert torch.equal(drawn, webui.draw("a star <erase:star:0.5>"))
+    assert networks.TagNetwork("erase").deactivate(None) is None
+
+
+def test_unpatching_leaves_nothing(webui: Any) -> None:
+    before = {k: v.clone() for k, v in webui.model.unet.state_dict().items()}
+    webui.erase("star", "moon")
+    webui.draw(script=False)  # Forge takes patches off when it loads the next
+    assert hooks(webui) == []
+    after = webui.model.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    script = webui.part("scripts.webui.script")
+    assert script._runs == []
+
+
+def test_an_error_in_the_middle_leaves_other_runs_alone(webui: Any) -> None:
+    stock = webui.draw(script=False)
+
+    def stop(p: Any, step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        webui.erase("star", on_step=stop)
+    assert torch.equal(webui.draw(script=False), stock)
+    assert torch.equal(webui.draw(), stock)
+
+
+def test_checkpoint_changed_between_runs(webui: Any) -> None:
+    webui.erase("star")
+    modules.shared.sd_model = modules.toy.Checkpoint(seed=1)
+    stock = webui.draw(script=False)
+    assert not torch.equal(webui.erase("star"), stock)
+    assert torch.equal(webui.draw(), stock)
+
+
+def test_a_refiner_takes_over_in_the_middle(webui: Any) -> None:
+    other = modules.toy.Checkpoint(seed=1)
+    first = modules.shared.sd_model
+
+    def switch(p: Any, step: int) -> None:
+        if step == 1:
+            modules.shared.sd_model = other
+            if webui.kind == "forge":
+                modules.processing.sampling_prepare(other.forge_objects.unet, None)
+
+    def drawn(*args: Any, script: bool = True) -> torch.Tensor:
+        modules.shared.sd_model = first
+        modules.toy.UnetPatcher.loaded = None
+        return webui.draw("a star", *args, script=script, on_step=switch)
+
+    stock, erased = drawn(script=False), drawn(True, ["star"])
+    assert torch.equal(drawn(True, ["star"], '{"star": 0}'), stock)
+    assert not torch.equal(erased, stock)
+
+    def before_only(p: Any, step: int) -> None:
+        switch(p, step)
+        if step == 1:
+            webui.part("scripts.webui.script")._release()
+
+    modules.shared.sd_model = first
+    modules.toy.UnetPatcher.loaded = None
+    assert not torch.equal(webui.draw("a star", True, ["star"], on_step=before_only), erased)
+
+
+def test_weights_that_change_in_the_middle(webui: Any) -> None:
+    """Automatic1111 applies LoRAs inside ``forward``, when the layer is used next; keys and values that are kept must notice."""
+    layer = webui.model.unet.middle_block[1].transformer_blocks[0].attn2.to_v
+    weight = layer.weight.detach().clone()
+
+    def add(p: Any, step: int) -> None:
+        with torch.no_grad():
+            layer.weight.copy_(weight + (0.1 if step == 2 else 0))
+
+    try:
+        stock, plain = webui.draw(script=False, on_step=add), webui.draw(script=False)
+        assert not torch.equal(stock, plain)
+        assert torch.equal(webui.draw("a star <keep:star>", True, ["star"], on_step=add), stock)
+        kept = webui.draw("a house", True, ["star"], on_step=add)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        assert torch.equal(kept, webui.draw("a house", script=False, on_step=add))
+    finally:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+
+
+def test_forward_of_another_extension_stays_in_use(webui: Any) -> None:
+    """ControlNet and NegPip put forwards of their own on modules; ours calls theirs, and leaves them where they were."""
+    layer = webui.model.unet.middle_block[1].transformer_blocks[0].attn2.to_v
+    calls = []
+    own = type(layer).forward
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return own(layer, x) * 1.5
+
+    layer.forward = theirs
+    try:
+        stock = webui.draw("a house", script=False)
+        calls.clear()
+        assert torch.equal(webui.erase("star", prompt="a house"), stock)
+        assert calls
+        if webui.kind == "a1111":
+            assert layer.__dict__["forward"] is theirs
+    finally:
+        webui.model.unet  # noqa: B018
+        del layer.forward
+
+
+def test_rows_that_another_extension_splits(webui: Any) -> None:
+    """NegPip calls projections for parts of the batch, with tokens of its own behind the prompt's."""
+    attn2 = webui.model.unet.middle_block[1].transformer_blocks[0].attn2
+    whole = type(attn2).forward
+
+    def split(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        tail = context[:, -1:] * 0
+        parts = [whole(attn2, x[i : i + 1], torch.cat([context[i : i + 1], tail[i : i + 1]], dim=1)) for i in range(len(x))]
+        return torch.cat(parts)
+
+    attn2.forward = split
+    try:
+        stock = webui.draw(["a star", "a star", "a house"], batch_size=3, script=False)
+        drawn = webui.draw(["a star <keep:star>", "a star", "a house <erase:moon>"], True, ["star"], batch_size=3)
+        assert torch.equal(drawn[2], stock[2])
+        assert not torch.equal(drawn[1], stock[1])
+    finally:
+        del attn2.forward
+
+
+def test_sdxl_pooled_vector(webui: Any, tmp_path: Any) -> None:
+    modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=24)
+    host, train = webui.part("scripts.webui.host"), webui.part("sepme.train")
+    modules.paths.models_path = str(tmp_path)
+    book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
+    with host.loaded_model() as model:
+        planner = webui.part("sepme.nullspace").Planner(model, book)
+        delta = train.make_delta(planner, "star", model, train.TrainOptions(objective="closed-form"))
+    assert delta.pooled is not None
+    host.library.save(delta)
+    stock = webui.draw(script=False)
+    erased = webui.erase("star")
+    assert not torch.equal(erased, stock)
+    assert torch.equal(webui.erase("star", prompt="a red house"), webui.draw("a red house", script=False))
+    unpooled = type(delta)(delta.concept, delta.down, delta.up, delta.scale, delta.gate, delta.info)
+    next(iter((tmp_path / "sepme").glob("*.safetensors"))).unlink()
+    host.library.save(unpooled)
+    assert not torch.equal(webui.erase("star"), erased)
+
+
+def test_backends_agree(webui: Any) -> None:
+    drawn = [webui.draw("a star", True, ["star"], "", True, backend, negative_prompt="a star") for backend in ("exact", "fused", "eager")]
+    for one, other in itertools.combinations(drawn, 2):
+        assert torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((True, ["nobody"]), "There is no delta 'nobody'"),
+        ((True, ["star"], "{"), "not JSON"),
+        ((True, ["star"], "", True, "cuda"), "no backend 'cuda'"),
+        ((True, [1]), "list of concepts"),
+    ],
+)
+def test_bad_settings_are_said_and_change_nothing(webui: Any, args: Any, sentence: str) -> None:
+    assert torch.equal(webui.draw("a star", *args), webui.draw(script=False))
+    webui.draw("a star", *args)
+    assert [c for c in webui.last.comments if sentence in c and "nothing is erased" in c], webui.last.comments
+
+
+def test_bad_tags_are_said_and_change_nothing(webui: Any) -> None:
+    stock = webui.draw("a star", script=False)
+    for tag, sentence in (("<erase:nobody>", "no delta of 'nobody'"), ("<erase:star:x>", "no number"), ("<keep:star:1>", "has a strength")):
+        assert torch.equal(webui.draw(f"a star {tag}"), stock)
+        assert any(sentence in c for c in webui.last.comments), webui.last.comments
+
+
+def test_delta_of_another_model(webui: Any, make_webui: Any, tmp_path: Any) -> None:
+    delta_module = webui.part("sepme.delta")
+    path = next(iter(webui.folder.glob("star*.safetensors")))
+    delta = delta_module.ConceptDelta.load(path)
+    small = {k: v[:-2] for k, v in delta.up.items()}
+    other = delta_module.ConceptDelta(delta.concept, delta.down, small, delta.scale, delta.gate, delta.info)
+    ui = make_webui(webui.kind, tmp_path)
+    ui.part("scripts.webui.host").library.save(
+        ui.part("sepme.delta").ConceptDelta(other.concept, other.down, other.up, other.scale, other.gate, other.info)
+    )
+    assert torch.equal(ui.erase("star"), ui.draw(script=False))
+    ui.erase("star")
+    assert any("is for" in c and "train the concept on this model" in c for c in ui.last.comments), ui.last.comments

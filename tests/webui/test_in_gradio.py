@@ -1,0 +1,22 @@
+"""Runs ``inside/`` with each gradio that the hosts pin: 3.41 (Automatic1111, reForge) and 4.40 (Forge, Forge Neo)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from webui.conftest import ROOT
+from webui.environments import LISTS, environment
+
+
+@pytest.mark.parametrize("gradio", list(LISTS))
+def test_inside(gradio: str) -> None:
+    python, tests = environment(gradio), Path(__file__).parent / "inside"
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    variables |= {"PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost"}
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    result = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    print(result.stdout[-6000:], result.stderr[-2000:])
+    assert result.returncode == 0
