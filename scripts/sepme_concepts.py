@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +15,6 @@ def _load() -> ModuleType:
     package = ModuleType(PACKAGE)
     package.__path__ = [str(Path(__file__).resolve().parents[1])]
     sys.modules[PACKAGE] = package
-    with suppress(ImportError):  # without triton the reference bodies run
-        importlib.import_module(f"{PACKAGE}.kernels")
     return importlib.import_module(f"{PACKAGE}.scripts.webui")
 
 

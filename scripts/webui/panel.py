@@ -26,6 +26,12 @@ GATE_INFO = "Only prompts that carry a concept are changed; all others stay as t
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 
+def delta_choice(library: DeltaLibrary, label: str, elem_id: str) -> Any:
+    """A multi-select of delta files. Gradio 4 takes values that are not in the list only where it is told to; files come and go."""
+    known = {} if gr.__version__.startswith("3.") else {"allow_custom_value": True}
+    return gr.Dropdown(list(labels(library.entries())), value=[], multiselect=True, label=label, elem_id=elem_id, scale=8, **known)
+
+
 class Panel:
     """The controls of one tab; ``controls`` in the order of the API's arguments (:class:`Settings`): only ever append."""
 
@@ -33,10 +39,7 @@ class Panel:
         self.library = library
         with InputAccordion(False, label="SepME concepts", elem_id=elem_id("enabled")) as enabled:
             with gr.Row(elem_classes=["sepme-choice"]):
-                concepts = gr.Dropdown(
-                    label="Concepts to erase", choices=list(labels(library.entries())), value=[], multiselect=True,
-                    allow_custom_value=True, elem_id=elem_id("concepts"), scale=8,
-                )  # fmt: skip
+                concepts = delta_choice(library, "Concepts to erase", elem_id("concepts"))
                 refresh = gr.Button("\U0001f504", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
             rows = gr.HTML(self._rows([], ""), elem_id=elem_id("rows"))
             with gr.Row():
@@ -48,8 +51,8 @@ class Panel:
             )  # fmt: skip
             gr.HTML(f'<p class="sepme-help">{HELP}</p>')
         for control in (concepts, strengths):
-            control.change(self._rows, [concepts, strengths], [rows], show_progress=False)
-        refresh.click(self._refresh, [concepts], [concepts], show_progress=False)
+            control.change(self._rows, [concepts, strengths], [rows], show_progress=False, api_name=elem_id("rows"))
+        refresh.click(self._refresh, [concepts], [concepts], show_progress=False, api_name=elem_id("refresh"))
         self.controls = [enabled, concepts, strengths, gate, backend]
         self.infotext_fields = [
             (enabled, self._read_enabled),
@@ -83,14 +86,14 @@ class Panel:
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
             f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
             f"{html.escape(label)}</label>"
-            f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" aria-label="Strength of {quoted}" '
-            f'title="0 keeps, 1 erases, more overshoots"><output>{strength:g}</output>'
+            f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" '
+            f'aria-label="Strength of {quoted}" title="0 keeps, 1 erases, more overshoots"><output>{strength:g}</output>'
             f'<span class="sepme-facts">{html.escape(facts)}</span></div>'
         )
 
     def _read_enabled(self, params: Mapping[str, str]) -> bool | None:
-        records = infotext.read(params)
-        return None if records is None else bool(records)
+        records, entries = infotext.read(params), self.library.entries()
+        return None if records is None else any(by_hash(r.hash, entries) for r in records)
 
     def _read_concepts(self, params: Mapping[str, str]) -> list[str] | None:
         """Labels of the files with these hashes; a hash that is not there is said, and changes nothing else."""
@@ -100,9 +103,8 @@ class Panel:
             for record in infotext.read(params, key) or []:
                 entry = by_hash(record.hash, entries)
                 if entry is None:
-                    _warn(
-                        f"SepME: this picture was made with a delta of {record.name!r} ({record.hash}) that is not in {self.library.folder}."
-                    )
+                    where = self.library.folder
+                    _warn(f"SepME: the delta of {record.name!r} ({record.hash}) that this picture was made with is not in {where}.")
                 elif key == infotext.CONCEPTS:
                     found.append(label_of(entry, entries))
         return None if infotext.read(params) is None else found

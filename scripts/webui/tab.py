@@ -25,6 +25,7 @@ from ...sepme.train import TrainOptions, make_deltas, plan_options
 from ...sepme.train.options import MODES
 from ...sepme.verify import verify
 from . import host
+from .panel import delta_choice
 from .progress import Progress, follow, table
 from .shelf import choose, labels, load
 
@@ -40,21 +41,20 @@ LORA, CHECKPOINT = "LoRA", "merged copy of the loaded checkpoint"
 
 
 def make_tab() -> list[tuple[Any, str, str]]:
-    with gr.Blocks(analytics_enabled=False) as blocks:
-        with gr.Tabs():
-            with gr.Tab("Train"):
-                _train_page()
-            with gr.Tab("Verify"):
-                _verify_page()
-            with gr.Tab("Export"):
-                _export_page()
+    with gr.Blocks(analytics_enabled=False) as blocks, gr.Tabs():
+        with gr.Tab("Train"):
+            _train_page()
+        with gr.Tab("Verify"):
+            _verify_page()
+        with gr.Tab("Export"):
+            _export_page()
     return [(blocks, "SepME", "sepme_tab")]
 
 
 def _train_page() -> None:
     gr.HTML(
-        "<p>Makes one delta file a concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the accordion "
-        "afterwards. Concepts that are to be switched independently belong in one book.</p>"
+        "<p>Makes one delta file a concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the "
+        "accordion afterwards. Concepts that are to be switched independently belong in one book.</p>"
     )
     with gr.Row():
         book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=10, elem_id="sepme_book", scale=3)
@@ -78,7 +78,9 @@ def _train_page() -> None:
         start = gr.Button("Train", variant="primary", elem_id="sepme_train")
         stop = gr.Button("Interrupt", elem_id="sepme_interrupt")
     status, curve = gr.HTML(elem_id="sepme_train_status"), gr.HTML(elem_id="sepme_train_plot")
-    start.click(train, [book, objective, mode, null_space, steps, seed, prefix], [status, curve], show_progress=False)
+    start.click(
+        train, [book, objective, mode, null_space, steps, seed, prefix], [status, curve], show_progress=False, api_name="sepme_train"
+    )
     stop.click(host.interrupt, [], [], queue=False)
 
 
@@ -87,13 +89,13 @@ def _verify_page() -> None:
     files = _file_choice("sepme_verify_files")
     start = gr.Button("Verify", variant="primary", elem_id="sepme_verify")
     status, curve = gr.HTML(elem_id="sepme_verify_status"), gr.HTML(visible=False)
-    start.click(check, [files], [status, curve], show_progress=False)
+    start.click(check, [files], [status, curve], show_progress=False, api_name="sepme_verify")
 
 
 def _export_page() -> None:
     gr.HTML(
-        "<p>A LoRA or a merged checkpoint works everywhere, for every prompt: the gate is off in it, so pictures of other prompts are close to "
-        "the stock ones, no longer the same bit for bit.</p>"
+        "<p>A LoRA or a merged checkpoint works everywhere, for every prompt: the gate is off in it, so pictures of other prompts are "
+        "close to the stock ones, no longer the same bit for bit.</p>"
     )
     files = _file_choice("sepme_export_files")
     with gr.Row():
@@ -102,20 +104,12 @@ def _export_page() -> None:
         strengths = gr.Textbox("", label="Strengths by concept, 1 where not given", placeholder='{"van gogh": 0.7}')
     start = gr.Button("Export", variant="primary", elem_id="sepme_export")
     status, curve = gr.HTML(elem_id="sepme_export_status"), gr.HTML(visible=False)
-    start.click(export, [files, kind, name, strengths], [status, curve], show_progress=False)
+    start.click(export, [files, kind, name, strengths], [status, curve], show_progress=False, api_name="sepme_export")
 
 
 def _file_choice(elem_id: str) -> Any:
     with gr.Row():
-        files = gr.Dropdown(
-            list(labels(host.library.entries())),
-            value=[],
-            multiselect=True,
-            allow_custom_value=True,
-            label="Deltas",
-            elem_id=elem_id,
-            scale=8,
-        )
+        files = delta_choice(host.library, "Deltas", elem_id)
         refresh = gr.Button("\U0001f504", elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
     refresh.click(lambda: gr.update(choices=list(labels(host.library.entries()))), [], [files], show_progress=False)
     return files
@@ -139,7 +133,7 @@ def train(
         notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
         return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)
 
-    return follow(work)
+    yield from follow(work)
 
 
 def _shown(progress: Progress) -> OnProgress:
@@ -218,7 +212,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
         ]  # fmt: skip
         return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *found.warnings))
 
-    return follow(work)
+    yield from follow(work)
 
 
 def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Iterator[tuple[str, str]]:
@@ -238,4 +232,4 @@ def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Itera
             export_checkpoint(deltas, host.checkpoint_file(), path, table_)
         return f"<p>Wrote {html.escape(str(path))}. Refresh the host's own list to see it.</p>"
 
-    return follow(work)
+    yield from follow(work)

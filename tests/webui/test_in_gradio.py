@@ -1,4 +1,4 @@
-"""Runs ``inside/`` with each gradio that the hosts pin: 3.41 (Automatic1111, reForge) and 4.40 (Forge, Forge Neo)."""
+"""Runs ``inside/`` with each gradio that the hosts pin: 4.40 (Forge, Forge Neo), and what has a page with 3.41 (Automatic1111, reForge)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from webui.environments import LISTS, environment
 
 @pytest.mark.parametrize("gradio", list(LISTS))
 def test_inside(gradio: str) -> None:
-    python, tests = environment(gradio), Path(__file__).parent / "inside"
+    python, tests = environment(gradio), Path(__file__).parent / "inside" / ("test_page.py" if gradio == "3" else "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     variables |= {"PYTHONPATH": str(ROOT), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost"}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]

@@ -62,7 +62,9 @@ class WebUI:
         self.last = p
         return latents
 
-    def erase(self, *concepts: str, prompt: str | list[str] = "a star", strengths: str = "", gate: bool = True, **more: Any) -> torch.Tensor:
+    def erase(
+        self, *concepts: str, prompt: str | list[str] = "a star", strengths: str = "", gate: bool = True, **more: Any
+    ) -> torch.Tensor:
         """Latents with concepts chosen in the panel."""
         return self.draw(prompt, True, list(concepts), strengths, gate, "auto", **more)
 

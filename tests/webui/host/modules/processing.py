@@ -112,7 +112,9 @@ def _forge(model, x, t, cond, uncond, owners):
         joined = long if joined is None else _cat(joined, long)
     options = {"cond_or_uncond": [kind for kind, _ in chunks]}
     patcher = model.forge_objects.unet
-    out = patcher.model.apply_model(x.repeat(len(chunks), 1, 1, 1), torch.full((len(chunks) * images,), t), transformer_options=options, **joined)
+    out = patcher.model.apply_model(
+        x.repeat(len(chunks), 1, 1, 1), torch.full((len(chunks) * images,), t), transformer_options=options, **joined
+    )
     negative, *positive = out.chunk(len(chunks))
     return torch.cat([torch.stack([positive[j][i] for i in range(images) for j in range(parts)]), negative])
 

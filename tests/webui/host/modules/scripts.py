@@ -1,6 +1,7 @@
 import importlib.util
 import inspect
 import re
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -51,10 +52,18 @@ def load_scripts(folder):
 
     scripts_data.clear()
     script_callbacks.clear_callbacks()
+    basedir = str(Path(folder).parent)
+    if basedir not in sys.path:
+        sys.path = [basedir, *sys.path]
+    syspath = sys.path
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix == ".py"):
         spec = importlib.util.spec_from_file_location(path.name, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.path = [basedir, *sys.path]
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path = syspath
         for found in module.__dict__.values():
             if inspect.isclass(found) and issubclass(found, Script):
                 scripts_data.append(ScriptClassData(found, str(path), str(path.parent.parent), module))

@@ -1,5 +1,6 @@
 """A toy checkpoint: a UNet with the names of Stable Diffusion's, a text encoder of random words, wrapped as either host does."""
 
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -9,6 +10,10 @@ from torch import nn
 from . import prompt_parser, shared
 
 D_IN, WIDTH = 320, 32
+
+
+class Encoder(TinyEncoder):
+    word = lru_cache(TinyEncoder.word)
 
 
 class Transformer(nn.Module):
@@ -122,7 +127,7 @@ def alphas():
 
 class Checkpoint:
     def __init__(self, seed=0, pooled=0, kind=None):
-        self.encoder, self.pooled, self.texts = TinyEncoder(D_IN, 77), pooled, []
+        self.encoder, self.pooled, self.texts = Encoder(D_IN, 77), pooled, []
         self.sd_checkpoint_info = SimpleNamespace(filename=f"toy{seed}.safetensors", name=f"toy{seed}")
         unet = UNetModel(seed, pooled).requires_grad_(False)
         if (kind or shared.kind) == "forge":

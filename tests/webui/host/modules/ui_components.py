@@ -1,10 +1,13 @@
 import gradio as gr
 
 
-class InputAccordion(gr.Checkbox):
-    """A checkbox that is shown as an accordion: open means on."""
+class InputAccordionImpl(gr.Checkbox):
+    """A checkbox that is shown as an accordion: open means on. Gradio 4 makes another of it for every update."""
 
-    def __init__(self, value, **kwargs):
+    def __init__(self, value=None, setup=False, **kwargs):
+        if not setup:
+            super().__init__(value=value, **kwargs)
+            return
         name = kwargs.get("elem_id")
         super().__init__(value, label=kwargs.get("label"), elem_id=f"{name}-checkbox", visible=False)
         self.accordion = gr.Accordion(label=kwargs.get("label", "Accordion"), elem_id=name, elem_classes=["input-accordion"], open=value)
@@ -18,3 +21,7 @@ class InputAccordion(gr.Checkbox):
 
     def get_block_name(self):
         return "checkbox"
+
+
+def InputAccordion(value, **kwargs):
+    return InputAccordionImpl(value=value, setup=True, **kwargs)

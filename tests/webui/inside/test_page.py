@@ -1,0 +1,149 @@
+"""Gradio's real Blocks, driven through its client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import modules.infotext_utils
+import pytest
+from gradio_client import Client
+
+from .page import build
+
+OLD = gr.__version__.startswith("3.")
+
+
+@pytest.fixture(scope="module")
+def page(make_webui: Any, delta_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    models = tmp_path_factory.mktemp("page")
+    shutil.copytree(delta_files / "sepme", models / "sepme")
+    ui = make_webui("a1111", models)
+    blocks = build(ui)
+    _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=True)
+    client = Client(url, **({"output_dir": str(models)} if OLD else {"download_files": str(models), "verbose": False}))
+    yield SimpleNamespace(ui=ui, blocks=blocks, client=client, models=models)
+    client.close() if hasattr(client, "close") else None
+    blocks.close(verbose=False)
+
+
+def call(page: SimpleNamespace, name: str, *args: Any) -> Any:
+    return page.client.predict(*args, api_name=f"/{name}")
+
+
+def generate(page: SimpleNamespace, prompt: str, *args: Any, tab: str = "txt2img") -> tuple[float, str]:
+    result, info = call(page, f"{tab}_generate", prompt, *(args or (False, [], "", True, "auto")))
+    return json.loads(result)["sum"], info
+
+
+@pytest.mark.parametrize("tab", ["txt2img", "img2img"])
+def test_generate_paste_generate(page: SimpleNamespace, tab: str) -> None:
+    stock, plain = generate(page, "a star", tab=tab)
+    erased, info = generate(page, "a star", True, ["star", "heart"], '{"heart": 0.5}', False, "auto", tab=tab)
+    assert erased != stock
+    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", info))
+    assert (enabled, sorted(concepts), json.loads(strengths), gate) == (True, ["heart", "star"], {"star": 1.0, "heart": 0.5}, False)
+    assert generate(page, "a star", enabled, concepts, strengths, gate, "auto", tab=tab)[0] == erased
+    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", plain))
+    assert (enabled, concepts, strengths, gate) == (False, [], "", True)
+    assert all(_value(v) == "unchanged" for v in call(page, f"{tab}_paste", "only words"))
+
+
+def _value(update: Any) -> Any:
+    """Gradio's clients differ in what they make of an update."""
+    return update.get("value", "unchanged") if isinstance(update, dict) and update.get("__type__") == "update" else update
+
+
+def test_unknown_hash_warns_and_changes_nothing_else(page: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    _, info = generate(page, "a star", True, ["star", "heart"], "", True, "auto")
+    digest = info.split("heart (")[1][:10]
+    fields = page.ui.runner.alwayson_scripts[0]
+    with gr.Blocks():
+        fields.ui(False)
+    pasted = modules.infotext_utils.paste(fields.infotext_fields, info.replace(digest, "ffffffffff"))  # gradio 3's client knows no warnings
+    assert [update["value"] for update in pasted[:2]] == [True, ["star"]]
+    assert "'heart' (ffffffffff)" in capsys.readouterr().out
+
+
+def test_rows_and_refresh(page: SimpleNamespace) -> None:
+    rows = call(page, "script_txt2img_sepme_concepts_rows", ["star", "moon"], '{"moon": 0}')
+    assert rows.count("sepme-row") == 2
+    assert 'data-concept="moon"' in rows
+    assert "sepme-off" in rows
+    assert "not JSON" in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "{")
+    assert "no such file" in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
+    assert "<b>x" not in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
+    source = next((page.models / "sepme").glob("star*.safetensors"))
+    shutil.copy(source, page.models / "sepme" / "copy.safetensors")
+    update = call(page, "script_txt2img_sepme_concepts_refresh", ["star"])
+    assert [c[0] if isinstance(c, (list, tuple)) else c for c in update["choices"]] == ["heart", "moon", "star"]
+
+
+def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
+    """``alwayson_scripts: {"sepme concepts": {"args": [...]}}`` is positional: new controls come last."""
+    panel = page.ui.part("scripts.webui.panel")
+    with gr.Blocks():
+        controls = panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name).controls
+    assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown"]
+    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths by concept, 1 where not given", "Gate", "Backend"]
+
+
+def test_train_verify_export(page: SimpleNamespace) -> None:
+    book = "concepts: [house, tree]"
+    status, _ = call(page, "sepme_train", book, "closed-form", "subspace", "the mode's own", 5, 0, "new/")
+    assert status.count("<tr>") == 3, status
+    assert (page.models / "sepme" / "new" / "house.safetensors").exists()
+    assert generate(page, "a house", True, ["house"], "", True, "auto")[0] != generate(page, "a house")[0]
+    status, _ = call(page, "sepme_verify", ["house", "tree"])
+    assert status.count("yes") == 2, status
+    status, _ = call(page, "sepme_export", ["house"], "LoRA", "houses", "")
+    assert "Wrote" in status
+    assert (page.models / "Lora" / "houses.safetensors").exists()
+    assert "already a file" in call(page, "sepme_export", ["house"], "LoRA", "houses", "")[0]
+    assert "choose at least one" in call(page, "sepme_export", [], "LoRA", "x", "")[0]
+
+
+def test_training_shows_losses_and_stops(page: SimpleNamespace) -> None:
+    job = page.client.submit("concepts: [cat]", "gcirs", "subspace", "the mode's own", 12, 0, "", api_name="/sepme_train")
+    status, plot = job.result(timeout=120)
+    assert "<tr>" in status, status
+    assert "<polyline" in plot
+    assert (page.models / "sepme" / "cat.safetensors").exists()
+    import modules.shared
+
+    def stop() -> None:
+        while modules.shared.state.job != "sepme":
+            time.sleep(0.01)
+        time.sleep(0.5)
+        modules.shared.state.interrupt()
+
+    threading.Thread(target=stop, daemon=True).start()
+    status, _ = call(page, "sepme_train", "concepts: [dog]", "gcirs", "subspace", "the mode's own", 1000, 0, "")
+    assert "Stopped" in status
+    assert not (page.models / "sepme" / "dog.safetensors").exists()
+    assert not [n for n, m in page.ui.model.unet.named_modules() if "forward" in m.__dict__]
+
+
+@pytest.mark.parametrize(
+    ("book", "sentence"),
+    [
+        ("", "no list of concepts"),
+        ("concepts: [star, star]", "listed twice"),
+        ("concepts: [star]\npreserve_file: /etc/passwd", "leads out of"),
+    ],
+)
+def test_bad_books_are_one_sentence(page: SimpleNamespace, book: str, sentence: str) -> None:
+    status, _ = call(page, "sepme_train", book, "closed-form", "subspace", "auto", 5, 0, "")
+    assert sentence in status
+
+
+def test_prefix_cannot_leave_the_folder(page: SimpleNamespace) -> None:
+    status, _ = call(page, "sepme_train", "concepts: [star]", "closed-form", "subspace", "the mode's own", 5, 0, "../../")
+    assert "leads out of" in status
