@@ -62,7 +62,7 @@ def unet_layers(unet: Any) -> dict[str, AttentionLayer]:
 
 def ldm_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
     """Cross-attention modules of a UNet whose own names are the canonical ones, in the order of the forward pass."""
-    return {name: module for name, module in unet.named_modules() if _LDM.fullmatch(name)}  # type: ignore[misc]
+    return {name: module for name, module in unet.named_modules() if _LDM.fullmatch(name)}
 
 
 def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:
