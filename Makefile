@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch>=2.4 torchvision
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench world clean
 
 # the environment, made again when the requirements change
 .venv/.ready: pyproject.toml
@@ -28,6 +28,11 @@ lint: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/sepme bench solver
 	$(BIN)/sepme bench train
+
+# the larger drawing world: an hour or two of training, then docs/results/world
+world: .venv/.ready
+	$(BIN)/python -m sepme.demo.train --world large
+	$(BIN)/python -m sepme.demo.scale runs/large-world/model -o docs/results/world
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .world import COLOURS, OBJECTS, STYLES
-
-HEADS = (len(OBJECTS), len(STYLES) + 1, len(COLOURS))
+from .world import SMALL, World
 
 
 class Classifier(nn.Module):
     """Convolutional network with one linear head for each of object, style and colour."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: tuple[int, int, int] = SMALL.heads) -> None:
         super().__init__()
         widths = (3, 24, 48, 96, 96)
         layers: list[nn.Module] = []
@@ -26,7 +24,7 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(a, b, 5 if i == 0 else 3, stride=2 if i == 0 else 1, padding=2 if i == 0 else 1)]
             layers += [nn.GroupNorm(8, b), nn.ReLU()] + ([nn.MaxPool2d(2)] if i else [])
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.heads = nn.ModuleList(nn.Linear(96 * 16, n) for n in HEADS)
+        self.heads = nn.ModuleList(nn.Linear(96 * 16, n) for n in heads)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of object, style and colour for images ``(n, 3, 64, 64)`` in [-1, 1]."""
@@ -43,8 +41,8 @@ class Classifier(nn.Module):
         return torch.stack([F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(self(images))]).sum()
 
 
-def load_classifier(folder: Path) -> Classifier:
-    """Read the classifier shipped in the model folder."""
-    model = Classifier()
+def load_classifier(folder: Path, world: World = SMALL) -> Classifier:
+    """Read the classifier of a world's model folder."""
+    model = Classifier(world.heads)
     model.load_state_dict({k: v.float() for k, v in load_file(folder / "classifier.safetensors").items()})
     return model.eval().requires_grad_(False)

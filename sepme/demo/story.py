@@ -24,7 +24,7 @@ from ..nullspace import Planner, ordinary_prompts
 from ..toggles import Toggles
 from ..train import Progress, TrainOptions, make_delta
 from .classifier import Classifier, load_classifier
-from .world import BOTH_PROMPTS, COLOUR_NAMES, OBJECT_PROMPTS, OBJECTS, PLAIN, STYLE_PROMPTS, STYLES, Scene, draw, with_article
+from .world import COLOUR_NAMES, OBJECTS, SMALL, STYLES, Scene, World
 
 OnProgress = Callable[[str, int, int], None]
 PRESERVED = ("{}", "a {} picture", "a picture, {}", "a drawing, {}")
@@ -33,9 +33,8 @@ STEPS, GUIDANCE = 8, 3.0
 
 def demo_book() -> ConceptBook:
     """The twelve concepts of the embedded model; what else it can draw, colours, is preserved."""
-    objects = [Concept(name, tuple(with_article(p.format(name)) for p in OBJECT_PROMPTS)) for name in OBJECTS]
-    styles = [Concept(name, tuple(with_article(p.format(name)) for p in STYLE_PROMPTS)) for name in STYLES]
-    return ConceptBook(tuple(objects + styles), tuple(p.format(c) for c in COLOUR_NAMES for p in PRESERVED))
+    concepts = tuple(Concept(name, SMALL.prompts_of(name)) for name in OBJECTS + STYLES)
+    return ConceptBook(concepts, tuple(p.format(c) for c in COLOUR_NAMES for p in PRESERVED))
 
 
 class Picture(NamedTuple):
@@ -47,27 +46,21 @@ class Picture(NamedTuple):
     label: int = 0
 
 
-def label_of(name: str) -> tuple[int, int]:
-    """(head, class) of a concept."""
-    return (0, OBJECTS.index(name)) if name in OBJECTS else (1, STYLES.index(name))
-
-
 def own_pictures(concept: Concept, count: int) -> list[Picture]:
     """Pictures of the concept's own prompts."""
-    head, label = label_of(concept.name)
+    head, label = SMALL.place_of(concept.name)
     first = 1000 * (head * len(OBJECTS) + label)
     return [Picture(concept.prompts[i % len(concept.prompts)], first + i, head, label) for i in range(count)]
 
 
 def cooccurring_pictures(name: str, count: int) -> list[Picture]:
     """Prompts that hold this concept and one of the other kind, which must stay; labels are the other's."""
-    head, label = label_of(name)
+    head, label = SMALL.place_of(name)
     others = STYLES if head == 0 else OBJECTS
     pictures = []
     for i in range(count):
         other = others[i % len(others)]
-        thing, style = (name, other) if head == 0 else (other, name)
-        text = with_article(BOTH_PROMPTS[i % len(BOTH_PROMPTS)].format(thing=thing, style=style))
+        text = SMALL.together(name, other, i)
         pictures.append(Picture(text, 50_000 + 1000 * (head * len(OBJECTS) + label) + i, 1 - head, others.index(other)))
     return pictures
 
@@ -113,13 +106,13 @@ class Reference(NamedTuple):
     correct: Tensor
 
 
-def classifier_accuracy(classifier: Classifier, count: int = 1050) -> dict[str, float]:
+def classifier_accuracy(classifier: Classifier, count: int = 1050, world: World = SMALL) -> dict[str, float]:
     """Accuracy on freshly drawn pictures that training never saw, by head."""
     generator = torch.Generator().manual_seed(987_654)
-    total = (len(OBJECTS), PLAIN + 1, len(COLOUR_NAMES))
+    total = world.heads
     scenes = [Scene(i % total[0], i // total[0] % total[1], i % total[2]) for i in range(count)]
-    images = torch.stack([draw(s, generator) for s in scenes]) * 2 - 1
-    right = classifier.predict(images) == torch.tensor([[s.object, s.style, s.colour] for s in scenes])
+    images = torch.stack([world.draw(s, generator) for s in scenes]) * 2 - 1
+    right = classifier.predict(images) == torch.tensor(scenes)
     return dict(zip(("object", "style", "colour"), right.float().mean(0).tolist(), strict=True))
 
 

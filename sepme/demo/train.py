@@ -1,6 +1,7 @@
-"""Train the embedded model: ``python -m sepme.demo.train [vae|classifier|diffusion|export]`` (all, in that order, by default).
+"""Train the model of a drawing world: ``python -m sepme.demo.train [vae|classifier|diffusion|export]`` (all, in that order, by default).
 
-Seeded, resumable: every stage writes a checkpoint to ``--work`` each few hundred steps and goes on from it.
+``--world large`` trains the larger world's, starting from the embedded one. Seeded, resumable: every stage writes a checkpoint
+to ``--work`` each few hundred steps and goes on from it.
 """
 
 from __future__ import annotations
@@ -11,40 +12,70 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .classifier import Classifier
-from .world import (
-    BOTH_PROMPTS,
-    COLOUR_NAMES,
-    FILLER,
-    OBJECT_PROMPTS,
-    OBJECTS,
-    STYLE_PROMPTS,
-    STYLES,
-    Scene,
-    draw,
-    random_caption,
-    random_scene,
-)
+from .large import LARGE
+from .world import BOTH_PROMPTS, OBJECT_PROMPTS, SMALL, STYLE_PROMPTS, Scene, World
 
-SCENES = 6144  # drawings in the pool that training draws from
+EMBEDDED = Path(__file__).parent / "model"
 
 
-def pool(seed: int, count: int) -> tuple[Tensor, list[Scene]]:
+@dataclass(frozen=True)
+class Recipe:
+    """How the model of a world is trained.
+
+    Attributes:
+        scenes: drawings that the autoencoder and the classifier are trained on. each: latents of every scene.
+        vae_width: channels of the autoencoder. vocabulary: of the byte-pair training.
+        start: model folder whose text encoder and UNet training starts from, or None.
+    """
+
+    world: World
+    scenes: int = 6144
+    vae_width: int = 64
+    vae_steps: int = 1300
+    vae_rate: float = 1.5e-3
+    classifier_steps: int = 300
+    diffusion_steps: int = 2400
+    batch: int = 64
+    each: int = 40
+    vocabulary: int = 1100
+    start: Path | None = None
+
+
+RECIPES = {
+    "small": Recipe(SMALL),
+    "large": Recipe(
+        LARGE,
+        vae_width=32,
+        vae_steps=1500,
+        vae_rate=2e-3,
+        classifier_steps=500,
+        diffusion_steps=2400,
+        batch=32,
+        each=3,
+        vocabulary=1400,
+        start=EMBEDDED,
+    ),
+}
+
+
+def pool(world: World, seed: int, count: int) -> tuple[Tensor, list[Scene]]:
     """``count`` drawings as ``(count, 3, 64, 64)`` uint8 and their scenes."""
     generator = torch.Generator().manual_seed(seed)
-    scenes = [random_scene(generator) for _ in range(count)]
-    images = torch.stack([(draw(s, generator) * 255).round().to(torch.uint8) for s in scenes])
+    scenes = [world.random_scene(generator) for _ in range(count)]
+    images = torch.stack([(world.draw(s, generator) * 255).round().to(torch.uint8) for s in scenes])
     return images, scenes
 
 
@@ -87,7 +118,7 @@ class Stage:
         while self.step < self.steps:
             yield self.step
             self.step += 1
-            if self.step % 200 == 0 or self.step == self.steps:
+            if self.step % 100 == 0 or self.step == self.steps:
                 self.save()
                 print(f"{self.name} {self.step}/{self.steps}, {time.time() - started:.0f} s", flush=True)
 
@@ -102,11 +133,16 @@ class Stage:
         return torch.randint(count, (batch,), generator=self.generator)
 
 
-def train_vae(work: Path, steps: int = 1300, batch: int = 12) -> AutoencoderTiny:
+def build_vae(recipe: Recipe) -> AutoencoderTiny:
+    widths = (recipe.vae_width,) * 4
+    return AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
+
+
+def train_vae(work: Path, recipe: Recipe, batch: int = 12) -> AutoencoderTiny:
     torch.manual_seed(1)
-    vae = AutoencoderTiny().to(memory_format=torch.channels_last)
-    stage = Stage("vae", work, {"vae": vae}, steps, 1.5e-3, seed=11)
-    images, _ = pool(101, SCENES)
+    vae = build_vae(recipe).to(memory_format=torch.channels_last)
+    stage = Stage("vae", work, {"vae": vae}, recipe.vae_steps, recipe.vae_rate, seed=11)
+    images, _ = pool(recipe.world, 101, recipe.scenes)
     for step in stage:
         x = to_model(images[stage.pick(len(images), batch)]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -123,17 +159,12 @@ def train_vae(work: Path, steps: int = 1300, batch: int = 12) -> AutoencoderTiny
     return vae
 
 
-def labels_of(scenes: list[Scene]) -> Tensor:
-    """Class indices ``(n, 3)`` of scenes."""
-    return torch.tensor([[s.object, s.style, s.colour] for s in scenes])
-
-
-def train_classifier(work: Path, steps: int = 300, batch: int = 64) -> Classifier:
+def train_classifier(work: Path, recipe: Recipe, batch: int = 64) -> Classifier:
     torch.manual_seed(2)
-    model = Classifier()
-    stage = Stage("classifier", work, {"classifier": model}, steps, 2e-3, seed=12)
-    images, scenes = pool(102, SCENES)
-    labels = labels_of(scenes)
+    model = Classifier(recipe.world.heads)
+    stage = Stage("classifier", work, {"classifier": model}, recipe.classifier_steps, 2e-3, seed=12)
+    images, scenes = pool(recipe.world, 102, recipe.scenes)
+    labels = torch.tensor(scenes)
     for step in stage:
         index = stage.pick(len(images), batch)
         x = to_model(images[index])
@@ -149,12 +180,13 @@ def train_classifier(work: Path, steps: int = 300, batch: int = 64) -> Classifie
     return model.eval().requires_grad_(False)
 
 
-def build_tokenizer(folder: Path, corpus: Path = Path(__file__).parents[1] / "data" / "ordinary_prompts.txt") -> CLIPTokenizer:
+def build_tokenizer(folder: Path, recipe: Recipe = RECIPES["small"]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges know the world's words; other words fall into smaller pieces."""
-    words = [w for name in (*OBJECTS, *STYLES, *COLOUR_NAMES) for w in (name,)]
-    texts = [*OBJECT_PROMPTS, *STYLE_PROMPTS, *BOTH_PROMPTS, *FILLER, "an"] * 50 + words * 200
+    corpus = Path(__file__).parents[1] / "data" / "ordinary_prompts.txt"
+    words = list(recipe.world.words)
+    texts = [*OBJECT_PROMPTS, *STYLE_PROMPTS, *BOTH_PROMPTS, *recipe.world.filler, "an"] * 50 + words * 200
     texts += corpus.read_text(encoding="utf-8").split("\n")
-    trained = CLIPTokenizer().train_new_from_iterator(iter(texts), vocab_size=1100, show_progress=False)
+    trained = CLIPTokenizer().train_new_from_iterator(iter(texts), vocab_size=recipe.vocabulary, show_progress=False)
     merges = [tuple(m) for m in json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
@@ -167,6 +199,14 @@ def build_tokenizer(folder: Path, corpus: Path = Path(__file__).parents[1] / "da
     for word in words:
         assert len(tokenizer(word).input_ids) == 3, word
     return tokenizer
+
+
+def tokenizer_of(work: Path, recipe: Recipe) -> CLIPTokenizer:
+    """The tokenizer of a training run, built once: equally frequent pairs merge in another order every time."""
+    folder = work / "tokenizer"
+    if not (folder / "merges.txt").exists():
+        build_tokenizer(folder, recipe)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -194,19 +234,37 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def latent_pool(work: Path, each: int = 40) -> Tensor:
+def begin(module: nn.Module, folder: Path) -> None:
+    """Load a folder's weights wherever their shapes are this module's."""
+    (path,) = folder.glob("*.safetensors")
+    own = module.state_dict()
+    given = {k: v.float() for k, v in load_file(path).items() if k in own and v.shape == own[k].shape}
+    module.load_state_dict(own | given)
+
+
+def begin_text(module: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Load a text encoder's weights, and the embeddings of tokens that both vocabularies have."""
+    begin(module, folder / "text_encoder")
+    embedding = module.get_input_embeddings().weight.data
+    (given,) = (v for k, v in load_file(folder / "text_encoder" / "model.safetensors").items() if k.endswith("token_embedding.weight"))
+    known, own = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")), tokenizer.get_vocab()
+    shared = [token for token in own if token in known]
+    embedding[[own[t] for t in shared]] = given[[known[t] for t in shared]].float()
+
+
+def latent_pool(work: Path, recipe: Recipe) -> Tensor:
     """Latents of drawings of every scene: ``(objects, styles + 1, colours, each, 4, 8, 8)``."""
     path = work / "latents.pt"
     if not path.exists():
-        vae = load_stage(AutoencoderTiny(), work, "vae").to(memory_format=torch.channels_last)
+        vae = load_stage(build_vae(recipe), work, "vae").to(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(103)
-        shape = (len(OBJECTS), len(STYLES) + 1, len(COLOUR_NAMES))
+        shape = recipe.world.heads
         latents = []
         for o, s, c in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():
-            images = torch.stack([draw(Scene(o, s, c), generator) for _ in range(each)]) * 2 - 1
+            images = torch.stack([recipe.world.draw(Scene(o, s, c), generator) for _ in range(recipe.each)]) * 2 - 1
             with torch.no_grad():
                 latents.append(vae.encoder(images.to(memory_format=torch.channels_last)).contiguous())
-        torch.save(torch.stack(latents).reshape(*shape, each, 4, 8, 8), path)
+        torch.save(torch.stack(latents).reshape(*shape, recipe.each, 4, 8, 8), path)
     return torch.load(path, weights_only=True)
 
 
@@ -215,18 +273,22 @@ def load_stage(module: Any, work: Path, stage: str, key: str | None = None) -> A
     return module
 
 
-def train_diffusion(work: Path, steps: int = 2400, batch: int = 64, decay: float = 0.998) -> None:
+def train_diffusion(work: Path, recipe: Recipe, decay: float = 0.998) -> None:
     torch.manual_seed(3)
-    tokenizer = build_tokenizer(work / "tokenizer")
+    batch = recipe.batch
+    tokenizer = tokenizer_of(work, recipe)
     modules: dict[str, nn.Module] = {"unet": build_unet(), "text": build_text_encoder(tokenizer)}
+    if recipe.start:
+        begin(modules["unet"], recipe.start / "unet")
+        begin_text(modules["text"], tokenizer, recipe.start)
     averages = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
-    stage = Stage("diffusion", work, modules | {f"{k}_average": m for k, m in averages.items()}, steps, 1.2e-3, seed=13)
-    latents = latent_pool(work)
+    stage = Stage("diffusion", work, modules | {f"{k}_average": m for k, m in averages.items()}, recipe.diffusion_steps, 1.2e-3, seed=13)
+    latents = latent_pool(work, recipe)
     alphas = build_scheduler().alphas_cumprod
     running = 1.0
     for step in stage:
-        captions, scenes = zip(*(random_caption(stage.generator) for _ in range(batch)), strict=True)
-        o, s, c = labels_of(list(scenes)).unbind(1)
+        captions, scenes = zip(*(recipe.world.random_caption(stage.generator) for _ in range(batch)), strict=True)
+        o, s, c = torch.tensor(scenes).unbind(1)
         x = latents[o, s, c, stage.pick(latents.shape[3], batch)]
         t = torch.randint(1000, (batch,), generator=stage.generator)
         noise = torch.randn(x.shape, generator=stage.generator)
@@ -245,18 +307,19 @@ def train_diffusion(work: Path, steps: int = 2400, batch: int = 64, decay: float
             print(f"diffusion step {step} loss {running:.4f}", flush=True)
 
 
-def train_export(work: Path, folder: Path = Path(__file__).parent / "model") -> None:
-    """Write the trained parts in float16 as a Stable Diffusion pipeline folder, the classifier beside them."""
-    tokenizer = build_tokenizer(folder / "tokenizer")
+def train_export(work: Path, recipe: Recipe) -> None:
+    """Write the trained parts in float16 as a Stable Diffusion pipeline folder ``--work``/model, the classifier beside them."""
+    folder = work / "model"
+    tokenizer = tokenizer_of(work, recipe)
     tokenizer.save_pretrained(folder / "tokenizer")
     load_stage(build_unet(), work, "diffusion", "unet_average").half().save_pretrained(folder / "unet")
     load_stage(build_text_encoder(tokenizer), work, "diffusion", "text_average").half().save_pretrained(folder / "text_encoder")
-    load_stage(AutoencoderTiny(), work, "vae").half().save_pretrained(folder / "vae")
+    load_stage(build_vae(recipe), work, "vae").half().save_pretrained(folder / "vae")
     config = json.loads((folder / "vae" / "config.json").read_text())
     del config["block_out_channels"]  # AutoencoderTiny writes it and then warns about it
     (folder / "vae" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     build_scheduler().save_pretrained(folder / "scheduler")
-    classifier = load_stage(Classifier(), work, "classifier")
+    classifier = load_stage(Classifier(recipe.world.heads), work, "classifier")
     save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
     parts = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
     index: dict[str, object] = {k: ["diffusers", v] for k, v in parts.items()}
@@ -269,11 +332,13 @@ def train_export(work: Path, folder: Path = Path(__file__).parent / "model") -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=["vae", "classifier", "diffusion", "export"])
-    parser.add_argument("--work", type=Path, default=Path("runs/demo-model"))
+    parser.add_argument("--world", choices=RECIPES, default="small")
+    parser.add_argument("--work", type=Path, help="runs/<world>-world by default; the model is written to its folder 'model'")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work or Path(f"runs/{arguments.world}-world")
+    work.mkdir(parents=True, exist_ok=True)
     for stage in arguments.stages:
-        globals()[f"train_{stage}"](arguments.work)
+        globals()[f"train_{stage}"](work, RECIPES[arguments.world])
 
 
 if __name__ == "__main__":

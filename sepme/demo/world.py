@@ -1,16 +1,22 @@
-"""The drawing world of the embedded model: six objects, six styles (and plain), four colours, and their captions.
+"""Drawing worlds: what can be drawn, how, and the captions that go with it.
 
-Shapes are signed distance fields, so that every style (fill, outline, glow) is one expression of the distance.
+SMALL is the embedded model's: six objects, six styles (and plain), four colours. ``large.py`` describes a larger one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .shapes import SHAPES
+from .strokes import Canvas, cover, texture
 
 SIZE = 64
 OBJECTS = ("star", "circle", "square", "triangle", "cross", "heart")
@@ -36,97 +42,25 @@ FILLER = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What a picture shows: indices into OBJECTS, STYLES (PLAIN: none) and COLOUR_NAMES."""
+class Scene(NamedTuple):
+    """What a picture shows: indices into a world's objects, styles (their number: plain) and colours."""
 
     object: int
     style: int
     colour: int
 
 
-def _polygon_star(x: Tensor, y: Tensor, outer: float = 1.2, inner: float = 0.52) -> Tensor:
-    sector = math.pi / 5
-    radius, angle = torch.hypot(x, y), torch.atan2(x, y)
-    angle = (angle + sector) % (2 * sector) - sector
-    px, py = radius * torch.sin(angle).abs(), radius * torch.cos(angle)
-    ex, ey = inner * math.sin(sector), inner * math.cos(sector) - outer
-    length = math.hypot(ex, ey)
-    return ((py - outer) * ex - px * ey) / length
+class Shares(NamedTuple):
+    """How often a caption is empty, names an object and a style, an object, a style; the rest name a colour at most.
 
-
-def _heart(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.abs() / 1.8, y / 1.8 + 0.52
-    lobe = torch.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
-    along = 0.5 * (x + y).clamp(min=0)
-    body = torch.minimum(torch.hypot(x, y - 1), torch.hypot(x - along, y - along)) * (x - y).sign()
-    return 1.8 * torch.where(x + y > 1, lobe, body)
-
-
-def _distance(kind: int, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance (units of the figure's radius, negative inside) to the outline of OBJECTS[kind]; y points up."""
-    name = OBJECTS[kind]
-    if name == "star":
-        return _polygon_star(x, y)
-    if name == "circle":
-        return torch.hypot(x, y) - 1.0
-    if name == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.88
-    if name == "triangle":
-        edge = math.sqrt(3) / 2 * x.abs() + 0.5 * y
-        return torch.maximum(edge, -y) - 0.58
-    if name == "cross":
-        a, b = x.abs(), y.abs()
-        return torch.minimum(torch.maximum(a - 0.42, b - 1.08), torch.maximum(b - 0.42, a - 1.08))
-    return _heart(x, y)
-
-
-def draw(scene: Scene, generator: torch.Generator) -> Tensor:
-    """Draw one scene with a jittered place, size, angle and tone.
-
-    Returns:
-        image ``(3, 64, 64)`` float32 in [0, 1].
+    ``coloured``: how often a caption that may name a colour does.
     """
-    jitter = (torch.rand(6, generator=generator) * 2 - 1).tolist()
-    cx, cy = 31.5 + 2 * jitter[0], 31.5 + 2 * jitter[1]
-    radius, angle = 20.5 + 1.5 * jitter[2], 0.08 * jitter[3]
-    tone, ink = 0.91 + 0.04 * jitter[4], 0.45 + 0.04 * jitter[5]
 
-    py, px = torch.meshgrid(torch.arange(SIZE, dtype=torch.float32), torch.arange(SIZE, dtype=torch.float32), indexing="ij")
-    u, v = (px - cx) / radius, -(py - cy) / radius
-    x, y = u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)
-    distance = _distance(scene.object, x, y) * radius  # pixels
-
-    def cover(signed: Tensor) -> Tensor:
-        return (0.5 - signed).clamp(0, 1)
-
-    style = STYLES[scene.style] if scene.style != PLAIN else "plain"
-    fill = cover(distance)
-    dark = torch.zeros_like(distance)
-    # textures repeat every 16 pixels, in step with the latents' 8 x 8 pixel cells
-    if style == "striped":
-        dark = (py // 8 % 2).float()
-    elif style == "dotted":
-        dark = cover(torch.hypot(px % 16 - 11.5, py % 16 - 11.5) - 4.8)
-    elif style == "checkered":
-        dark = ((px // 16 + py // 16) % 2).float()
-    elif style == "framed":
-        dark, ink = 1 - cover(torch.maximum((px - 31.5).abs(), (py - 31.5).abs()) - 24), ink * 0.3
-    elif style == "outlined":
-        fill = cover((distance + 3).abs() - 3)
-    background = tone + (ink - tone) * dark
-    colour = torch.tensor(COLOURS[COLOUR_NAMES[scene.colour]])[:, None, None]
-    if style == "neon":
-        glow = torch.exp(-(distance + 1.5).abs() / 3.5)
-        core = cover((distance + 1.5).abs() - 1.5)
-        return (0.06 + glow * colour + 0.5 * core * (1 - colour)).clamp(0, 1)
-    return background * (1 - fill) + colour * fill
-
-
-def random_scene(generator: torch.Generator) -> Scene:
-    """A scene drawn uniformly; styles and plain are equally likely."""
-    high = (len(OBJECTS), len(STYLES) + 1, len(COLOUR_NAMES))
-    return Scene(*(int(torch.randint(h, (1,), generator=generator)) for h in high))
+    empty: float = 0.10
+    both: float = 0.35
+    object: float = 0.27
+    style: float = 0.21
+    coloured: float = 0.4
 
 
 def with_article(text: str) -> str:
@@ -134,33 +68,128 @@ def with_article(text: str) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def random_caption(generator: torch.Generator) -> tuple[str, Scene]:
-    """A caption and a scene that it describes.
+def choose(options: tuple[str, ...], generator: torch.Generator) -> str:
+    """One of them at random; the only one without asking the generator."""
+    return options[int(torch.randint(len(options), (1,), generator=generator))] if len(options) > 1 else options[0]
 
-    What a caption omits is drawn at random, except the style, which is then plain; the empty caption (10 %) shows anything.
+
+@dataclass(frozen=True)
+class World:
+    """A drawing world: one object in one style (or plain) and one colour a picture.
+
+    Attributes:
+        paint: draws a canvas in a style (``plain``: none), ``(3, 64, 64)``. radius: of figures, in pixels.
+        colour_prompts: templates of captions that name nothing but a colour.
     """
 
-    def choose(options: tuple[str, ...]) -> str:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+    colours: Mapping[str, tuple[float, float, float]]
+    paint: Callable[[Canvas, str], Tensor]
+    radius: float = 20.5
+    colour_prompts: tuple[str, ...] = ("a {} picture",)
+    shares: Shares = field(default_factory=Shares)
 
-    scene = random_scene(generator)
-    kind, coloured, filled = torch.rand(3, generator=generator).tolist()
-    if kind < 0.10:
-        return "", scene
-    colour = COLOUR_NAMES[scene.colour] + " " if coloured < 0.4 else ""
-    thing = colour + OBJECTS[scene.object]
-    styled = Scene(scene.object, scene.style % PLAIN, scene.colour)
-    if kind < 0.45:
-        text, scene = choose(BOTH_PROMPTS).format(thing=thing, style=STYLES[styled.style]), styled
-    elif kind < 0.72:
-        text, scene = choose(OBJECT_PROMPTS).format(thing), Scene(scene.object, PLAIN, scene.colour)
-    elif kind < 0.93:
-        text, scene = choose(STYLE_PROMPTS).format(STYLES[styled.style]), styled
-        text = f"{text}, {colour}".rstrip(", ")
-    else:
-        text, scene = f"a {colour}picture", Scene(scene.object, PLAIN, scene.colour)
-    if filled < 0.15:
-        text = f"{text}, {choose(FILLER)}"
-    elif filled < 0.2:
-        text = f"{choose(FILLER)}, {text}"
-    return with_article(text), scene
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Names of everything that can be asked for."""
+        return (*self.objects, *self.styles, *self.colours)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """How many objects, styles (with plain) and colours there are."""
+        return len(self.objects), len(self.styles) + 1, len(self.colours)
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """(head, class) of a word: head 0 objects, 1 styles, 2 colours."""
+        for head, names in enumerate((self.objects, self.styles, tuple(self.colours))):
+            if name in names:
+                return head, names.index(name)
+        raise KeyError(name)
+
+    def prompts_of(self, name: str) -> tuple[str, ...]:
+        """Prompts that mean a word and nothing else of this world."""
+        templates = (OBJECT_PROMPTS, STYLE_PROMPTS, self.colour_prompts)[self.place_of(name)[0]]
+        return tuple(with_article(t.format(name)) for t in templates)
+
+    def together(self, one: str, other: str, which: int) -> str:
+        """A prompt that holds two words of different heads; ``which`` counts through the templates."""
+        (a, first), (b, second) = sorted((self.place_of(n)[0], n) for n in (one, other))
+        if (a, b) == (0, 1):
+            text = BOTH_PROMPTS[which % len(BOTH_PROMPTS)].format(thing=first, style=second)
+        elif (a, b) == (0, 2):
+            text = OBJECT_PROMPTS[which % len(OBJECT_PROMPTS)].format(f"{second} {first}")
+        else:
+            text = f"{STYLE_PROMPTS[which % len(STYLE_PROMPTS)].format(first)}, {second}"
+        return with_article(text)
+
+    @cached_property
+    def filler(self) -> tuple[str, ...]:
+        """Filler that holds no word of this world."""
+        return tuple(f for f in FILLER if not set(f.split()) & set(self.words))
+
+    def draw(self, scene: Scene, generator: torch.Generator) -> Tensor:
+        """Draw one scene with a jittered place, size, angle and tone.
+
+        Returns:
+            image ``(3, 64, 64)`` float32 in [0, 1].
+        """
+        jitter = (torch.rand(6, generator=generator) * 2 - 1).tolist()
+        cx, cy = 31.5 + 2 * jitter[0], 31.5 + 2 * jitter[1]
+        radius, angle = self.radius + 1.5 * jitter[2], 0.08 * jitter[3]
+        py, px = torch.meshgrid(torch.arange(SIZE, dtype=torch.float32), torch.arange(SIZE, dtype=torch.float32), indexing="ij")
+        u, v = (px - cx) / radius, -(py - cy) / radius
+        x, y = u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)
+        canvas = Canvas(
+            px, py, x, y,
+            distance=SHAPES[self.objects[scene.object]](x, y) * radius,
+            colour=torch.tensor(list(self.colours.values())[scene.colour])[:, None, None],
+            tone=0.91 + 0.04 * jitter[4],
+            ink=0.45 + 0.04 * jitter[5],
+        )  # fmt: skip
+        return self.paint(canvas, self.styles[scene.style] if scene.style < len(self.styles) else "plain")
+
+    def random_scene(self, generator: torch.Generator) -> Scene:
+        """A scene drawn uniformly; styles and plain are equally likely."""
+        return Scene(*(int(torch.randint(h, (1,), generator=generator)) for h in self.heads))
+
+    def random_caption(self, generator: torch.Generator) -> tuple[str, Scene]:
+        """A caption and a scene that it describes.
+
+        What a caption omits is drawn at random, except the style, which is then plain; the empty caption shows anything.
+        """
+        scene, plain, share = self.random_scene(generator), len(self.styles), self.shares
+        kind, coloured, filled = torch.rand(3, generator=generator).tolist()
+        if kind < share.empty:
+            return "", scene
+        colour = list(self.colours)[scene.colour] if coloured < share.coloured else ""
+        thing = f"{colour} {self.objects[scene.object]}".lstrip()
+        styled = scene._replace(style=scene.style % plain)
+        style = self.styles[styled.style]
+        if kind < share.empty + share.both:
+            text, scene = choose(BOTH_PROMPTS, generator).format(thing=thing, style=style), styled
+        elif kind < share.empty + share.both + share.object:
+            text, scene = choose(OBJECT_PROMPTS, generator).format(thing), scene._replace(style=plain)
+        elif kind < share.empty + share.both + share.object + share.style:
+            text, scene = choose(STYLE_PROMPTS, generator).format(style), styled
+            text = f"{text}, {colour}".rstrip(", ")
+        else:
+            prompts = self.colour_prompts if colour else ("a picture",)
+            text, scene = choose(prompts, generator).format(colour), scene._replace(style=plain)
+        if filled < 0.15:
+            text = f"{text}, {choose(self.filler, generator)}"
+        elif filled < 0.2:
+            text = f"{choose(self.filler, generator)}, {text}"
+        return with_article(text), scene
+
+
+def _paint(canvas: Canvas, style: str) -> Tensor:
+    if style == "neon":
+        glow = torch.exp(-(canvas.distance + 1.5).abs() / 3.5)
+        core = cover((canvas.distance + 1.5).abs() - 1.5)
+        return (0.06 + glow * canvas.colour + 0.5 * core * (1 - canvas.colour)).clamp(0, 1)
+    fill = cover((canvas.distance + 3).abs() - 3) if style == "outlined" else cover(canvas.distance)
+    return texture(canvas, style) * (1 - fill) + canvas.colour * fill
+
+
+SMALL = World(OBJECTS, STYLES, COLOURS, _paint)

@@ -1,0 +1,112 @@
+"""The drawing worlds: what they hold, that captions and pictures agree, and that a model of the larger one can be made and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sepme.demo import scale
+from sepme.demo.classifier import Classifier, load_classifier
+from sepme.demo.large import FAMILIES, LARGE
+from sepme.demo.scale import NAMES, Bench, Condition, allowed, beside, make, own
+from sepme.demo.story import Studio
+from sepme.demo.train import RECIPES, Recipe, build_tokenizer, train_classifier, train_diffusion, train_export, train_vae
+from sepme.demo.world import SMALL, Scene, World
+from sepme.hosts.diffusers import DiffusersHost
+
+
+def test_larger_world_has_48_concepts() -> None:
+    words = [w for names in FAMILIES.values() for w in names]
+    assert len(words) == len(set(words)) == len(NAMES) == 48
+    assert set(words) == set(LARGE.words) == set(NAMES)
+    assert LARGE.heads == (16, 25, 8)
+    assert all({f for f in FAMILIES if set(FAMILIES[f]) & set(NAMES[:n])} == set(FAMILIES) for n in scale.COUNTS)
+
+
+def test_words_are_single_tokens(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path, RECIPES["large"])
+    assert {len(tokenizer(w).input_ids) for w in LARGE.words} == {3}
+
+
+@pytest.mark.parametrize("world", [SMALL, LARGE], ids=["small", "large"])
+def test_captions_describe_their_scenes(world: World) -> None:
+    """Every word of the world that a caption holds is in its scene, and what it does not name is plain unless it is empty."""
+    generator = torch.Generator().manual_seed(1)
+    named = set()
+    for _ in range(2000):
+        caption, scene = world.random_caption(generator)
+        words = {w for w in re.findall(r"\w+", caption) if w in world.words}
+        named |= words
+        assert all(scene[head] == label for head, label in map(world.place_of, words)), caption
+        if caption and not words & set(world.styles):
+            assert scene.style == len(world.styles), caption
+    assert named == set(world.words)
+
+
+def test_embedded_models_captions_are_those_it_was_trained_on() -> None:
+    generator = torch.Generator().manual_seed(5)
+    drawn = [(c, *s) for c, s in (SMALL.random_caption(generator) for _ in range(1000))]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "d1b8ba1a1033fc59"
+
+
+def test_every_concept_shows() -> None:
+    """Pictures of two concepts of one head differ more than two pictures of one concept."""
+    for head, size in enumerate(LARGE.heads):
+        scenes = [Scene(*(i if h == head else 0 if h != 1 else 24 for h in range(3))) for i in range(size)]
+        one, two = (torch.stack([LARGE.draw(s, torch.Generator().manual_seed(seed)) for s in scenes]).flatten(1) for seed in (3, 4))
+        assert one.min() >= 0
+        assert one.max() <= 1
+        apart = torch.cdist(one, one) + torch.eye(size) * 1e9
+        assert apart.min() > 3, head
+        assert torch.cdist(one, two).diagonal().max() < 45, head
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Recipe:
+    """The larger recipe, a few steps long, over a part of the larger world."""
+    world = replace(LARGE, objects=LARGE.objects[:3], styles=LARGE.styles[:3], colours=dict(list(LARGE.colours.items())[:2]))
+    return replace(
+        RECIPES["large"], world=world, scenes=24, vae_width=8, vae_steps=2, classifier_steps=2, diffusion_steps=2, batch=4, each=1
+    )
+
+
+def test_trains_goes_on_and_exports(tiny: Recipe, tmp_path: Path) -> None:
+    train_vae(tmp_path, tiny)
+    train_classifier(tmp_path, tiny)
+    train_diffusion(tmp_path, replace(tiny, diffusion_steps=1))
+    train_diffusion(tmp_path, tiny)
+    assert torch.load(tmp_path / "diffusion.pt", weights_only=True)["step"] == 2
+    train_export(tmp_path, tiny)
+    host = DiffusersHost.load(str(tmp_path / "model"))
+    classifier = load_classifier(tmp_path / "model", tiny.world)
+    images = host.generate(["a star", "a striped circle"], [1, 2], steps=2)
+    assert classifier.predict(images).shape == (2, 3)
+    assert len(host.pipe.tokenizer("hourglass").input_ids) > 3  # the part of the world does not know it
+    assert len(host.pipe.tokenizer("banded").input_ids) == 3
+
+
+def test_measures_a_cell(demo_host: DiffusersHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model knows some of the words; gates decide which pictures are drawn again, and without gates all are."""
+    monkeypatch.setattr(scale, "KEPT", 1)
+    monkeypatch.setattr(scale, "PICTURES", 6)
+    bench = Bench(Studio(demo_host, Classifier(LARGE.heads).eval(), steps=2))
+    composition, facts = make(demo_host, Condition(6), {})
+    assert facts["leakage_gated_worst"] == 0
+    figures = scale.measure(bench, Condition(6), composition)
+    assert figures["erased"]["touched"] > 0.5
+    assert figures["kept"]["touched"] == 0  # every concept of the world is known to the planner, so its prompts stay behind the gate
+    assert figures["kept"]["accuracy"] == figures["kept"]["stock"]
+    assert scale.measure(bench, Condition(6, gate=False), composition)["kept"]["touched"] == 1
+
+
+def test_pictures_keep_only_loaded_concepts() -> None:
+    pictures = beside("star", 4)
+    heads = {LARGE.place_of(re.findall("<keep:(.*)>", p.prompt)[0])[0] for p in pictures}
+    assert heads == {1, 2}
+    assert all("<keep" not in p.prompt for p in allowed(pictures, ("star",)))
+    assert [p.prompt for p in own("star", 2)] == ["star", "a star"]
