@@ -176,8 +176,8 @@ def make(host: DiffusersHost, cell: Condition, planners: dict[Any, Planner]) -> 
         planners[key] = Planner(host, book_of(cell.count, cell.listed), options)
         planners[key].plan_all()
     planned = time.perf_counter()
-    options = TrainOptions(objective=cell.objective, values_only=cell.values_only)
-    deltas: list[ConceptDelta] = [make_delta(planners[key], n, host, options) for n in NAMES[: cell.count]]
+    how = TrainOptions(objective=cell.objective, values_only=cell.values_only)
+    deltas: list[ConceptDelta] = [make_delta(planners[key], n, host, how) for n in NAMES[: cell.count]]
     certificates = [d.info["certificate"] for d in deltas]
     worst = [max(c["leakage_linear"].values()) for c in certificates]
     facts = {
@@ -233,6 +233,29 @@ def picture(bench: Bench, compositions: dict[str, Composition], path: Path, colu
     save_grid(torch.cat(rows), path, len(columns))
 
 
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """All cells as a Markdown table."""
+    head = (
+        "N", "objective", "mode", "padding", "edited", "gate", "others listed", "erased (chance)", "touched", "kept: drop", "touched",
+        "co-occurring: drop", "leakage, worst", "kept energy, min", "gate separates", "false touches", "s a concept",
+    )  # fmt: skip
+    rows = [head, ("---",) * len(head)]
+    for cell in cells:
+        c = Condition(**cell["condition"])
+        row = [str(c.count), c.objective, c.mode, c.padding, "values" if c.values_only else "keys, values"]
+        row += ["on" if c.gate else "off", "yes" if c.listed else "no"]
+        if "refused" in cell:
+            row += ["refused"] + [""] * (len(head) - len(row) - 1)
+        else:
+            drop = {k: cell[k]["stock"] - cell[k]["accuracy"] for k in ("kept", "cooccurring")}
+            row += [f"{cell['erased']['accuracy']:.3f} ({cell['erased']['chance']:.2f})", f"{cell['erased']['touched']:.2f}"]
+            row += [f"{drop['kept']:.3f}", f"{cell['kept']['touched']:.3f}", f"{drop['cooccurring']:.3f}"]
+            row += [f"{cell['leakage_worst']:.3f}", f"{cell['kept_energy_min']:.1e}", f"{cell['gate_separates']:.0%}"]
+            row += [f"{cell['false_touch_rate']:.4f}", f"{cell['seconds_fill'] / c.count:.3f}"]
+        rows.append(tuple(row))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def run(model: Path, out: Path) -> dict[str, Any]:
     """Measure every cell that ``out``/metrics.json does not hold yet; returns all."""
     host = DiffusersHost.load(str(model))
@@ -264,6 +287,7 @@ def run(model: Path, out: Path) -> dict[str, Any]:
         metrics["cells"].append(entry)
         save()
         print(json.dumps(entry), flush=True)
+    write_atomically(out / "table.md", table(metrics["cells"]).encode())
     if not (out / "picture.png").exists():
         made = {m: make(host, Condition(48, m), planners)[0] for m in ("tolerance", "soft")}
         picture(bench, made, out / "picture.png")

@@ -55,15 +55,14 @@ def test_embedded_models_captions_are_those_it_was_trained_on() -> None:
 
 
 def test_every_concept_shows() -> None:
-    """Pictures of two concepts of one head differ more than two pictures of one concept."""
+    """Drawn at the same place, pictures of any two concepts of one head (or of a style and none) differ in 2 % of their pixels."""
     for head, size in enumerate(LARGE.heads):
         scenes = [Scene(*(i if h == head else 0 if h != 1 else 24 for h in range(3))) for i in range(size)]
-        one, two = (torch.stack([LARGE.draw(s, torch.Generator().manual_seed(seed)) for s in scenes]).flatten(1) for seed in (3, 4))
-        assert one.min() >= 0
-        assert one.max() <= 1
-        apart = torch.cdist(one, one) + torch.eye(size) * 1e9
-        assert apart.min() > 3, head
-        assert torch.cdist(one, two).diagonal().max() < 45, head
+        images = torch.stack([LARGE.draw(s, torch.Generator().manual_seed(3)) for s in scenes])
+        assert images.min() >= 0
+        assert images.max() <= 1
+        differ = ((images[:, None] - images[None]).abs().amax(dim=2) > 0.1).float().mean((2, 3)) + torch.eye(size)
+        assert differ.min() >= 0.02, head
 
 
 @pytest.fixture(scope="module")
