@@ -62,8 +62,8 @@ RECIPES = {
         vae_steps=1500,
         vae_rate=2e-3,
         classifier_steps=500,
-        diffusion_steps=2400,
-        batch=32,
+        diffusion_steps=2000,
+        batch=48,
         each=3,
         vocabulary=1400,
         start=EMBEDDED,
@@ -118,7 +118,7 @@ class Stage:
         while self.step < self.steps:
             yield self.step
             self.step += 1
-            if self.step % 100 == 0 or self.step == self.steps:
+            if self.step % 50 == 0 or self.step == self.steps:
                 self.save()
                 print(f"{self.name} {self.step}/{self.steps}, {time.time() - started:.0f} s", flush=True)
 
