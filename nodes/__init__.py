@@ -9,6 +9,7 @@ from .concepts import SepMEConcept, SepMEConceptBook
 from .deltas import SepMEExport, SepMELoadDelta, SepMESaveDeltas
 from .models import SepMEDemoModel, SepMELoadCheckpoint
 from .prompt import SepMEConditioningToggles, SepMETextEncode
+from .routes import register
 from .train import SepMETrain
 from .verify import SepMEVerify
 
@@ -30,4 +31,5 @@ NODES: list[type[io.ComfyNode]] = [
 
 class SepMEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register()  # the page's routes
         return NODES

@@ -4,6 +4,7 @@ from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
 from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
 from .jobs import Job, check_interrupted, trainable
+from .page import architecture_of, tell_page, web_routes
 from .patch import apply_deltas, toggled
 from .text import ClipEncoder
 
@@ -12,6 +13,7 @@ __all__ = [
     "Job",
     "UNetDenoiser",
     "apply_deltas",
+    "architecture_of",
     "attention_layers",
     "check_interrupted",
     "checkpoint_names",
@@ -20,6 +22,8 @@ __all__ = [
     "demo_model",
     "load_checkpoint",
     "lora_folder",
+    "tell_page",
     "toggled",
     "trainable",
+    "web_routes",
 ]

@@ -1,0 +1,76 @@
+"""What the page needs of ComfyUI: its web server, and architectures without loading a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from safetensors import SafetensorError, safe_open
+from server import PromptServer
+
+from ...sepme.errors import SepMEError
+from ...sepme.files import refuse_pickle
+from ...sepme.layers import architecture, diffusers_to_ldm
+from .demo import FOLDER as DEMO
+
+_KEY = re.compile(r"(?:model\.diffusion_model\.|diffusion_model\.)?(.+\.transformer_blocks\.\d+\.attn2\.to_[kv])\.weight")
+
+
+def web_routes() -> Any:
+    """The table that routes are added to; None where no server runs (tests, other programs that import the nodes)."""
+    server = getattr(PromptServer, "instance", None)
+    return getattr(server, "routes", None)
+
+
+def tell_page(event: str, data: dict[str, Any]) -> None:
+    """Send a message to the page whose prompt is running."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(event, data, server.client_id)
+
+
+def architecture_of(checkpoint: str) -> str:
+    """Architecture of a checkpoint in ComfyUI's folders by the shapes in its header; of the embedded model for an empty name.
+
+    Raises:
+        SepMEError: no such checkpoint, a pickle, or no UNet of Stable Diffusion in it.
+    """
+    if not checkpoint:
+        return _demo_architecture()
+    refuse_pickle(Path(checkpoint))
+    path = folder_paths.get_full_path("checkpoints", checkpoint)
+    if path is None:
+        raise SepMEError(f"There is no checkpoint {checkpoint[:60]!r}; choose one that is installed.")
+    stat = Path(path).stat()
+    return _file_architecture(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _file_architecture(path: str, mtime: int, size: int) -> str:
+    shapes = {match[1]: shape for key, shape in _shapes(path).items() if (match := _KEY.fullmatch(key))}
+    if not shapes:
+        raise SepMEError(f"{Path(path).name} is no SD1.x, SD2.x or SDXL checkpoint; SepME edits the text layers of those only.")
+    return architecture(shapes)
+
+
+@lru_cache(maxsize=1)
+def _demo_architecture() -> str:
+    config = json.loads((DEMO / "unet" / "config.json").read_text(encoding="utf-8"))
+    levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
+    names = diffusers_to_ldm([[1] * blocks] * levels, 1, [[1] * (blocks + 1)] * levels)
+    (file,) = (DEMO / "unet").glob("*.safetensors")
+    found = ((key, shape, _KEY.fullmatch(key)) for key, shape in _shapes(str(file)).items())
+    return architecture({f"{names[m[1][:-5]]}.{m[1][-4:]}": shape for _, shape, m in found if m})
+
+
+def _shapes(path: str) -> dict[str, tuple[int, int]]:
+    """Shapes by key, from the header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        raise SepMEError(f"{Path(path).name} is no safetensors file or is cut short; get it again.") from None

@@ -1,0 +1,171 @@
+"""What the page asks of the server, under ``/sepme``.
+
+| route | does |
+|---|---|
+| ``GET /sepme/deltas`` | ``{"deltas": [facts]}``: every delta in models/sepme |
+| ``POST /sepme/deltas?name=N&replace=true`` | installs the body as N; 409 if another file has the name, unless told to replace it |
+| ``DELETE /sepme/deltas?name=N&content_hash=H`` | deletes N if it is the delta with this hash |
+| ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |
+| ``GET /sepme/deltas/record?name=N&embed=true`` | ``{hash: record}``: what a workflow keeps of a delta, the file itself included if asked |
+| ``POST /sepme/book`` | ``{"book": text}``: names in a concept book |
+| ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A}`` of a checkpoint by its header; of the embedded model without a name |
+
+Errors are ``{"error": sentence}``. Requests from pages of other origins get 403, bodies over the limit 413.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import wraps
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ..sepme.concepts import MAX_BOOK_BYTES, ConceptBook
+from ..sepme.delta import ConceptDelta
+from ..sepme.delta_format import MAX_FILE
+from ..sepme.errors import SepMEError
+from . import host, workflow
+from .shelf import Absent, Shelf, Taken, TooLarge
+
+Handler = Callable[[web.Request], Awaitable[Any]]
+STATUS: dict[type[SepMEError], int] = {Taken: 409, Absent: 404, TooLarge: 413}
+MAX_JSON = 2 * MAX_BOOK_BYTES
+
+shelf = Shelf(host.delta_library)
+installing = asyncio.Semaphore(2)  # files of a gigabyte are checked in memory
+
+
+class Foreign(SepMEError):
+    """A request from another origin's page."""
+
+
+def check_origin(request: web.Request) -> None:
+    """Refuse what a page of another origin sends: browsers say so themselves, older or insecure ones name the origin.
+
+    Raises:
+        Foreign: it is one.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    origin = request.headers.get("Origin")
+    try:
+        same = site in ("same-origin", "none") if site is not None else origin is None or urlsplit(origin).netloc == request.host
+    except ValueError:
+        same = False
+    if not same:
+        raise Foreign("Only ComfyUI's own page may ask this.")
+
+
+def route(handler: Handler) -> Handler:
+    """A handler whose result is sent as JSON and whose errors are sentences."""
+
+    @wraps(handler)
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            check_origin(request)
+            return web.json_response(await handler(request), headers={"Cache-Control": "no-store"})
+        except Foreign as error:
+            return web.json_response({"error": str(error)}, status=403)
+        except SepMEError as error:
+            return web.json_response({"error": str(error)}, status=STATUS.get(type(error), 400))
+
+    return answer
+
+
+async def pieces(request: web.Request, limit: int) -> AsyncIterator[bytes]:
+    """The body, piece by piece, up to a limit.
+
+    Raises:
+        TooLarge: it is, or says that it is, larger.
+    """
+    size = request.content_length or 0
+    if size <= limit:
+        size = 0
+        async for piece in request.content.iter_chunked(1 << 16):
+            size += len(piece)
+            if size > limit:
+                break
+            yield piece
+    if size > limit:
+        raise TooLarge(f"The request has more than {limit >> 10} kB; this is no file or book of SepME.")
+
+
+async def body(request: web.Request) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        SepMEError: it is none. TooLarge.
+    """
+    if request.content_type != "application/json":
+        raise SepMEError("The request is no JSON.")
+    raw = b"".join([piece async for piece in pieces(request, MAX_JSON)])
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise SepMEError("The request is no JSON object.")
+    return data
+
+
+@route
+async def list_deltas(request: web.Request) -> Any:
+    return {"deltas": await asyncio.to_thread(shelf.list)}
+
+
+@route
+async def install(request: web.Request) -> Any:
+    if request.content_type != "application/octet-stream":
+        raise SepMEError("Send the file as application/octet-stream.")
+    async with installing:
+        replace = request.query.get("replace") == "true"
+        return await shelf.receive(request.query.get("name"), pieces(request, MAX_FILE), replace)
+
+
+@route
+async def delete(request: web.Request) -> Any:
+    return {"deleted": await asyncio.to_thread(shelf.delete, request.query.get("name"), request.query.get("content_hash"))}
+
+
+@route
+async def rename(request: web.Request) -> Any:
+    data = await body(request)
+    return await asyncio.to_thread(shelf.rename, data.get("from"), data.get("to"))
+
+
+@route
+async def record(request: web.Request) -> Any:
+    entry = await asyncio.to_thread(shelf.get, request.query.get("name"))
+    delta = await asyncio.to_thread(ConceptDelta.load, entry.path)
+    return {delta.content_hash(): workflow.record(delta, entry.name, request.query.get("embed") == "true")}
+
+
+@route
+async def book(request: web.Request) -> Any:
+    text = (await body(request)).get("book")
+    if not isinstance(text, str):
+        raise SepMEError("The book is missing.")
+    parsed = await asyncio.to_thread(ConceptBook.loads, text)
+    return {"concepts": [{"name": c.name, "prompts": c.prompts, "anchor": c.anchor} for c in parsed.concepts]}
+
+
+@route
+async def architecture(request: web.Request) -> Any:
+    return {"architecture": await asyncio.to_thread(host.architecture_of, request.query.get("checkpoint", ""))}
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server, if one runs."""
+    table = host.web_routes()
+    if table is None:
+        return
+    table.get("/sepme/deltas")(list_deltas)
+    table.post("/sepme/deltas")(install)
+    table.delete("/sepme/deltas")(delete)
+    table.post("/sepme/deltas/rename")(rename)
+    table.get("/sepme/deltas/record")(record)
+    table.post("/sepme/book")(book)
+    table.get("/sepme/architecture")(architecture)

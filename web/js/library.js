@@ -1,0 +1,74 @@
+// The deltas on the server, and what can be done with them.
+import { api } from "./host.js";
+import { same } from "./toggles.js";
+
+class Library extends EventTarget {
+  /** Facts of every delta in models/sepme, as GET /sepme/deltas has them. */
+  deltas = [];
+  /** Whether the list has been read. */
+  ready = false;
+
+  async load() {
+    this.deltas = (await request("/sepme/deltas")).deltas;
+    this.ready = true;
+    this.dispatchEvent(new Event("change"));
+  }
+
+  /** The delta that a loader means, as the server finds it: with a hash only that one, wherever it lies; without, by name. */
+  find(name, hash) {
+    const plain = String(name).replaceAll("\\", "/");
+    if (!hash) return this.deltas.find((d) => d.name === plain);
+    const equal = this.deltas.filter((d) => d.content_hash === hash);
+    return equal.find((d) => d.name === plain) ?? equal[0];
+  }
+
+  ofConcept(concept) {
+    return this.deltas.filter((d) => same(d.concept, concept));
+  }
+
+  /** Install a file. Throws an error with status 409 when another file has the name. */
+  async install(name, content, replace = false) {
+    const query = new URLSearchParams({ name, replace });
+    const headers = { "Content-Type": "application/octet-stream" };
+    const facts = await request(`/sepme/deltas?${query}`, { method: "POST", body: content, headers });
+    await this.load();
+    return facts;
+  }
+
+  async rename(from, to) {
+    const facts = await post("/sepme/deltas/rename", { from, to });
+    await this.load();
+    return facts;
+  }
+
+  async remove(delta) {
+    const query = new URLSearchParams({ name: delta.name, content_hash: delta.content_hash });
+    await request(`/sepme/deltas?${query}`, { method: "DELETE" });
+    await this.load();
+  }
+
+  /** What a workflow keeps of a delta: `{hash: record}`, the file itself included if asked. */
+  record(name, embed = false) {
+    return request(`/sepme/deltas/record?${new URLSearchParams({ name, embed })}`);
+  }
+
+  book(text) {
+    return post("/sepme/book", { book: text });
+  }
+
+  async architecture(checkpoint) {
+    return (await request(`/sepme/architecture?${new URLSearchParams({ checkpoint })}`)).architecture;
+  }
+}
+
+async function request(path, options) {
+  const answer = await api.fetchApi(path, options);
+  const data = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }));
+  if (!answer.ok) throw Object.assign(new Error(data.error ?? answer.statusText), { status: answer.status });
+  return data;
+}
+
+const post = (path, data) =>
+  request(path, { method: "POST", body: JSON.stringify(data), headers: { "Content-Type": "application/json" } });
+
+export const library = new Library();

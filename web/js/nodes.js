@@ -1,0 +1,156 @@
+// Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
+import { api, app, changed, nodes, rootGraph, set, widget } from "./host.js";
+import { bytes, el, figure } from "./dom.js";
+import { library } from "./library.js";
+import { TogglePanel } from "./panel.js";
+import { t } from "./text.js";
+import { architectureOf, deltasAt, deltasBefore, deltasOfWorkflow, loaded } from "./wires.js";
+
+const PANEL = "SEPME_TOGGLES";
+const INHERITS = ["SepMETextEncode", "SepMEConditioningToggles"];
+const PANELS = ["SepMEApply", ...INHERITS];
+const WIDTH = 320;
+
+/** Give the toggles of a node definition our widget; the input stays a STRING, so that a text can be wired to it. */
+export function definePanel(definition) {
+  if (!PANELS.includes(definition.name)) return;
+  const spec = definition.input?.optional?.toggles ?? definition.input?.required?.toggles;
+  if (spec) spec[1] = { ...spec[1], widgetType: PANEL };
+}
+
+export const customWidgets = {
+  [PANEL](node, name, spec) {
+    const panel = new TogglePanel(INHERITS.includes(node.comfyClass), () => changed());
+    panel.value = spec[1]?.default ?? "{}";
+    node.sepmePanel = panel;
+    const made = node.addDOMWidget(name, PANEL, panel.element, {
+      getValue: () => panel.value,
+      setValue: (value) => (panel.value = value),
+      getMinHeight: () => panel.height,
+      hideOnZoom: false,
+      margin: 6,
+    });
+    return { widget: made, minWidth: WIDTH, minHeight: 1 };
+  },
+};
+
+/** What a node needs once it is made. */
+export function nodeMade(node) {
+  if (!node.comfyClass?.startsWith("SepME")) return;
+  const before = node.onConnectionsChange;
+  node.onConnectionsChange = function (...args) {
+    refresh();
+    return before?.apply(this, args);
+  };
+  if (node.comfyClass === "SepMELoadDelta") addCard(node);
+  refresh();
+}
+
+/** A line below a loader's fields that says what the file holds; the hash is kept with the name, so that the file can be renamed. */
+function addCard(node) {
+  const element = el("div.sepme.sepme-card");
+  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 58, getMaxHeight: () => 70, hideOnZoom: false, margin: 6 });
+  made.serialize = false;
+  node.sepmeCard = element;
+  const chosen = widget(node, "delta");
+  const before = chosen.callback;
+  chosen.callback = function (value, ...rest) {
+    const answer = before?.call(this, value, ...rest);
+    if (!node.sepmeRemembers) remember(node, library.find(value, ""));
+    return answer;
+  };
+  if (app.configuringGraph) return; // a workflow that names no hash means whatever the file holds
+  setTimeout(() => {
+    if (!widget(node, "content_hash").value) remember(node, library.find(chosen.value, ""));
+  });
+}
+
+/** Keep hash and recipe of a loader's delta in the workflow. */
+export async function remember(node, delta) {
+  if (!delta) return;
+  node.sepmeRemembers = true;
+  set(node, "delta", delta.name);
+  set(node, "content_hash", delta.content_hash);
+  node.sepmeRemembers = false;
+  refresh();
+  try {
+    keep(await library.record(delta.name));
+  } catch (error) {
+    console.warn("SepME:", error.message); // the node says so itself when it runs
+  }
+  changed();
+}
+
+/** Put records of deltas into the workflow; what they hold already (the file itself) stays. */
+export function keep(records) {
+  const extra = (rootGraph().extra ??= {});
+  const kept = (extra.sepme ??= {});
+  for (const [hash, record] of Object.entries(records)) kept[hash] = { ...kept[hash], ...record };
+}
+
+let waiting = false;
+
+/** Draw panels and cards anew, once for all changes of this moment. */
+export function refresh() {
+  if (waiting) return;
+  waiting = true;
+  setTimeout(async () => {
+    waiting = false;
+    if (!library.ready) return;
+    for (const node of nodes()) {
+      if (node.sepmeCard) drawCard(node);
+      if (node.sepmePanel) await drawPanel(node);
+    }
+  });
+}
+
+async function drawPanel(node) {
+  const panel = node.sepmePanel;
+  if (panel.inherits) return resize(node, () => deltasOfWorkflow().then((found) => panel.show(found)));
+  const found = await deltasAt(node);
+  const model = await architectureOf(node);
+  const notes = [];
+  for (const delta of found) {
+    if (delta.missing) notes.push(t("panel.missing", { name: delta.concept }));
+    if (!model || !delta.architecture || delta.architecture === model) continue;
+    delta.mismatch = t("panel.mismatch", { name: delta.concept, is: delta.architecture, model });
+    notes.push(delta.mismatch);
+  }
+  const earlier = await deltasBefore(node);
+  return resize(node, () => panel.show(found, notes, earlier));
+}
+
+/** Let a node grow with its panel; it never shrinks under the user's hands. */
+async function resize(node, draw) {
+  const before = node.sepmePanel.height;
+  await draw();
+  const after = node.sepmePanel.height;
+  node.sepmePanel.element.style.minHeight = `${after}px`;
+  if (after === before) return;
+  const size = node.computeSize();
+  if (node.size[1] < size[1] || after < before) node.setSize([Math.max(node.size[0], WIDTH), Math.max(size[1], node.size[1] + after - before)]);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
+function drawCard(node) {
+  const delta = loaded(node);
+  const line = (...parts) => el("div.sepme-line", {}, ...parts);
+  const state = delta.missing
+    ? [line(el("span.sepme-dot.sepme-lost"), t("card.missing", { name: delta.concept })), line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair")))]
+    : [
+        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), ` · ${delta.architecture}`),
+        line(`${t("facts.rank", { rank: delta.rank })} · ${bytes(delta.bytes)} · ${t("facts.leakage", { leakage: figure(delta.leakage_gated) })}${delta.renamed ? ` · ${t("card.renamed", { name: delta.name })}` : ""}`),
+      ];
+  node.sepmeCard.replaceChildren(...state);
+}
+
+export function watch() {
+  library.addEventListener("change", refresh);
+  api.addEventListener("graphChanged", refresh);
+  api.addEventListener("executed", ({ detail }) => {
+    const records = detail?.output?.sepme;
+    for (const record of Array.isArray(records) ? records : []) keep(record);
+    if (records?.length) library.load().catch(() => {});
+  });
+  app.canvas?.canvas?.addEventListener("litegraph:set-graph", refresh);
+}

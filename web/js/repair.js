@@ -1,0 +1,123 @@
+// Deltas that a workflow names and the server has not: one dialog, one click a delta.
+import { app, changed, nodes, set, toast, widget } from "./host.js";
+import { openDialog } from "./dialog.js";
+import { el } from "./dom.js";
+import { installRecord } from "./install.js";
+import { library } from "./library.js";
+import { remember } from "./nodes.js";
+import { t } from "./text.js";
+import { loaded } from "./wires.js";
+
+let told = ""; // what the last dialog was about: undo loads the workflow again, and need not ask again
+let dialog = null;
+
+/** Loaders whose delta is not on the server, or is there under another name. */
+export function broken() {
+  const found = [];
+  for (const node of nodes()) {
+    if (node.comfyClass !== "SepMELoadDelta") continue;
+    node.sepmeRepair = () => openRepair();
+    const delta = loaded(node);
+    if (delta.missing || delta.renamed) found.push({ node, delta });
+  }
+  return found;
+}
+
+/** After a workflow was loaded: say what is missing, once. A renamed file is found by the server too, so it alone is no reason. */
+export async function checkWorkflow() {
+  await library.load();
+  const found = broken();
+  const key = JSON.stringify(found.map(({ delta }) => [delta.content_hash, delta.name]));
+  if (key !== told && found.some(({ delta }) => delta.missing)) openRepair();
+  told = key;
+}
+
+export function openRepair() {
+  dialog?.close();
+  const content = el("div.sepme-repair");
+  const draw = () => {
+    const rows = broken();
+    content.replaceChildren(el("p", {}, t(rows.length ? "repair.text" : "repair.done")), ...rows.map((row) => entry(row, draw)));
+  };
+  draw();
+  const again = () => draw();
+  library.addEventListener("change", again);
+  dialog = openDialog(t("repair.title"), content);
+  dialog.addEventListener("close", () => library.removeEventListener("change", again));
+}
+
+function entry({ node, delta }, draw) {
+  const button = (key, call, values) =>
+    el("button.sepme-button", { type: "button", onclick: async (event) => ((event.target.disabled = true), await call(), draw()) }, t(key, values));
+  const ways = [];
+  if (delta.renamed) ways.push(button("repair.use", () => remember(node, library.find("", delta.content_hash)), delta));
+  if (delta.embedded) ways.push(button("repair.install", () => unpack(node, delta)));
+  for (const other of delta.missing ? library.ofConcept(delta.concept).slice(0, 3) : []) {
+    ways.push(button("repair.other", () => remember(node, other), other));
+  }
+  if (delta.missing && delta.record?.prompts) ways.push(button("repair.train", () => insertTraining(node, delta.record)));
+  const hash = delta.content_hash ? el("code", { title: delta.content_hash }, delta.content_hash.slice(0, 16)) : "";
+  return el(
+    "div.sepme-missing",
+    {},
+    el("div.sepme-line", {}, el(delta.missing ? "span.sepme-dot.sepme-lost" : "span.sepme-dot.sepme-fair"), el("b", {}, delta.concept), hash),
+    el("div.sepme-line", {}, delta.missing ? t("repair.wanted", { name: widget(node, "delta").value }) : t("repair.found", delta)),
+    el("div.sepme-line", {}, ...(ways.length ? ways : [t("repair.nothing")])),
+  );
+}
+
+async function unpack(node, delta) {
+  const facts = await installRecord(delta.record);
+  if (!facts) return;
+  if (delta.content_hash && facts.content_hash !== delta.content_hash) toast("warn", t("repair.otherContent"), facts.name);
+  await remember(node, facts);
+}
+
+/** The recipe as nodes: concept, what it must be separable from, training, saving, in place of the loader. */
+function insertTraining(node, record) {
+  const graph = node.graph;
+  const make = (kind, x, y, values) => {
+    const made = window.LiteGraph.createNode(kind);
+    made.pos = [node.pos[0] + x, node.pos[1] + y];
+    graph.add(made);
+    for (const [name, value] of Object.entries(values)) {
+      if (value != null) set(made, name, value);
+    }
+    return made;
+  };
+  const wire = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex((i) => i.name === input));
+  const known = [{ name: record.concept, prompts: record.prompts, anchor: record.anchor }, ...(record.known ?? []).map((k) => (typeof k === "string" ? { name: k } : k))];
+  const book = make("SepMEConceptBook", -760, 0, { book: JSON.stringify({ concepts: known.map(plain), preserve: record.preserve ?? [] }, null, 1) });
+  const train = make("SepMETrain", -340, 0, { erase: record.concept, ...record.train });
+  const save = make("SepMESaveDeltas", 60, 0, {});
+  wire(book, 0, train, "concepts");
+  wire(train, 0, save, "deltas");
+  bridge(graph, node, train, save);
+  graph.remove(node);
+  app.canvas.selectNodes?.([book, train, save]);
+  changed();
+  toast("info", t("repair.trainTitle"), t("repair.trainText"));
+}
+
+/** A concept of a book without what is empty. */
+const plain = ({ name, prompts, anchor }) => ({ name, ...(prompts?.length ? { prompts } : {}), ...(anchor ? { anchor } : {}) });
+
+/** Wire the new branch as the loader was: deltas before it, those that read it, and the model that they are applied to. */
+function bridge(graph, node, train, save) {
+  const linkOf = (id) => graph.getLink?.(id) ?? graph.links?.[id];
+  const before = linkOf(node.inputs.find((i) => i.name === "deltas")?.link);
+  if (before) graph.getNodeById(before.origin_id)?.connect(before.origin_slot, train, train.inputs.findIndex((i) => i.name === "deltas"));
+  for (const id of [...(node.outputs[0].links ?? [])]) {
+    const link = linkOf(id);
+    const reader = graph.getNodeById(link.target_id);
+    save.connect(0, reader, link.target_slot);
+  }
+  for (const [kind, input] of [["MODEL", "model"], ["CLIP", "clip"]]) {
+    for (const other of graph.nodes) {
+      const output = other.outputs?.findIndex((o) => o.type === kind) ?? -1;
+      if (output < 0 || other.comfyClass === "SepMEApply") continue;
+      other.connect(output, train, train.inputs.findIndex((i) => i.name === input));
+      break;
+    }
+  }
+}

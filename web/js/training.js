@@ -1,0 +1,116 @@
+// Training as it runs: loss curve and current picture on the node; afterwards certificates and who disturbs whom.
+import { api, nodes } from "./host.js";
+import { el, figure } from "./dom.js";
+import { refresh } from "./nodes.js";
+import { t } from "./text.js";
+
+const SIZE = [300, 96];
+
+/** Give a training node its display. */
+export function trainingNode(node) {
+  if (node.comfyClass !== "SepMETrain") return;
+  const canvas = el("canvas.sepme-curve", { width: 2 * SIZE[0], height: 2 * SIZE[1], role: "img", "aria-label": t("training.curve") });
+  const picture = el("img.sepme-sample", { alt: t("training.sample"), hidden: true });
+  const state = el("div.sepme-line", { role: "status" }, t("training.idle"));
+  const result = el("div.sepme-result");
+  const element = el("div.sepme.sepme-training", {}, state, el("div.sepme-live", { hidden: true }, canvas, picture), result);
+  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => element.scrollHeight || 24, hideOnZoom: false, margin: 6 });
+  made.serialize = false;
+  node.sepmeTraining = { element, canvas, picture, state, result, losses: new Map() };
+}
+
+export function watchTraining() {
+  api.addEventListener("sepme.train", ({ detail }) => {
+    const node = find(detail.node);
+    if (node?.sepmeTraining) step(node, detail);
+  });
+  api.addEventListener("executed", ({ detail }) => {
+    const made = detail?.output?.sepme_made;
+    const node = made && find(detail.node);
+    if (node?.sepmeTraining) finished(node, made);
+  });
+}
+
+/** A node by the id that the server knows: inside subgraphs `outer:inner`. */
+function find(id) {
+  const last = String(id).split(":").pop();
+  return [...nodes()].find((n) => String(n.id) === last && n.sepmeTraining);
+}
+
+function step(node, { concept, step, steps, loss, sample, note }) {
+  const { element, canvas, picture, state, result, losses } = node.sepmeTraining;
+  element.querySelector(".sepme-live").hidden = false;
+  if (step <= 1) {
+    losses.clear();
+    result.replaceChildren();
+    picture.hidden = true;
+  }
+  if (!losses.has(concept)) losses.set(concept, []);
+  if (loss != null) losses.get(concept).push(loss);
+  state.textContent = note ?? t("training.step", { concept, step, steps, loss: figure(loss) });
+  if (sample) {
+    picture.src = sample;
+    picture.hidden = false;
+  }
+  curve(canvas, losses.get(concept));
+  grow(node);
+}
+
+/** The losses as a line; zero, where the concept is uncorrelated, is marked. */
+function curve(canvas, losses) {
+  const style = getComputedStyle(canvas);
+  const pen = canvas.getContext("2d");
+  const [width, height] = [canvas.width, canvas.height];
+  pen.clearRect(0, 0, width, height);
+  const low = Math.min(0, ...losses);
+  const high = Math.max(0, ...losses) || 1;
+  const y = (value) => 8 + ((high - value) / (high - low)) * (height - 16);
+  const x = (i) => 8 + (i / Math.max(1, losses.length - 1)) * (width - 16);
+  pen.lineWidth = 1;
+  pen.strokeStyle = style.getPropertyValue("--border-color") || "#666";
+  pen.beginPath();
+  pen.moveTo(8, y(0));
+  pen.lineTo(width - 8, y(0));
+  pen.stroke();
+  pen.lineWidth = 4;
+  pen.strokeStyle = style.getPropertyValue("--sepme-accent");
+  pen.beginPath();
+  losses.forEach((value, i) => (i ? pen.lineTo(x(i), y(value)) : pen.moveTo(x(i), y(value))));
+  pen.stroke();
+}
+
+function finished(node, made) {
+  const { state, result } = node.sepmeTraining;
+  node.sepmeMade = made;
+  state.textContent = t("training.done", { count: made.length });
+  result.replaceChildren(...made.map(certificate), ...(made.some((d) => Object.keys(d.leakage_by_name).length) ? [heatMap(made)] : []));
+  grow(node);
+  refresh();
+}
+
+function certificate(delta) {
+  const text = t("training.certificate", { gated: figure(delta.leakage_gated), low: figure(delta.gate_low), gate: figure(delta.gate), high: figure(delta.gate_high) });
+  return el("div.sepme-line", { title: t(`grade.${delta.grade}`) }, el(`span.sepme-dot.sepme-${delta.grade}`), el("b", {}, delta.concept), ` ${text}`);
+}
+
+/** What each delta (row) does to the prompts of the others (column), linear; a frame: it passes the gate. */
+function heatMap(made) {
+  const columns = [...new Set(made.flatMap((d) => Object.keys(d.leakage_by_name)))].slice(0, 24);
+  const cell = (delta, name) => {
+    const value = delta.leakage_by_name[name];
+    if (value == null) return el("td");
+    const td = el("td", { title: `${delta.concept} → ${name}: ${figure(value)}` });
+    td.style.setProperty("--sepme-heat", Math.min(1, value).toFixed(3));
+    if (value > delta.gate) td.classList.add("sepme-open");
+    return td;
+  };
+  const head = el("tr", {}, el("th"), ...columns.map((name) => el("th", { title: name }, el("span", {}, name))));
+  const body = made.map((delta) => el("tr", {}, el("th", { title: delta.concept }, delta.concept), ...columns.map((name) => cell(delta, name))));
+  return el("table.sepme-heat", {}, el("caption", {}, t("training.heat")), head, ...body);
+}
+
+function grow(node) {
+  const height = node.computeSize()[1];
+  if (node.size[1] < height) node.setSize([node.size[0], height]);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
