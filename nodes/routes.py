@@ -20,7 +20,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -51,10 +50,8 @@ def check_origin(request: web.Request) -> None:
     """
     site = request.headers.get("Sec-Fetch-Site")
     origin = request.headers.get("Origin")
-    try:
-        same = site in ("same-origin", "none") if site is not None else origin is None or urlsplit(origin).netloc == request.host
-    except ValueError:
-        same = False
+    own = (None, f"http://{request.host}", f"https://{request.host}")
+    same = site in ("same-origin", "none") if site is not None else origin in own
     if not same:
         raise Foreign("Only ComfyUI's own page may ask this.")
 
@@ -79,16 +76,19 @@ async def pieces(request: web.Request, limit: int) -> AsyncIterator[bytes]:
     """The body, piece by piece, up to a limit.
 
     Raises:
-        TooLarge: it is, or says that it is, larger.
+        TooLarge: it is, or says that it is, larger. SepMEError: it does not arrive whole.
     """
     size = request.content_length or 0
     if size <= limit:
         size = 0
-        async for piece in request.content.iter_chunked(1 << 16):
-            size += len(piece)
-            if size > limit:
-                break
-            yield piece
+        try:
+            async for piece in request.content.iter_chunked(1 << 16):
+                size += len(piece)
+                if size > limit:
+                    break
+                yield piece
+        except web.RequestPayloadError:
+            raise SepMEError("The request was cut short or is damaged; send it again.") from None
     if size > limit:
         raise TooLarge(f"The request has more than {limit >> 10} kB; this is no file or book of SepME.")
 

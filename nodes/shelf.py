@@ -20,7 +20,7 @@ Facts = dict[str, Any]
 
 MAX_NAME, MAX_DEPTH, SHOWN = 200, 4, 64  # characters and folders of a file name; prompts that are listed
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff]')
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff\ufffd]')
 
 
 class Taken(SepMEError):
@@ -199,8 +199,10 @@ def _facts(path: Path, mtime: int, size: int) -> str:
             info[key] = plain_json(metadata[key])
         except (KeyError, ValueError, RecursionError):
             info[key] = None
-    shape = declared.get("down", {}).get("shape", [0]) if isinstance(declared.get("down"), dict) else [0]
-    return json.dumps(facts_of(metadata.get("concept", ""), metadata.get("content_hash", ""), metadata.get("architecture", ""), shape[0], info))
+    down = _mapping(declared.get("down")).get("shape")
+    rank = down[0] if isinstance(down, list) and down else 0
+    names = (metadata.get(key, "") for key in ("concept", "content_hash", "architecture"))
+    return json.dumps(facts_of(*names, rank, info))
 
 
 def facts_of(concept: str, content_hash: str, architecture: str, rank: Any, info: Mapping[str, Any]) -> Facts:
