@@ -1,0 +1,134 @@
+"""Sampling with concepts erased against sampling without, and against the ways in which a host applies as many LoRAs.
+
+All sides draw the same picture by turns, in an order that changes from round to round, so that whatever else the machine does hits
+all; each run's time is divided by the stock run's of the same round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..composition import Composition
+from ..runtime import KVProjector
+from . import seconds
+from .counting import count
+from .models import Subject, add_adapters, barely_kept, merge, random_deltas, strengths, subject
+
+Side = Callable[[], Any]
+
+
+def rounds(sides: dict[str, Side], number: int, on_progress: Callable[[str, int, int], None]) -> dict[str, dict[str, float]]:
+    """Time the sides by turns.
+
+    Args:
+        sides: what is run, by name; ``stock`` is what the others are divided by.
+
+    Returns:
+        by name: median ``seconds``, median ``ratio`` to stock, ``low`` and ``high``: the quartiles of the ratio.
+    """
+    names, times = list(sides), []
+    for i in range(number):
+        on_progress("Rounds", i, number)
+        order = names[i % len(names) :] + names[: i % len(names)]
+        times.append({name: seconds(sides[name]) for name in (order if i % 2 else reversed(order))})
+    on_progress("Rounds", number, number)
+    result = {}
+    for name in names:
+        ratios = sorted(t[name] / t["stock"] for t in times)
+        result[name] = {
+            "seconds": median(t[name] for t in times),
+            "ratio": median(ratios),
+            "low": ratios[len(ratios) // 4],
+            "high": ratios[-1 - len(ratios) // 4],
+        }
+    return result
+
+
+@contextmanager
+def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> Iterator[dict[str, Callable[[int], Any]]]:
+    """Sampling runs of so many steps, by name; ours is attached anew for every run, as it is in use."""
+    deltas = random_deltas(model.layers, max(concepts, default=0))
+
+    def ours(number: int) -> Callable[[int], Any]:
+        projector = KVProjector(model.layers, Composition(deltas[:number]))
+
+        def run(steps: int) -> Any:
+            with projector.attached(strengths(number)):
+                return model.sample(steps)
+
+        return run
+
+    def kept(steps: int) -> Any:
+        with barely_kept(model.layers):
+            return model.sample(steps)
+
+    sides: dict[str, Callable[[int], Any]] = {"stock": model.sample, "stock_kept": kept}
+    for number in concepts:
+        sides[f"ours_{number}"] = ours(number)
+        if number:
+            merged, adapted = model.twin(), model.twin()
+            merge(merged.unet, deltas[:number])
+            add_adapters(adapted.unet, deltas[:number])
+            sides[f"lora_merged_{number}"], sides[f"peft_unmerged_{number}"] = merged.sample, adapted.sample
+    yield sides
+
+
+def second_step(sides: dict[str, Callable[[int], Any]], model: Subject) -> dict[str, dict[str, int]]:
+    """Counts of a step from the second on: those of two steps less those of one."""
+    result = {}
+    for name, side in sides.items():
+        one, two = (count(lambda n=n: side(n)) for n in (1, 2))  # type: ignore[misc]  # noqa: B023
+        result[name] = {key: two[key] - one[key] for key in one}
+    return result
+
+
+def kept_bytes(model: Subject, number: int) -> dict[str, int]:
+    """Bytes of the deltas as they are in memory, and of what is kept of one batch of prompts."""
+    deltas = random_deltas(model.layers, number)
+    projector = KVProjector(model.layers, Composition(deltas))
+    with projector.attached(strengths(number)):
+        model.sample(1)
+        held = projector.kept_bytes
+    return {"delta_bytes": sum(t.numel() * t.element_size() for d in deltas for t in d.tensors().values()), "cache_bytes": held}
+
+
+def run(
+    name: str = "demo",
+    concepts: tuple[int, ...] = (0, 1, 10, 100),
+    steps: int = 20,
+    number: int = 7,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Measure one model in diffusers.
+
+    Returns:
+        ``sides`` (see :func:`rounds`), ``per_step`` (see :func:`second_step`), and of the largest number of concepts N
+        ``overhead_ratio_n<N>``, ``flops_ratio_n<N>``, ``ops_per_step_ours``, ``ops_per_step_stock``, ``delta_bytes``, ``cache_bytes``.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        model = subject(name)
+        sides = stack.enter_context(diffusers_sides(model, concepts))
+        counts = second_step(sides, model)
+        timed = rounds({n: (lambda side=side: side(steps)) for n, side in sides.items()}, number, on_progress)  # type: ignore[misc]
+        most = max(concepts)
+        return summary(timed, counts, most) | kept_bytes(model, most) | {
+            "host": "diffusers", "model": name, "steps": steps, "rounds": number, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+
+def summary(timed: dict[str, dict[str, float]], counts: dict[str, dict[str, int]], most: int) -> dict[str, Any]:
+    """The figures that are asked for by name, beside all sides."""
+    ours = f"ours_{most}"
+    return {
+        f"overhead_ratio_n{most}": timed[ours]["ratio"],
+        f"flops_ratio_n{most}": counts[ours]["flops"] / counts["stock"]["flops"],
+        "ops_per_step_ours": counts[ours]["operators"],
+        "ops_per_step_stock": counts["stock"]["operators"],
+        "sides": timed,
+        "per_step": counts,
+    }
