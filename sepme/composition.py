@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,12 +67,33 @@ class Composition:
         """``(N,)`` thresholds γ."""
         return torch.tensor([d.gate for d in self.deltas])
 
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """Where each projection stands in :meth:`factors`."""
+        ends = list(accumulate((len(v) for v in self.deltas[0].up.values()), initial=0))
+        return {name: slice(a, b) for name, a, b in zip(self.deltas[0].up, ends, ends[1:], strict=False)}
+
+    @cached_property
+    def _flat(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of the deltas that were asked for: Yᵀ of all projections side by side, ``(k, Σ d_out)`` float16, and the columns' scales."""
+        return {}
+
+    def factors(self, concepts: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Yᵀ of all projections side by side, ``(R, Σ d_out)`` float32, of the given deltas one below the other."""
+        parts = []
+        for i in concepts:
+            if i not in self._flat:
+                up, scale = self.deltas[i].up, self.deltas[i].scale
+                scales = [torch.full((len(up[name]),), scale[name]) for name in self.columns]
+                self._flat[i] = torch.cat([up[name].T for name in self.columns], dim=1), torch.cat(scales)
+            half, scale_row = (t.to(device) for t in self._flat[i])
+            parts.append(half.float().mul_(scale_row))
+        return torch.cat(parts)
+
     def up(self, name: str, concepts: Sequence[int]) -> Tensor:
         """Y ``(d_out, R)`` float32 of a projection, of the given deltas side by side."""
-        with torch.autocast("cpu", enabled=False):  # it cannot join halves of another type than its own
-            halves = torch.cat([self.deltas[i].up[name] for i in concepts], dim=1)
-        ranks = torch.tensor([self.deltas[i].rank for i in concepts])
-        return halves.float() * torch.tensor([self.deltas[i].scale[name] for i in concepts]).repeat_interleave(ranks)
+        with torch.autocast("cpu", enabled=False):
+            return torch.cat([self.deltas[i].up_factor(name) for i in concepts], dim=1)
 
     def touch(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Touch:
         """Project, gate and weigh a batch of prompts (METHOD, section 7). Float32 throughout.

@@ -130,6 +130,7 @@ class KVProjector:
         self._pass: _Pass | None = None
         self.kept = Kept(max_bytes)
         self._sites: dict[str, _Site] = {}
+        self._held: tuple[Any, Tensor] | None = None
 
     @contextmanager
     def attached(self, strengths: Tensor | None = None) -> Iterator[KVProjector]:
@@ -169,6 +170,7 @@ class KVProjector:
     def clear(self) -> None:
         """Forget all keys and values."""
         self.kept.clear()
+        self._held = None
 
     @property
     def kept_bytes(self) -> int:
@@ -203,6 +205,8 @@ class KVProjector:
             for made, output in outputs.items():
                 # offloading hosts replace parameters around a forward; what they leave is what the next step finds
                 self.kept.store(batch, made, fingerprint(self._sites[made].module), output)
+            if len(batch.outputs) == len(self._sites):
+                self._held = None
         return outputs[name]
 
     def _strengths(self, context: Tensor) -> Tensor:
@@ -232,11 +236,20 @@ class KVProjector:
         base = self._sites[name].forward(context)
         if len(touch.rows) == 0:
             return base
-        up = self.composition.up(name, touch.concepts).T.to(base.device)
+        up = self._factors(touch, base.device)[:, self.composition.columns[name]]
         return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows)
 
+    def _factors(self, touch: Touch, device: torch.device) -> Tensor:
+        """Y of the concepts that touch a batch, held until all its projections are there (or as long as nothing is kept)."""
+        key = (touch.concepts, device)
+        if self._held is None or self._held[0] != key:
+            self._held = key, self.composition.factors(touch.concepts, device)
+        return self._held[1]
+
     def _fused(self, weights: Mapping[str, Tensor], context: Tensor, touch: Touch) -> dict[str, Tensor]:
-        up = torch.cat([self.composition.up(name, touch.concepts).T for name in weights], dim=1).to(context.device)
+        up = self._factors(touch, context.device)
+        if len(weights) < len(self.composition.columns) or list(weights) != list(self.composition.columns):
+            up = torch.cat([up[:, self.composition.columns[name]] for name in weights], dim=1)
         # a small β would sink into half precision's subnormals: powers of two go from Y to H, exactly
         exponent = torch.frexp(up.abs().amax(dim=1)).exponent
         up = torch.ldexp(up, -exponent[:, None]).to(context.dtype)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..composition import Composition
 from ..concepts import Concept
 from ..delta import ConceptDelta
 from ..errors import SepMEError
-from ..layers import projections, unet_layers, weights
+from ..layers import projections, unet_layers, weight_of, weights
 from ..protocols import AttentionLayer
 from ..runtime import patched
 
@@ -129,9 +128,9 @@ def barely_kept(layers: dict[str, AttentionLayer]) -> Iterator[None]:
 def merge(unet: Any, deltas: tuple[ConceptDelta, ...]) -> None:
     """Add the deltas to the K/V weights, as a merged LoRA does; other weights stay shared."""
     for name, module in projections(unet_layers(unet)).items():
-        down = Composition(deltas).down
-        delta = torch.cat([d.up_factor(name) for d in deltas], dim=1) @ down
-        module.weight = nn.Parameter((module.weight.float() + delta).to(module.weight.dtype), requires_grad=False)
+        weight = weight_of(module)
+        merged = weight.float() + sum(d.weight_delta(name) for d in deltas)
+        module.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
 
 
 def add_adapters(unet: Any, deltas: tuple[ConceptDelta, ...]) -> None:
@@ -148,7 +147,7 @@ def add_adapters(unet: Any, deltas: tuple[ConceptDelta, ...]) -> None:
         config = LoraConfig(r=delta.rank, lora_alpha=delta.rank, target_modules=r".*attn2\.(to_k|to_v)", init_lora_weights=False)
         unet.add_adapter(config, f"a{i}")
     unet.set_adapters([f"a{i}" for i in range(len(deltas))])
-    unet.requires_grad_(False)
+    unet.requires_grad_(False).to(unet.dtype)
     for name, module in projections(unet_layers(unet)).items():
         adapted: Any = module
         for i, delta in enumerate(deltas):

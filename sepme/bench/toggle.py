@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition import Composition
-from ..layers import projections
+from ..layers import projections, weight_of
 from ..runtime import KVProjector
 from . import alternate
 from .models import Subject, add_adapters, random_deltas, strengths, subject
@@ -58,7 +58,7 @@ def merged(model: Subject, first_step: bool) -> Callable[[], Any]:
     """The same by LoRAs that diffusers merged into the weights: unmerge, weigh anew, merge."""
     twin = model.twin()
     for module in projections(twin.layers).values():  # merging writes to them
-        module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+        module.weight = nn.Parameter(weight_of(module).clone(), requires_grad=False)
     add_adapters(twin.unet, random_deltas(model.layers, CONCEPTS))
     adapted: list[Any] = list(projections(twin.layers).values())
     names = [f"a{i}" for i in range(CONCEPTS)]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import SepMEError
-from .common import Json, finish, interruptible, progress, progress_bar
+from .common import Json, finish, interruptible, progress, progress_bar, register_kernels
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and size on this machine.")
 
@@ -72,3 +74,121 @@ def bench_train(
         Console().print(table)
 
     finish(result, as_json, show)
+
+
+@app.command("kernel")
+def bench_kernel(
+    aot: Annotated[bool, typer.Option("--aot", help="Compile for every GPU family instead; needs no GPU.")] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Family for --aot (repeatable): sm80 to sm120, gfx942, gfx1100; all by default.")
+    ] = None,
+    width: Annotated[list[int] | None, typer.Option(help="d_in for --aot (repeatable); 768 by default.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each side.", min=1)] = 50,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for <gpu>.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The Triton kernels: timed on this GPU against stock and naive projections, or compiled for all of them."""
+    from ..bench import kernel
+    from ..files import write_atomically
+
+    register_kernels()
+    with interruptible() as check, progress_bar() as bar:
+        on_progress = progress(bar, check)
+        data = kernel.aot(target or (), width or (768,), on_progress) if aot else kernel.measure(repeats, on_progress)
+    if out is not None:
+        name = "kernel-aot" if aot else re.sub(r"\W+", "-", data["gpu"]).strip("-").lower()
+        write_atomically(out / f"{name}.json", json.dumps(data, indent=1, sort_keys=True).encode())
+    finish(data, as_json, lambda: _show_aot(data) if aot else _show_kernel(data))
+    if aot and not data["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_aot(data: dict[str, Any]) -> None:
+    table = Table("target", "kernel", "type", "d_in", "tile", "warps", "stages", "registers", "spills", "shared", "limit", "matrix ops", "")
+    for r in data["targets"]:
+        c = r.get("config", {})
+        tile = " x ".join(str(c[k]) for k in ("block_m", "block_n", "block_k", "block_r")) if c else "-"
+        cells = (r.get(k) for k in ("registers", "spills", "shared_bytes", "shared_limit", "tensor_core_instructions"))
+        verdict = "ok" if r["ok"] else r.get("error", "NO")
+        head = (r["target"], r["kernel"], r["dtype"], str(r.get("d_in") or "-"), tile, str(c.get("warps", "-")), str(c.get("stages", "-")))
+        table.add_row(*head, *("-" if v is None else str(v) for v in cells), verdict)
+    console = Console(width=max(Console().width, 150))
+    console.print(table)
+    table = Table("model", "rows", "rank", "MB", "GFLOP", *(f"{part}: µs at least" for part in data["roofline"][0]["least_seconds"]))
+    for r in data["roofline"]:
+        least = (f"{1e6 * s:.1f}" for s in r["least_seconds"].values())
+        table.add_row(r["model"], str(r["rows"]), str(r["rank"]), f"{r['bytes'] / 1e6:.1f}", f"{r['flops'] / 1e9:.1f}", *least)
+    console.print(table)
+
+
+def _show_kernel(data: dict[str, Any]) -> None:
+    names = list(data["cases"][0]["sides"])
+    table = Table("model", "rows", "rank", "type", "stock µs", *(f"{n} / stock" for n in names[1:]), title=data["gpu"])
+    for case in data["cases"]:
+        sides = case["sides"]
+        ratios = (f"{sides[n]['ratio']:.2f}" for n in names[1:])
+        head = (case["model"], str(case["rows"]), str(case["rank"]), case["dtype"], f"{1e6 * sides['stock']['seconds']:.1f}")
+        table.add_row(*head, *ratios)
+    Console(width=max(Console().width, 120)).print(table)
+
+
+@app.command("overhead")
+def bench_overhead(
+    model: Annotated[str, typer.Option(help="demo, or sd15: a random UNet of its size at 8 x 8 latents.")] = "demo",
+    concepts: Annotated[list[int] | None, typer.Option(help="Concepts of rank 8 (repeatable); 0, 1, 10 and 100 by default.", min=0)] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a run.", min=2)] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every side runs once.", min=1)] = 7,
+    comfyui: Annotated[Path | None, typer.Option(help="Measure in this ComfyUI instead of diffusers.", envvar="SEPME_COMFYUI")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sampling with concepts erased against stock, LoRAs and PEFT adapters."""
+    from ..bench import comfyui as comfy
+    from ..bench import overhead
+
+    chosen = tuple(sorted(set(concepts or (0, 1, 10, 100))))
+    with interruptible() as check, progress_bar() as bar:
+        on_progress = progress(bar, check)
+        if comfyui is not None:
+            data = comfy.run(comfyui, {"bench": "overhead", "model": model, "concepts": chosen, "steps": steps, "rounds": rounds})
+        else:
+            data = overhead.run(model, chosen, steps, rounds, on_progress)
+
+    def show() -> None:
+        table = Table(
+            "side", "s a run", "of stock", "quartiles", "operators a step", "GFLOP a step", "MB a step", title=f"{data['host']}: {model}"
+        )
+        for name, side in data["sides"].items():
+            c = data["per_step"][name]
+            table.add_row(
+                name, f"{side['seconds']:.3f}", f"{side['ratio']:.3f}", f"{side['low']:.3f} - {side['high']:.3f}",
+                str(c["operators"]), f"{c['flops'] / 1e9:.3f}", f"{c['bytes'] / 1e6:.1f}",
+            )  # fmt: skip
+        Console(width=max(Console().width, 120)).print(table)
+        print(f"deltas {data['delta_bytes'] / 1e6:.1f} MB, kept keys and values {data['cache_bytes'] / 1e6:.1f} MB")
+
+    finish(data, as_json, show)
+
+
+@app.command("toggle")
+def bench_toggle(
+    model: Annotated[str, typer.Option(help="demo, or sd15: a random UNet of its size at 8 x 8 latents.")] = "demo",
+    pairs: Annotated[int, typer.Option(help="Pairs timed.", min=1)] = 7,
+    comfyui: Annotated[Path | None, typer.Option(help="Measure in this ComfyUI instead of diffusers.", envvar="SEPME_COMFYUI")] = None,
+    as_json: Json = False,
+) -> None:
+    """One concept of ten toggled, against a LoRA of ten weighed anew."""
+    from ..bench import comfyui as comfy
+    from ..bench import toggle
+
+    data = comfy.run(comfyui, {"bench": "toggle", "model": model, "pairs": pairs}) if comfyui is not None else toggle.run(model, pairs)
+
+    def show() -> None:
+        table = Table("", "LoRA ms", "ours ms", "", title=f"{data['host']}: {model}; LoRA: {data['lora']}")
+        for key, what, ratio in (
+            ("seconds_work", "work before the first step", "toggle_speedup_vs_lora"),
+            ("seconds_to_first_step", "until the first step is done", "toggle_speedup_end_to_end"),
+        ):
+            table.add_row(what, f"{1e3 * data[key]['lora']:.2f}", f"{1e3 * data[key]['ours']:.2f}", f"{data[ratio]:.1f} x")
+        Console(width=max(Console().width, 100)).print(table)
+
+    finish(data, as_json, show)
