@@ -98,45 +98,46 @@ class Problem:
         self.down = draw(rank, d_in, scale=d_in**-0.5)
         self.rows = torch.arange(rows // 2, rows, device=device)
         self.h = torch.zeros(rows, TOKENS, rank, device=device)
-        self.h[self.rows] = draw(len(self.rows), TOKENS, rank, kind=torch.float32)
+        self.h[self.rows] = self.context[self.rows].float() @ self.down.float().T
         self.mask = torch.zeros(rows, 1, 1, device=device, dtype=dtype)
         self.mask[self.rows] = 1
         self.touched = self.h[self.rows].contiguous()
         self.merged = [(w.float() + (u.T @ self.down.float())).to(dtype) for w, u in zip(self.weights, self.ups, strict=True)]
         self.halves = [u.to(dtype).T.contiguous() for u in self.ups]
 
-    def stock(self) -> None:
-        for weight in self.weights:
-            linear(self.context, weight)
+    def stock(self) -> list[Tensor]:
+        return [linear(self.context, weight) for weight in self.weights]
 
-    def merged_weights(self) -> None:
-        for weight in self.merged:
-            linear(self.context, weight)
+    def merged_weights(self) -> list[Tensor]:
+        return [linear(self.context, weight) for weight in self.merged]
 
-    def naive(self) -> None:
+    def naive(self) -> list[Tensor]:
         """A delta beside every projection, as PEFT's unmerged adapters do it: down, mask, up, add."""
-        for weight, up in zip(self.weights, self.halves, strict=True):
-            linear(self.context, weight) + linear(linear(self.context, self.down) * self.mask, up)
+        pairs = zip(self.weights, self.halves, strict=True)
+        return [linear(self.context, weight) + linear(linear(self.context, self.down) * self.mask, up) for weight, up in pairs]
 
-    def eager(self) -> None:
-        ops.project_kv_eager(self.context, self.weights, self.up, self.h)
+    def eager(self) -> list[Tensor]:
+        return self._split(ops.project_kv_eager(self.context, self.weights, self.up, self.h))
 
-    def exact(self) -> None:
-        for weight, up in zip(self.weights, self.ups, strict=True):
-            ops.add_to_rows(linear(self.context, weight), self.touched, up, self.rows)
+    def exact(self) -> list[Tensor]:
+        pairs = zip(self.weights, self.ups, strict=True)
+        return [ops.add_to_rows(linear(self.context, weight), self.touched, up, self.rows) for weight, up in pairs]
 
-    def fused(self) -> None:
-        ops.project_kv(self.context, self.weights, self.up, self.h)
+    def fused(self) -> list[Tensor]:
+        return self._split(ops.project_kv(self.context, self.weights, self.up, self.h))
 
-    def sides(self) -> dict[str, Callable[[], None]]:
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return ops.split(flat, self.weights, *self.context.shape[:2])
+
+    def sides(self) -> dict[str, Callable[[], Any]]:
         return {name: getattr(self, name) for name in ("stock", "naive", "merged_weights", "eager", "exact", "fused")}
 
 
-def timer(device: str) -> Callable[[Callable[[], None]], float]:
+def timer(device: str) -> Callable[[Callable[[], Any]], float]:
     """Seconds of one call with a cold L2 cache: by events on a GPU, by the clock elsewhere."""
     if device != "cuda":
 
-        def clocked(call: Callable[[], None]) -> float:
+        def clocked(call: Callable[[], Any]) -> float:
             started = time.perf_counter()
             call()
             return time.perf_counter() - started
@@ -144,7 +145,7 @@ def timer(device: str) -> Callable[[Callable[[], None]], float]:
         return clocked
     flush = torch.empty(512 << 20, dtype=torch.int8, device=device)
 
-    def timed(call: Callable[[], None]) -> float:
+    def timed(call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()

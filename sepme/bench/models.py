@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ def subject(name: str) -> Subject:
     return Subject(name, unet, draw[0], draw[1])
 
 
-def random_deltas(layers: dict[str, AttentionLayer], count: int) -> tuple[ConceptDelta, ...]:
+def random_deltas(layers: Mapping[str, AttentionLayer], count: int) -> tuple[ConceptDelta, ...]:
     """Deltas of rank 8 with open gates: each touches every prompt that it is switched on for."""
     generator = torch.Generator().manual_seed(1)
     kv = weights(layers)
@@ -108,7 +108,7 @@ def strengths(count: int, changed: float = 1.0) -> Tensor:
 
 
 @contextmanager
-def barely_kept(layers: dict[str, AttentionLayer]) -> Iterator[None]:
+def barely_kept(layers: Mapping[str, AttentionLayer]) -> Iterator[None]:
     """The least that keeping can cost: every projection runs once and its result is returned without a check."""
 
     def wrap(name: str, module: nn.Module, forward: Any) -> Any:

@@ -6,14 +6,17 @@ all; each run's time is divided by the stock run's of the same round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..composition import Composition
+from ..layers import weight_of
+from ..protocols import AttentionLayer
 from ..runtime import KVProjector
 from . import seconds
 from .counting import count
@@ -22,11 +25,13 @@ from .models import Subject, add_adapters, barely_kept, merge, random_deltas, st
 Side = Callable[[], Any]
 
 
-def rounds(sides: dict[str, Side], number: int, on_progress: Callable[[str, int, int], None]) -> dict[str, dict[str, float]]:
+def rounds(
+    sides: dict[str, Side], number: int, on_progress: Callable[[str, int, int], None], prepare: Callable[[str], Any] = lambda name: None
+) -> dict[str, dict[str, float]]:
     """Time the sides by turns.
 
     Args:
-        sides: what is run, by name; ``stock`` is what the others are divided by.
+        sides: what is run, by name; ``stock`` is what the others are divided by. prepare: called before each run, not timed.
 
     Returns:
         by name: median ``seconds``, median ``ratio`` to stock, ``low`` and ``high``: the quartiles of the ratio.
@@ -35,7 +40,11 @@ def rounds(sides: dict[str, Side], number: int, on_progress: Callable[[str, int,
     for i in range(number):
         on_progress("Rounds", i, number)
         order = names[i % len(names) :] + names[: i % len(names)]
-        times.append({name: seconds(sides[name]) for name in (order if i % 2 else reversed(order))})
+        taken = {}
+        for name in order if i % 2 else reversed(order):
+            prepare(name)
+            taken[name] = seconds(sides[name])
+        times.append(taken)
     on_progress("Rounds", number, number)
     result = {}
     for name in names:
@@ -78,7 +87,7 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> Iterator[dict[
     yield sides
 
 
-def second_step(sides: dict[str, Callable[[int], Any]], model: Subject) -> dict[str, dict[str, int]]:
+def second_step(sides: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, int]]:
     """Counts of a step from the second on: those of two steps less those of one."""
     result = {}
     for name, side in sides.items():
@@ -87,12 +96,13 @@ def second_step(sides: dict[str, Callable[[int], Any]], model: Subject) -> dict[
     return result
 
 
-def kept_bytes(model: Subject, number: int) -> dict[str, int]:
+def kept_bytes(layers: Mapping[str, AttentionLayer], context: Tensor, number: int) -> dict[str, int]:
     """Bytes of the deltas as they are in memory, and of what is kept of one batch of prompts."""
-    deltas = random_deltas(model.layers, number)
-    projector = KVProjector(model.layers, Composition(deltas))
+    deltas = random_deltas(layers, number)
+    projector = KVProjector(layers, Composition(deltas))
     with projector.attached(strengths(number)):
-        model.sample(1)
+        for module in projector.modules.values():
+            module(context.to(weight_of(module).dtype))
         held = projector.kept_bytes
     return {"delta_bytes": sum(t.numel() * t.element_size() for d in deltas for t in d.tensors().values()), "cache_bytes": held}
 
@@ -113,10 +123,10 @@ def run(
     with ExitStack() as stack, torch.no_grad():
         model = subject(name)
         sides = stack.enter_context(diffusers_sides(model, concepts))
-        counts = second_step(sides, model)
+        counts = second_step(sides)
         timed = rounds({n: (lambda side=side: side(steps)) for n, side in sides.items()}, number, on_progress)  # type: ignore[misc]
         most = max(concepts)
-        return summary(timed, counts, most) | kept_bytes(model, most) | {
+        return summary(timed, counts, most) | kept_bytes(model.layers, model.context, most) | {
             "host": "diffusers", "model": name, "steps": steps, "rounds": number, "threads": torch.get_num_threads(),
         }  # fmt: skip
 

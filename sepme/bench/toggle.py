@@ -2,56 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..composition import Composition
+from ..delta import ConceptDelta
 from ..layers import projections, weight_of
+from ..protocols import AttentionLayer
 from ..runtime import KVProjector
-from . import alternate
+from . import Timing, alternate
 from .models import Subject, add_adapters, random_deltas, strengths, subject
 
 CONCEPTS = 10
 
 
-def ours(model: Subject, first_step: bool) -> Callable[[], Any]:
-    """Toggle the first concept back and forth on an attached projector.
+def stubbed(layers: Mapping[str, AttentionLayer], deltas: tuple[ConceptDelta, ...], context: Tensor) -> Callable[[float], None]:
+    """All that a toggle costs in the first forward pass, without the model's own work: its projections return what they did before.
 
-    Args:
-        first_step: run the denoising step; else everything but the model's own work: its projections return what they did before.
+    Returns:
+        a function of the first concept's strength.
     """
-    projector = KVProjector(model.layers, Composition(random_deltas(model.layers, CONCEPTS)))
-    on = True
-    if first_step:
-
-        def whole() -> None:
-            nonlocal on
-            on = not on
-            with projector.attached(strengths(CONCEPTS, float(on))):
-                model.step(model.latents, 500)
-
-        return whole
-
-    modules = projector.modules
-    own: dict[str, Tensor] = {name: module(model.context) for name, module in modules.items()}
+    projector = KVProjector(layers, Composition(deltas))
+    own = {name: module(context) for name, module in projector.modules.items()}
 
     def stub(name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         return projector.wrap(name, module, lambda context: own[name])
 
-    projections_of = {name: stub(name, module) for name, module in modules.items()}
+    sites = [stub(name, module) for name, module in projector.modules.items()]
 
-    def work() -> None:
-        nonlocal on
-        on = not on
-        with projector.forward_pass(strengths(CONCEPTS, float(on))):
-            for project in projections_of.values():
-                project(model.context)
+    def work(strength: float) -> None:
+        with projector.forward_pass(strengths(len(deltas), strength)):
+            for project in sites:
+                project(context)
         projector.clear()
 
     return work
+
+
+def ours(model: Subject, first_step: bool) -> Callable[[], Any]:
+    """Toggle the first concept back and forth; ``first_step``: run the denoising step, else everything but the model's own work."""
+    deltas, on = random_deltas(model.layers, CONCEPTS), True
+    projector, work = KVProjector(model.layers, Composition(deltas)), stubbed(model.layers, deltas, model.context)
+
+    def side() -> None:
+        nonlocal on
+        on = not on
+        if not first_step:
+            return work(float(on))
+        with projector.attached(strengths(CONCEPTS, float(on))):
+            model.step(model.latents, 500)
+
+    return side
 
 
 def merged(model: Subject, first_step: bool) -> Callable[[], Any]:
@@ -92,16 +96,21 @@ def run(name: str = "demo", pairs: int = 7) -> dict[str, Any]:
             for side in (theirs, mine, theirs, mine):
                 side()
             timings.append(alternate(theirs, mine, pairs))
-    work, whole = timings
-    return {
+    return summary(*timings) | {
         "host": "diffusers",
         "model": name,
         "lora": "PEFT adapters merged into the weights: unmerged, weighed anew, merged",
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summary(work: Timing, whole: Timing) -> dict[str, Any]:
+    """The figures of LoRA (first) against ours (second)."""
+    return {
         "concepts": CONCEPTS,
         "toggle_speedup_vs_lora": work.ratio,
         "toggle_speedup_end_to_end": whole.ratio,
         "seconds_work": {"lora": work.first, "ours": work.second},
         "seconds_to_first_step": {"lora": whole.first, "ours": whole.second},
-        "pairs": pairs,
-        "threads": torch.get_num_threads(),
     }
