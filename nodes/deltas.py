@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from comfy_api.latest import io
@@ -84,11 +85,11 @@ class SepMELoadDelta(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, delta: str = "", content_hash: str = "", deltas: Any = None) -> str:
-        path = host.delta_library.find(str(delta), str(content_hash).strip())
-        if path is None:
-            return ""
-        stat = path.stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+        states = []
+        for path in host.delta_library.find(str(delta), str(content_hash).strip().lower()):
+            with suppress(OSError):  # removed meanwhile
+                states.append(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}")
+        return "\n".join(states)
 
     @classmethod
     def execute(cls, delta: str, content_hash: str = "", deltas: Sequence[ConceptDelta] | None = None) -> io.NodeOutput:
@@ -109,17 +110,16 @@ def find(name: str, content_hash: str, extra_pnginfo: Any) -> ConceptDelta:
     """
     if not name.strip() and not content_hash:
         raise SepMEError("No delta is chosen; put delta files into models/sepme, or make one with SepME Train and SepME Save Deltas.")
-    path = host.delta_library.find(name, content_hash)
-    if path is not None:
-        return ConceptDelta.load(path)
+    found = host.delta_library.load(name, content_hash)
+    if found is not None:
+        return found
     entry = workflow.recall(extra_pnginfo, content_hash, name.replace("\\", "/"))
     delta = workflow.carried(entry)
     if delta is not None and content_hash in ("", delta.content_hash()):
         return delta
     what = f"The delta of {entry['concept']!r}" if entry and entry.get("concept") else f"The delta {name[:120]!r}"
     told = f" (content hash {content_hash[:64]})" if content_hash else ""
-    there = host.delta_library.find(name) if content_hash else None
-    other = f"; {there.name} is there, but holds another one" if there is not None else ""
+    other = f"; {name} is there, but holds another one" if content_hash and host.delta_library.find(name) else ""
     raise SepMEError(f"{what}{told} is not in models/sepme{other}. Put its file there, {workflow.again(entry)}.")
 
 

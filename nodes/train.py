@@ -57,7 +57,9 @@ class SepMETrain(io.ComfyNode):
                     "learning_rate", default=0.0, min=0.0, max=10.0, step=0.00001, round=False, optional=True,
                     tooltip="0: what suits the mode (0.03, 0.1, 0.00001).",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, tooltip="Of every draw."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False, optional=True, tooltip="Of every draw."
+                ),
                 io.Int.Input("max_rank", default=0, min=0, max=4096, optional=True, tooltip="Cap on a delta's rank and size. 0: 8."),
                 Deltas.Input(
                     "deltas", optional=True,

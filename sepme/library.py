@@ -73,14 +73,26 @@ class DeltaLibrary:
         except OSError:  # removed meanwhile, or not ours to read
             return None
 
-    def find(self, name: str, content_hash: str = "") -> Path | None:
-        """The file of this name, with either kind of slash; with a hash the file that has it, wherever it is, and no other."""
-        entries = self.entries()
+    def find(self, name: str, content_hash: str = "") -> list[Path]:
+        """Files to try, best first: of this name, with either kind of slash; with a hash only those that claim it, wherever they are."""
         plain = name.replace("\\", "/")
-        candidates = [e for e in entries if e.name == plain] + [e for e in entries if content_hash and e.name != plain]
-        for entry in candidates:
-            if not content_hash or entry.content_hash == content_hash:
-                return entry.path
+        entries = [e for e in self.entries() if (e.content_hash == content_hash if content_hash else e.name == plain)]
+        return [e.path for e in sorted(entries, key=lambda e: e.name != plain)]
+
+    def load(self, name: str, content_hash: str = "") -> ConceptDelta | None:
+        """The delta of :meth:`find`; None when there is none.
+
+        Raises:
+            SepMEError: there is one, but it is damaged, and no other.
+        """
+        failed: SepMEError | None = None
+        for path in self.find(name, content_hash):
+            try:
+                return ConceptDelta.load(path)
+            except SepMEError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return None
 
     def save(self, delta: ConceptDelta, prefix: str = "") -> Path:

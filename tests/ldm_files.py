@@ -78,7 +78,7 @@ def pipeline(kind: str, prediction: str = "epsilon") -> Any:
 def save_single_file(pipe: Any, kind: str, path: Path, metadata: dict[str, str] | None = None) -> Path:
     """Write a pipeline as one file in LDM names."""
     bare = {i for i, depth in enumerate(reversed(DEPTHS[kind])) if depth == 0}
-    tensors = {f"model.diffusion_model.{_unet_name(k, bare)}": v for k, v in pipe.unet.state_dict().items()}
+    tensors = {f"model.diffusion_model.{unet_name(k, bare)}": v for k, v in pipe.unet.state_dict().items()}
     for name, value in pipe.vae.state_dict().items():
         attention = value.ndim == 2 and ".attentions." in name
         tensors[f"first_stage_model.{_vae_name(name)}"] = value[:, :, None, None] if attention else value
@@ -96,7 +96,7 @@ def save_single_file(pipe: Any, kind: str, path: Path, metadata: dict[str, str] 
     return path
 
 
-def _unet_name(name: str, bare: set[int]) -> str:
+def unet_name(name: str, bare: set[int]) -> str:
     """LDM name of a UNet's tensor; ``bare``: up blocks without attention."""
     fixed = {
         "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",

@@ -23,7 +23,7 @@ class Job:
     """The progress bar of a node whose parts are shown one after another on one scale of 1000."""
 
     def __init__(self, parts: int) -> None:
-        self.bar, self.parts, self.part = comfy.utils.ProgressBar(1000), max(parts, 1), 0
+        self.bar, self.parts, self.part, self.reached = comfy.utils.ProgressBar(1000), max(parts, 1), 0, 0
 
     def show(self, done: float, losses: Sequence[float] = ()) -> None:
         """Set the bar to ``done`` (0 to 1) of the current part, with a picture of the losses now and then; stop when interrupted."""
@@ -33,12 +33,13 @@ class Job:
             from ..pictures import loss_curve
 
             preview = ("JPEG", loss_curve(losses), 512)
-        self.bar.update_absolute(round(1000 * (self.part + min(done, 1.0)) / self.parts), 1000, preview)
+        self.reached = max(self.reached, round(1000 * (self.part + min(done, 1.0)) / self.parts))  # a part may have several stages
+        self.bar.update_absolute(self.reached, 1000, preview)
 
     def next(self) -> None:
         """The current part is done."""
         self.part += 1
-        self.bar.update_absolute(round(1000 * self.part / self.parts), 1000)
+        self.show(0.0)
 
 
 @contextmanager

@@ -33,6 +33,34 @@ class Graph:
         return self.add("PreviewImage", images=image)
 
 
+def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The prompt that the front end makes of a saved workflow.
+
+    Args:
+        info: the server's ``/object_info``.
+    """
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] not in info:  # notes
+            continue
+        spec, values = info[node["type"]], list(node["widgets_values"])
+        linked = {i["name"]: links[i["link"]] for i in node["inputs"] if i["link"] is not None}
+        sockets = {i["name"] for i in node["inputs"] if "widget" not in i}
+        inputs: dict[str, Any] = {}
+        for part in ("required", "optional"):
+            for name in spec["input_order"].get(part, []):
+                if name not in sockets:
+                    inputs[name] = values.pop(0)
+                    options = spec["input"][part][name][1]
+                    after = options.get("control_after_generate")
+                    if after if after is not None else name in ("seed", "noise_seed"):
+                        assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+        assert not values, f"{node['type']} has widgets left over: {values}"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
+    return prompt
+
+
 class Node(str):
     """A node's id; ``node[i]`` links to its i-th output."""
 

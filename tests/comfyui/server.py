@@ -55,17 +55,23 @@ class Run:
 
 
 class Server:
-    """``main.py --cpu`` in a folder of its own: ``base`` holds models, custom_nodes, input and output."""
+    """``main.py --cpu`` in a folder of its own: ``base`` holds models, custom_nodes, input and output.
 
-    def __init__(self, base: Path, packs: dict[str, Path] | None = None, environment: dict[str, str] | None = None) -> None:
+    Args:
+        pack: folder of the custom node, linked. without: packages that this server cannot import.
+    """
+
+    def __init__(self, base: Path, pack: Path = ROOT, without: tuple[str, ...] = ()) -> None:
         self.base, self.port = base, _free_port()
         for name in ("models/checkpoints", "models/loras", "models/controlnet", "custom_nodes", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
-        for name, folder in {"comfyui-sepme": ROOT, **(packs or {})}.items():
-            (base / "custom_nodes" / name).symlink_to(folder)
+        (base / "custom_nodes" / "comfyui-sepme").symlink_to(pack)
+        (base / "python").mkdir()
+        (base / "python" / "sitecustomize.py").write_text(f"import sys\nfor name in {without!r}: sys.modules[name] = None\n")
         self.log = base / "server.log"
-        path = os.environ.get("SEPME_COMFYUI_PACKAGES", "")  # packages that only another version of ComfyUI needs
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+        more = os.environ.get("SEPME_COMFYUI_PACKAGES")  # packages that only another version of ComfyUI needs
+        path = os.pathsep.join([str(base / "python"), *([more] if more else [])])
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--disable-api-nodes", "--base-directory", str(base)]
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
         with self.log.open("wb") as log:
