@@ -56,11 +56,8 @@ class World:
         import comfy.supported_models
 
         bases = {"sd2": comfy.supported_models.SD20, "sdxl": comfy.supported_models.SDXL}
-        config = (
-            SHARED
-            | DEPTHS[kind]
-            | ({"adm_in_channels": 2816, "num_classes": "sequential"} if kind == "sdxl" else {"adm_in_channels": None})
-        )
+        labels = {"adm_in_channels": 2816, "num_classes": "sequential"} if kind == "sdxl" else {"adm_in_channels": None}
+        config = SHARED | DEPTHS[kind] | labels
 
         class Small(bases[kind]):  # type: ignore[misc, name-defined]
             unet_config: dict[str, Any] = {}  # noqa: RUF012
@@ -130,7 +127,7 @@ def test_pooled_vectors_are_replaced_in_touched_prompts_only(world: World) -> No
     labels: list[Tensor] = []
     applied.set_model_unet_function_wrapper(lambda f, a: (labels.append(a["c"]["y"].clone()), f(a["input"], a["timestep"], **a["c"]))[1])
     world.sample(applied, "a fox")
-    touched, untouched = labels[0][:2, :1280], labels[0][2:, :1280]
+    untouched, touched = labels[0][:2, :1280], labels[0][2:, :1280]  # ComfyUI puts the negative first
     own, nothing = world.encoder.encode(["a fox"]).pooled, world.encoder.encode([""]).pooled
     assert torch.equal(untouched, nothing.expand(2, -1))
     with torch.inference_mode():
