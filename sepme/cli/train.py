@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+from rich.progress import Progress
 
 from ..concepts import ConceptBook, file_name
 from ..delta import ConceptDelta
 from ..errors import Interrupted, SepMEError
-from ..files import check_writable, remove_leftovers
+from ..files import check_writable, remove_leftovers, write_atomically
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
 from .inspect import show_summaries, summary
+
+if TYPE_CHECKING:
+    from ..train.workers import Job
 
 
 def train(
@@ -61,12 +66,15 @@ def train(
     tokenizer: Tokenizer = None,
     prediction: Prediction = None,
     size: Size = None,
+    workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make one delta file for every concept of a book."""
-    from ..nullspace import Planner
-    from ..train import Progress as Step
-    from ..train import TrainOptions, make_deltas, plan_options
+    import torch
+
+    from ..train import TrainOptions, plan_options
+    from ..train.workers import Job
 
     concept_book = ConceptBook.load(book)
     if preserve is not None:
@@ -84,47 +92,90 @@ def train(
     check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
-    host = load_host(model, device, dtype, tokenizer, prediction, size)
-    results = []
-    with interruptible() as check, progress_bar() as bar:
-        pictures = _pictures(host, images, chosen, check)
-        planner = Planner(host, concept_book, plan, on_progress=progress(bar, check))
-        if mode == "subspace":  # all gates in one pass over what calibrates them
-            planner.plan_all(list(paths))  # the same group whether resumed or not, so that the bytes are the same
-        if null_space == "auto":
-            log.print(f"Null space: {planner.mode}")
-        for group in [chosen] if joint else [[name] for name in chosen]:
-            checkpoint = (out / "joint" if len(group) > 1 else paths[group[0]].with_suffix("")).with_suffix(".checkpoint.safetensors")
-            for path in (checkpoint, *(paths[n] for n in group)):
-                remove_leftovers(path)
-            if not resume:
-                checkpoint.unlink(missing_ok=True)
-            elif all(paths[n].exists() for n in group) and not checkpoint.exists():
-                for name in group:
-                    results.append(summary(ConceptDelta.load(paths[name]), paths[name]))
-                    log.print(f"{name}: already made ({paths[name]})")
-                continue
-            tasks = {name: bar.add_task(name, total=options.steps, loss="") for name in group}
-
-            def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
-                bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
-                check()
-
-            try:
-                deltas = make_deltas(planner, group, host, options, checkpoint, on_step, pictures, check)
-            except Interrupted:
-                log.print(f"Stopped at {', '.join(group)}; run the same command with --resume to go on.")
-                raise typer.Exit(130) from None
-            for delta in deltas:
-                name = delta.concept.name
-                delta.save(paths[name])
-                bar.update(tasks[name], completed=options.steps, loss=f"{len(delta.info['losses'])} steps")
-                results.append(summary(delta, paths[name]))
+    load = partial(load_host, model, device=device, dtype=dtype, tokenizer=tokenizer, prediction=prediction, size=size)
+    pictures = partial(_pictures, folder=images, names=chosen)
+    job = Job(load, concept_book, plan, options, tuple(chosen), out.resolve(), torch.get_num_threads(), pictures)
+    if workers and joint:
+        raise SepMEError("Joint training is one piece of work; leave out --joint or --workers.")
+    groups = [chosen] if joint else [[name] for name in chosen]
+    todo: list[Group] = []
+    for names in groups:
+        checkpoint = (job.folder / "joint" if len(names) > 1 else paths[names[0]].resolve().with_suffix("")).with_suffix(
+            ".checkpoint.safetensors"
+        )
+        for path in (checkpoint, *(paths[n] for n in names)):
+            remove_leftovers(path)
+        if not resume:
             checkpoint.unlink(missing_ok=True)
+        if resume and all(paths[n].exists() for n in names) and not checkpoint.exists():
+            for name in names:
+                log.print(f"{name}: already made ({paths[name]})")
+        else:
+            todo.append(Group(names, checkpoint))
+    with interruptible() as check, progress_bar() as bar:
+        try:
+            if not todo:
+                log.print("Nothing is left to train.")
+            elif workers:
+                _side_by_side(job, todo, paths, workers, ray_address, bar, check)
+            else:
+                _one_by_one(job, todo, paths, bar, check, tell_mode=null_space == "auto")
+        except Interrupted:
+            log.print("Stopped; run the same command with --resume to go on.")
+            raise typer.Exit(130) from None
+    results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
 
 
-def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None]) -> dict[str, Any]:
+class Group(NamedTuple):
+    """Concepts that are trained together, and where their state is kept meanwhile."""
+
+    names: list[str]
+    checkpoint: Path
+
+
+def _one_by_one(job: Job, todo: list[Group], paths: Mapping[str, Path], bar: Progress, check: Callable[[], None], tell_mode: bool) -> None:
+    from ..train import Progress as Step
+    from ..train import make_deltas
+
+    host = job.load()
+    pictures = job.pictures(host, check=check)
+    planner = job.planner(host, progress(bar, check))
+    if tell_mode:
+        log.print(f"Null space: {planner.mode}")
+    for names, checkpoint in todo:
+        tasks = {name: bar.add_task(name, total=job.options.steps, loss="") for name in names}
+
+        def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
+            bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
+            check()
+
+        for delta in make_deltas(planner, names, host, job.options, checkpoint, on_step, pictures, check):
+            name = delta.concept.name
+            delta.save(paths[name])
+            bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.info['losses'])} steps")
+        checkpoint.unlink(missing_ok=True)
+
+
+def _side_by_side(
+    job: Job, todo: list[Group], paths: Mapping[str, Path], workers: int, address: str | None, bar: Progress, check: Callable[[], None]
+) -> None:
+    from ..train.workers import Report, train_on_workers
+
+    tasks = {names[0]: bar.add_task(names[0], total=job.options.steps, loss="") for names, _ in todo}
+
+    def save(name: str, data: bytes) -> None:
+        write_atomically(paths[name], data)
+        bar.update(tasks[name], completed=job.options.steps, loss="done")
+
+    def on_report(report: Report) -> None:
+        step = report.progress
+        bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
+
+    train_on_workers(job, [(names[0], checkpoint) for names, checkpoint in todo], workers, address, save, on_report, check)
+
+
+def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The user's pictures of every concept as clean latents; concepts without a subfolder share the folder."""
     from ..images import load_folder
     from ..train import Pictures

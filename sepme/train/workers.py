@@ -1,0 +1,195 @@
+"""Training on many machines through Ray: one task a concept, the same bytes as one process makes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..concepts import ConceptBook
+from ..directions import PlanOptions
+from ..errors import Interrupted, SepMEError
+from ..nullspace import Planner
+from ..tokens import OnProgress, silent
+from .make import make_deltas
+from .options import Progress, TrainOptions
+from .source import Pictures
+
+RETRIES = 3
+STORE = 256 << 20  # bytes of shared memory; finished deltas pass through it
+POLL = REPORT = 0.2  # seconds between looks at the workers, and at least between two reports of one
+
+
+class Report(NamedTuple):
+    """A training step as a worker tells of it; ``pid`` is its process."""
+
+    progress: Progress
+    pid: int
+
+
+def no_pictures(host: Any, check: Callable[[], None] = lambda: None) -> dict[str, Pictures]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a process needs to make any of the concepts. It is pickled, so callables must be importable.
+
+    Attributes:
+        load: the host. pictures: from the host, the user's pictures by concept.
+        names: all concepts of the run: whoever makes one of them plans them all, so that its gate is calibrated in the same batches.
+        folder: where checkpoints are kept; a worker on another machine keeps them there. threads: of torch, in every process.
+    """
+
+    load: Callable[[], Any]
+    book: ConceptBook
+    plan: PlanOptions
+    options: TrainOptions
+    names: tuple[str, ...]
+    folder: Path
+    threads: int
+    pictures: Callable[..., Mapping[str, Pictures]] = no_pictures
+
+    def planner(self, host: Any, on_progress: OnProgress = silent) -> Planner:
+        planner = Planner(host, self.book, self.plan, on_progress=on_progress)
+        if self.options.mode == "subspace":  # all gates in one pass over what calibrates them
+            planner.plan_all(list(self.names))
+        return planner
+
+
+class Worker:
+    """One process: loads and plans at its first concept, then makes one after the other."""
+
+    def __init__(self) -> None:
+        self.ready: tuple[Any, Planner, Mapping[str, Pictures]] | None = None
+
+    def make(self, job: Job, name: str, checkpoint: Path, report: Callable[[Report], None]) -> bytes:
+        """The bytes of a concept's delta file; goes on from the checkpoint where one of the same recipe is there."""
+        torch.set_num_threads(job.threads)
+        if self.ready is None:
+            host = job.load()
+            self.ready = host, job.planner(host), job.pictures(host)
+        host, planner, pictures = self.ready
+        told = 0.0
+
+        def on_step(step: Progress) -> None:
+            nonlocal told
+            if time.monotonic() - told >= REPORT:
+                told = time.monotonic()
+                report(Report(step, os.getpid()))
+
+        return make_deltas(planner, [name], host, job.options, checkpoint, on_step, pictures)[0].to_bytes()
+
+    def forget(self, checkpoint: Path) -> None:
+        """Remove a checkpoint: its delta is saved."""
+        checkpoint.unlink(missing_ok=True)
+
+
+class Board:
+    """Where workers leave their reports."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+
+    def add(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def take(self) -> list[Report]:
+        taken, self.reports = self.reports, []
+        return taken
+
+
+def train_on_workers(
+    job: Job,
+    todo: Sequence[tuple[str, Path]],
+    workers: int,
+    address: str | None,
+    save: Callable[[str, bytes], None],
+    on_report: Callable[[Report], None] = lambda report: None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the deltas of several concepts, each by whichever worker is free; a worker that dies is replaced and its concept retried.
+
+    Args:
+        todo: names and checkpoints. workers: processes at once. address: of a Ray cluster; None: processes on this machine.
+        save: takes a concept's name and the bytes of its finished file, in this process; only then its checkpoint goes.
+        on_report: called with what workers report. check: called about every fifth of a second; it may raise Interrupted.
+
+    Raises:
+        SepMEError: Ray is missing or the cluster out of reach; what training raises; a worker died too often.
+        Interrupted: raised by ``check``; checkpoints stay.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise SepMEError("Training with --workers needs Ray; run: pip install 'comfyui-sepme[ray]'.") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside any other load hardly anything is trained
+    where: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": workers, "object_store_memory": STORE}
+    try:
+        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise SepMEError(f"Ray cannot be started or reached ({reason}); check the address, or leave it out.") from None
+    try:
+        _distribute(ray, job, todo, workers, save, on_report, check)
+    finally:
+        ray.shutdown()
+
+
+def _distribute(
+    ray: Any,
+    job: Job,
+    todo: Sequence[tuple[str, Path]],
+    workers: int,
+    save: Callable[[str, bytes], None],
+    on_report: Callable[[Report], None],
+    check: Callable[[], None],
+) -> None:
+    board = ray.remote(num_cpus=0)(Board).remote()
+    gpus = 1 if str(getattr(job.load, "keywords", {}).get("device", "")).startswith("cuda") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(Worker)
+    free = [remote.remote() for _ in range(min(workers, len(todo)))]
+    waiting = list(todo)
+    running: dict[Any, tuple[Any, str, Path]] = {}
+    while waiting or running:
+        while free and waiting:
+            worker, (name, checkpoint) = free.pop(), waiting.pop(0)
+            running[worker.make.remote(job, name, checkpoint, _Reporter(board))] = worker, name, checkpoint
+        done, _ = ray.wait(list(running), timeout=POLL)
+        for report in ray.get(board.take.remote()):
+            on_report(report)
+        check()
+        for result in done:
+            worker, name, checkpoint = running.pop(result)
+            save(name, _get(ray, result, name))
+            worker.forget.remote(checkpoint)
+            checkpoint.unlink(missing_ok=True)
+            free.append(worker)
+
+
+@dataclass(frozen=True)
+class _Reporter:
+    board: Any
+
+    def __call__(self, report: Report) -> None:
+        self.board.add.remote(report)
+
+
+def _get(ray: Any, result: Any, name: str) -> bytes:
+    try:
+        return ray.get(result)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (SepMEError, Interrupted)):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError:
+        raise SepMEError(
+            f"The worker that made {name!r} died {RETRIES + 1} times, perhaps short of memory; run again with --resume and fewer workers."
+        ) from None
