@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...sepme.composition import Composition
 from ...sepme.delta import ConceptDelta
 from ...sepme.layers import projections
+from ...sepme.ops import PROJECT_KV, why_not
 from ...sepme.runtime import KVProjector
 from ...sepme.toggles import Toggles, merge, strengths
 from .denoiser import attention_layers
@@ -86,6 +87,8 @@ class Applied:
         projector = self._projectors.get(id(model))
         if projector is None:
             projector = self._projectors[id(model)] = self._projector(model)
+        if self.backend == "fused":
+            self._say_why_not_fused(projector, c_crossattn)
         with projector.forward_pass(self._rows(rows, c_crossattn), c_crossattn, self.default, self._unknown_rows):
             self._current.projector = projector
             try:
@@ -99,6 +102,17 @@ class Applied:
             inner = self._inner(name, module)
             projector.wrap(name, module, inner, partial(_plain_weight, module, inner))
         return projector
+
+    def _say_why_not_fused(self, projector: KVProjector, context: Tensor) -> None:
+        """Once, where ``fused`` was chosen and something else runs."""
+        weights = [_plain_weight(module, self._inner(name, module)) for name, module in projector.modules.items()]
+        plain = [w for w in weights if w is not None]
+        if len(plain) < len(weights):
+            self._say("Backend fused: this model's weights are cast, patched or offloaded while it runs; exact is used instead.")
+            return
+        reason = why_not(PROJECT_KV, context=context.to(plain[0].dtype), weights=plain)
+        if reason is not None:
+            self._say(f"Backend fused: {reason}; plain PyTorch does the same here.")
 
     def _inner(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """What the patch stands before: of a module's own forward that of the running model's module, which may be another object."""

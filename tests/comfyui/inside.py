@@ -27,6 +27,8 @@ def start(base: Path) -> None:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args
+
+        importlib.import_module("utils.extra_config")  # as main.py does, before ComfyUI's nodes put another 'utils' on the path
     finally:
         sys.argv = argv
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

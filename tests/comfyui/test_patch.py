@@ -300,6 +300,16 @@ def test_projections_run_once_a_prompt_batch(inside: Inside) -> None:
     assert len(calls) == 2 * len(modules)  # nothing is kept from run to run
 
 
+def test_fused_falls_back_and_says_so_once(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
+    applied = inside.apply(inside.model, backend="fused")
+    for _ in range(2):
+        inside.sample(applied, inside.text("a striped star"))
+    assert [r.message for r in caplog.records] == ["Backend fused: there is no kernel for cpu; plain PyTorch does the same here."]
+    caplog.clear()
+    inside.sample(inside.apply(inside.model), inside.text("a striped star"))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("backend", ["auto", "exact", "fused", "eager"])
 def test_backends(inside: Inside, backend: str) -> None:
     prompt = inside.text("a striped star")
