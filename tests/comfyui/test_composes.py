@@ -6,7 +6,6 @@ of merged weights, which ComfyUI's own weight patches make.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -230,9 +229,8 @@ def test_couples_rows_have_their_prompts_toggles(inside: Inside, caplog: pytest.
 
 def test_weights_stored_as_fp8(inside: Inside) -> None:
     """A UNet whose weights are float8 and cast at every use."""
-    plain = inside.sample(inside.model, inside.text("a striped star"))  # no patch is live on what is copied now
-    model = inside.model.clone()
-    model.model, model.backup, model.object_patches_backup = copy.deepcopy(inside.model.model), {}, {}
+    plain = inside.sample(inside.model, inside.text("a striped star"))
+    model = inside.host.demo_model()[0]
     for name, module in model.model.diffusion_model.named_modules():
         if isinstance(module, torch.nn.Linear) and "attn" in name:
             module.weight = torch.nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)

@@ -212,6 +212,10 @@ def test_deep_copies_of_a_patched_model(inside: Inside) -> None:
     """Hosts with several GPUs copy the model, patches and all: a copy uses its own weights, and carries the same deltas."""
     applied, prompt = inside.apply(inside.model), inside.text("a striped star")
     expected, stock = inside.sample(applied, prompt), inside.sample(inside.model, prompt)
+    try:
+        copy.deepcopy(inside.model.model)
+    except TypeError:
+        pytest.skip("models of this ComfyUI cannot be copied at all")
     inside.sample(applied, prompt)  # live on the model
     copied = applied.clone()
     copied.model = copy.deepcopy(inside.model.model)
