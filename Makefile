@@ -5,10 +5,14 @@ TORCH ?= torch>=2.4 torchvision
 
 .PHONY: demo test lint bench world clean
 
-# the environment, made again when the requirements change
+# the environments, made again when the requirements change: one to use, and what the tests need on top
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq --disable-pip-version-check $(foreach p,$(TORCH),"$(p)")
+	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli]"
+	touch $@
+
+.venv/.test-ready: .venv/.ready
 	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
 	$(BIN)/python tests/comfyui/environment.py
 	touch $@
@@ -17,10 +21,10 @@ demo: .venv/.ready
 	$(BIN)/sepme demo --out demo
 	@echo "Open demo/report.html"
 
-test: .venv/.ready lint
+test: .venv/.test-ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: .venv/.ready
+lint: .venv/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
