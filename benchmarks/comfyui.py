@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def start(folder: str, base: str) -> None:
 
     comfy.options.enable_args_parsing()
     import comfy.cli_args
+    import utils.extra_config  # noqa: F401  as main.py does, before nodes.py puts another 'utils' in the way
 
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec is not None
@@ -86,21 +88,30 @@ class Bench:
     def off(self, count: int) -> dict[str, float]:
         return dict.fromkeys((d.concept.name for d in self.deltas[:count]), 0.0)
 
-    def ours(self, count: int, toggles: dict[str, float] | None = None) -> tuple[Any, Any]:
+    def ours(self, count: int) -> tuple[Any, Any]:
         """MODEL with ``count`` concepts switched on (for none: one, switched off), and the negative prompt, which keeps all of them."""
         loaded = max(count, 1)
-        model = self.host.apply_deltas(self.model, self.deltas[:loaded], toggles or ({} if count else self.off(1)))
+        model = self.host.apply_deltas(self.model, self.deltas[:loaded], {} if count else self.off(1))
         return model, self.host.toggled(self.negative, self.off(loaded))
 
-    def lora_chain(self, count: int, bypass: bool = False, last: float = 1.0, model: Any = None) -> Any:
-        """LoraLoader's (or LoraLoaderBypass's) work, ``count`` nodes in a row; ``last`` is the strength of the last."""
+    def lora_chain(self, count: int) -> Any:
+        """What ``count`` LoraLoader nodes in a row make."""
         import comfy.sd
 
-        load = comfy.sd.load_bypass_lora_for_models if bypass else comfy.sd.load_lora_for_models
-        model = model or self.model
-        for i, lora in enumerate(self.loras[:count]):
-            model = load(model, None, lora, last if i == count - 1 else 1.0, 0.0)[0]
+        model = self.model
+        for lora in self.loras[:count]:
+            model = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
         return model
+
+    def lora_bypass(self, count: int) -> Any:
+        """What LoraLoaderBypass makes of all in one file: of several such nodes in a row only the last one acts."""
+        import comfy.sd
+
+        joined = {}
+        for key in self.loras[0]:
+            parts = [lora[key] for lora in self.loras[:count]]
+            joined[key] = torch.stack(parts).sum(0) if key.endswith("alpha") else torch.cat(parts, dim=1 if "lora_up" in key else 0)
+        return comfy.sd.load_bypass_lora_for_models(self.model, None, joined, 1.0, 0.0)[0]
 
     def overhead(self, concepts: tuple[int, ...], steps: int, number: int) -> dict[str, Any]:
         import comfy.sd
@@ -113,7 +124,7 @@ class Bench:
             if count:
                 models[f"lora_merged_{count}"] = self.lora_chain(count)
                 if hasattr(comfy.sd, "load_bypass_lora_for_models"):
-                    models[f"lora_bypass_{count}"] = self.lora_chain(count, bypass=True)
+                    models[f"lora_bypass_{count}"] = self.lora_bypass(count)
 
         def side(name: str, model: Any) -> Callable[[int], Any]:
             if name == "stock_kept":
@@ -143,7 +154,6 @@ class Bench:
         count = toggle.CONCEPTS
         nine = self.lora_chain(count - 1)
         context = torch.cat([self.negative[0][0], self.positive[0][0]]).to(self.model.model.get_dtype())
-        work = toggle.stubbed(self.layers, self.deltas[:count], context)
         changes = iter(range(10**9))
 
         def lora(steps: int) -> None:
@@ -155,9 +165,10 @@ class Bench:
             if steps:
                 self.sample(model, steps)
 
-        def ours(steps: int) -> None:
+        def ours(steps: int, deltas: Any, work: Callable[[float], None]) -> None:
             strength = 0.5 + next(changes) % 2 / 2
-            model, negative = self.ours(count, {self.deltas[count - 1].concept.name: strength})
+            model = self.host.apply_deltas(self.model, deltas, {deltas[0].concept.name: strength})
+            negative = self.host.toggled(self.negative, self.off(count))
             self.load(model)
             if steps:
                 self.sample(model, steps, negative)
@@ -165,11 +176,13 @@ class Bench:
                 work(strength)
 
         timings = []
-        for steps in (0, 1):
+        for first_step, all_touch in toggle.CASES:
+            steps, deltas = int(first_step), self.deltas[:count] if all_touch else self.models.only(self.deltas[:count], 0)
+            mine = partial(ours, steps, deltas, toggle.stubbed(self.layers, deltas, context))
             for _ in range(2):
-                lora(steps), ours(steps)
-            timings.append(bench.alternate(lambda n=steps: lora(n), lambda n=steps: ours(n), pairs))
-        return toggle.summary(*timings) | {"lora": "LoraLoader, the last of ten weighed anew: weights patched again"}
+                lora(steps), mine()
+            timings.append(bench.alternate(partial(lora, steps), mine, pairs))
+        return toggle.summary(*timings) | {"lora": "LoraLoader, the last of ten weighed anew: weights patched again", "pairs": pairs}
 
 
 def _sd15() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,11 @@ def random_deltas(layers: Mapping[str, AttentionLayer], count: int) -> tuple[Con
         up = {name: 0.01 * torch.randn(len(weight), RANK, generator=generator) for name, weight in kv.items()}
         deltas.append(ConceptDelta.from_factors(Concept(f"concept {i}"), down, up, 0.0, {}))
     return tuple(deltas)
+
+
+def only(deltas: tuple[ConceptDelta, ...], changed: int) -> tuple[ConceptDelta, ...]:
+    """The same behind gates that only the changed one's prompt opens, as when a prompt carries one concept of those loaded."""
+    return tuple(d if i == changed % len(deltas) else replace(d, gate=2.0) for i, d in enumerate(deltas))  # a ratio is at most 1
 
 
 def strengths(count: int, changed: float = 1.0) -> Tensor:
