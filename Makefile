@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch>=2.4 torchvision
 
-.PHONY: demo test lint bench world clean
+.PHONY: demo test lint bench kernels world clean
 
 # the environments, made again when the requirements change: one to use, and what the tests need on top
 .venv/.ready: pyproject.toml
@@ -32,6 +32,12 @@ lint: .venv/.test-ready
 bench: .venv/.ready
 	$(BIN)/sepme bench solver
 	$(BIN)/sepme bench train
+	$(BIN)/sepme bench overhead
+	$(BIN)/sepme bench toggle
+
+# every configuration of the kernels, every GPU family and d_in: some minutes, no GPU needed
+kernels: .venv/.ready
+	$(BIN)/sepme bench kernel --aot --width 768 --width 1024 --width 2048 --out benchmarks/results
 
 # the larger drawing world: an hour or two of training, then docs/results/world
 world: .venv/.ready

@@ -55,6 +55,8 @@ def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
     Returns:
         a new tensor, shape and dtype of base. Differentiable.
     """
+    if base.device.type not in _accelerators and not torch.is_grad_enabled():
+        return add_to_rows_eager(base, h, up, rows)  # once a layer: what the dispatcher adds would show
     return torch.ops.sepme.add_to_rows(base, h, up, rows)
 
 
@@ -79,9 +81,8 @@ def project_kv_eager(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: 
 def add_to_rows_eager(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
     """The body of :func:`add_to_rows`."""
     with torch.autocast(base.device.type, enabled=False):
-        out = base.clone(memory_format=torch.contiguous_format)
-        out[rows] = (base[rows].float() + h @ up).to(base.dtype)
-        return out
+        touched = (base.index_select(0, rows).float() + h @ up).to(base.dtype)
+        return base.clone(memory_format=torch.contiguous_format).index_copy_(0, rows, touched)
 
 
 def accelerate(device_type: str, unavailable: Callable[[torch.device], str | None]) -> None:

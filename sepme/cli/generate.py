@@ -27,6 +27,7 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
     gate: Annotated[bool, typer.Option(help="Row gate.")] = True,
+    backend: Annotated[str, typer.Option(help="How keys and values are computed: auto, exact, fused or eager.")] = "auto",
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
@@ -55,7 +56,7 @@ def generate(
     with interruptible() as check:
         images = host.generate(
             prompts, [seed + i for i in range(len(prompts))], composition, toggles,
-            negative=negative, steps=steps, guidance=guidance, gate=gate, on_step=lambda i: check(),
+            negative=negative, steps=steps, guidance=guidance, gate=gate, backend=backend, on_step=lambda i: check(),
         )  # fmt: skip
     save_grid(images, out)
     rows = [
