@@ -1,7 +1,7 @@
 """Overhead and toggling in a real ComfyUI, on the CPU; started by ``sepme bench overhead|toggle --comfyui FOLDER``.
 
 ``python benchmarks/comfyui.py JOB`` writes one line of JSON, JOB being like
-``{"comfyui": FOLDER, "bench": "overhead", "model": "demo", "concepts": [0, 10], "steps": 20, "rounds": 7, "threads": 1}`` or
+``{"comfyui": FOLDER, "bench": "overhead", "model": "demo", "concepts": [0, 10], "steps": 20, "rounds": 7, "sides": [], "threads": 1}`` or
 ``{"comfyui": FOLDER, "bench": "toggle", "model": "demo", "pairs": 7, "threads": 1}``.
 Packages that a newer ComfyUI wants may lie in the folder named by ``SEPME_COMFYUI_PACKAGES``.
 """
@@ -113,7 +113,7 @@ class Bench:
             joined[key] = torch.stack(parts).sum(0) if key.endswith("alpha") else torch.cat(parts, dim=1 if "lora_up" in key else 0)
         return comfy.sd.load_bypass_lora_for_models(self.model, None, joined, 1.0, 0.0)[0]
 
-    def overhead(self, concepts: tuple[int, ...], steps: int, number: int) -> dict[str, Any]:
+    def overhead(self, concepts: tuple[int, ...], steps: int, number: int, only: tuple[str, ...]) -> dict[str, Any]:
         import comfy.sd
 
         overhead = importlib.import_module(f"{PACK}.sepme.bench.overhead")
@@ -136,7 +136,8 @@ class Bench:
                 return kept
             return lambda steps: self.sample(model, steps, negatives.get(name))
 
-        sides = {name: side(name, model) for name, model in models.items()}
+        most = max(concepts)
+        sides = overhead.chosen({name: side(name, model) for name, model in models.items()}, only, most)
         counts = {}
         for name, run in sides.items():
             self.load(models[name])
@@ -144,7 +145,6 @@ class Bench:
         timed = overhead.rounds(
             {n: (lambda run=run: run(steps)) for n, run in sides.items()}, number, lambda *_: None, lambda name: self.load(models[name])
         )
-        most = max(concepts)
         return overhead.summary(timed, counts, most) | overhead.kept_bytes(self.layers, self.positive[0][0].repeat(2, 1, 1), most)
 
     def toggle(self, pairs: int) -> dict[str, Any]:
@@ -221,7 +221,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         facts = {"host": f"ComfyUI {version}", "model": job["model"], "threads": job["threads"]}
         if job["bench"] == "toggle":
             return facts | Bench(job["model"], 10).toggle(job["pairs"])
-        result = Bench(job["model"], max(job["concepts"])).overhead(tuple(job["concepts"]), job["steps"], job["rounds"])
+        result = Bench(job["model"], max(job["concepts"])).overhead(
+            tuple(job["concepts"]), job["steps"], job["rounds"], tuple(job["sides"])
+        )
         return facts | result | {"steps": job["steps"], "rounds": job["rounds"]}
 
 

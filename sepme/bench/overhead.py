@@ -6,8 +6,8 @@ all; each run's time is divided by the stock run's of the same round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..composition import Composition
+from ..delta import ConceptDelta
+from ..errors import SepMEError
 from ..layers import weight_of
 from ..protocols import AttentionLayer
 from ..runtime import KVProjector
@@ -58,8 +60,7 @@ def rounds(
     return result
 
 
-@contextmanager
-def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> Iterator[dict[str, Callable[[int], Any]]]:
+def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Callable[[int], Any]]:
     """Sampling runs of so many steps, by name; ours is attached anew for every run, as it is in use."""
     deltas = random_deltas(model.layers, max(concepts, default=0))
 
@@ -76,21 +77,31 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> Iterator[dict[
         with barely_kept(model.layers):
             return model.sample(steps)
 
+    def twin(change: Callable[[Any, tuple[ConceptDelta, ...]], None], number: int) -> Callable[[int], Any]:
+        """Made when it is first run, before anything is counted or timed."""
+
+        @cache
+        def made() -> Subject:
+            result = model.twin()
+            change(result.unet, deltas[:number])
+            return result
+
+        return lambda steps: made().sample(steps)
+
     sides: dict[str, Callable[[int], Any]] = {"stock": model.sample, "stock_kept": kept}
     for number in concepts:
         sides[f"ours_{number}"] = ours(number)
         if number:
-            merged, adapted = model.twin(), model.twin()
-            merge(merged.unet, deltas[:number])
-            add_adapters(adapted.unet, deltas[:number])
-            sides[f"lora_merged_{number}"], sides[f"peft_unmerged_{number}"] = merged.sample, adapted.sample
-    yield sides
+            sides[f"lora_merged_{number}"] = twin(merge, number)
+            sides[f"peft_unmerged_{number}"] = twin(add_adapters, number)
+    return sides
 
 
 def second_step(sides: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, int]]:
     """Counts of a step from the second on: those of two steps less those of one."""
     result = {}
     for name, side in sides.items():
+        side(1)  # what is made at the first run is not counted
         one, two = (count(lambda n=n: side(n)) for n in (1, 2))  # type: ignore[misc]  # noqa: B023
         result[name] = {key: two[key] - one[key] for key in one}
     return result
@@ -112,23 +123,38 @@ def run(
     concepts: tuple[int, ...] = (0, 1, 10, 100),
     steps: int = 20,
     number: int = 7,
+    only: tuple[str, ...] = (),
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure one model in diffusers.
+
+    Args:
+        only: sides that are run beside stock and ours of the largest number; all by default.
 
     Returns:
         ``sides`` (see :func:`rounds`), ``per_step`` (see :func:`second_step`), and of the largest number of concepts N
         ``overhead_ratio_n<N>``, ``flops_ratio_n<N>``, ``ops_per_step_ours``, ``ops_per_step_stock``, ``delta_bytes``, ``cache_bytes``.
     """
-    with ExitStack() as stack, torch.no_grad():
+    with torch.no_grad():
         model = subject(name)
-        sides = stack.enter_context(diffusers_sides(model, concepts))
+        sides = chosen(diffusers_sides(model, concepts), only, max(concepts))
         counts = second_step(sides)
         timed = rounds({n: (lambda side=side: side(steps)) for n, side in sides.items()}, number, on_progress)  # type: ignore[misc]
         most = max(concepts)
         return summary(timed, counts, most) | kept_bytes(model.layers, model.context, most) | {
             "host": "diffusers", "model": name, "steps": steps, "rounds": number, "threads": torch.get_num_threads(),
         }  # fmt: skip
+
+
+def chosen(sides: dict[str, Callable[[int], Any]], only: tuple[str, ...], most: int) -> dict[str, Callable[[int], Any]]:
+    """The sides named, stock, and ours of ``most`` concepts; all sides if none is named.
+
+    Raises:
+        SepMEError: there is no such side.
+    """
+    if unknown := set(only) - set(sides):
+        raise SepMEError(f"There is no side {sorted(unknown)[0]!r}; choose from {', '.join(sides)}.")
+    return {n: s for n, s in sides.items() if not only or n in (*only, "stock", f"ours_{most}")}
 
 
 def summary(timed: dict[str, dict[str, float]], counts: dict[str, dict[str, int]], most: int) -> dict[str, Any]:

@@ -138,6 +138,7 @@ def bench_overhead(
     concepts: Annotated[list[int] | None, typer.Option(help="Concepts of rank 8 (repeatable); 0, 1, 10 and 100 by default.", min=0)] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of a run.", min=2)] = 20,
     rounds: Annotated[int, typer.Option(help="Rounds in which every side runs once.", min=1)] = 7,
+    side: Annotated[list[str] | None, typer.Option(help="Run this side beside stock and ours (repeatable); all by default.")] = None,
     comfyui: Annotated[Path | None, typer.Option(help="Measure in this ComfyUI instead of diffusers.", envvar="SEPME_COMFYUI")] = None,
     as_json: Json = False,
 ) -> None:
@@ -149,9 +150,10 @@ def bench_overhead(
     with interruptible() as check, progress_bar() as bar:
         on_progress = progress(bar, check)
         if comfyui is not None:
-            data = comfy.run(comfyui, {"bench": "overhead", "model": model, "concepts": chosen, "steps": steps, "rounds": rounds})
+            job = {"bench": "overhead", "model": model, "concepts": chosen, "steps": steps, "rounds": rounds, "sides": side or ()}
+            data = comfy.run(comfyui, job)
         else:
-            data = overhead.run(model, chosen, steps, rounds, on_progress)
+            data = overhead.run(model, chosen, steps, rounds, tuple(side or ()), on_progress)
 
     def show() -> None:
         table = Table(

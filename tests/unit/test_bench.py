@@ -16,6 +16,7 @@ from sepme import cli
 from sepme.bench import kernel, models, overhead, toggle
 from sepme.bench.counting import count
 from sepme.composition import Composition
+from sepme.errors import SepMEError
 from sepme.runtime import KVProjector
 
 
@@ -109,6 +110,14 @@ def test_overhead(demo: models.Subject, monkeypatch: pytest.MonkeyPatch) -> None
         demo.context.numel() + demo.context.shape[1] * 5 * models.RANK + 2 * demo.context.shape[1] * widths
     )
     assert result["delta_bytes"] > 0
+
+
+def test_sides_can_be_chosen(demo: models.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "subject", lambda name: demo)
+    monkeypatch.setattr(overhead, "add_adapters", None)  # what is not run is not made
+    assert set(overhead.run("demo", (0, 2), steps=2, number=1, only=("lora_merged_2",))["sides"]) == {"stock", "lora_merged_2", "ours_2"}
+    with pytest.raises(SepMEError, match="no side 'peft'; choose from stock, stock_kept, ours_0, ours_2"):
+        overhead.run("demo", (0, 2), steps=2, number=1, only=("peft",))
 
 
 def test_toggle_work_is_all_but_the_models_own(demo: models.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
