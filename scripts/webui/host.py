@@ -373,7 +373,8 @@ class LoadedModel:
     def _call(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
         """What the UNet itself returns; through the module at which Automatic1111 moves models to the device."""
         if is_forge(self.model):
-            return self.unet(x, t, context=context, transformer_options={}, **({} if y is None else {"y": y}))  # type: ignore[no-any-return]
+            with torch.autograd.graph.saved_tensors_hooks(_copied, lambda saved: saved):
+                return self.unet(x, t, context=context, transformer_options={}, **({} if y is None else {"y": y}))  # type: ignore[no-any-return]
         with devices.autocast():
             if y is None:
                 return self.model.model(x, t, c_crossattn=[context])  # type: ignore[no-any-return]
@@ -408,6 +409,11 @@ class LoadedModel:
             if on_step is not None:
                 on_step()
         return x
+
+
+def _copied(saved: Tensor) -> Tensor:
+    """What the backward pass keeps: Forge's UNets add in place, to tensors that it needs."""
+    return saved if isinstance(saved, nn.Parameter) else saved.clone()
 
 
 def _mask(tokens: int, length: int) -> Tensor:

@@ -8,15 +8,15 @@ class CFGDenoiserParams:
         self.text_cond, self.text_uncond, self.denoiser = text_cond, text_uncond, denoiser
 
 
-def on_before_ui(callback, *, name=None):
+def on_before_ui(callback):
     callbacks["before_ui"].append(callback)
 
 
-def on_cfg_denoiser(callback, *, name=None):
+def on_cfg_denoiser(callback):
     callbacks["cfg_denoiser"].append(callback)
 
 
-def on_ui_tabs(callback, *, name=None):
+def on_ui_tabs(callback):
     callbacks["ui_tabs"].append(callback)
 
 

@@ -1,0 +1,183 @@
+"""The host adapter on Forge's own ``backend/``: its UNet, patcher, LoRAs, memory management and sampling function, on a tiny model.
+
+Run with a Forge checkout as working folder: ``python real_forge.py``; asserts, and says what it did.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.argv = [sys.argv[0], "--always-cpu", "--disable-xformers"]
+sys.path[:0] = [
+    str(ROOT / "tests" / "webui" / "host"),
+    str(ROOT / "tests"),
+    os.getcwd(),
+    os.path.join(os.getcwd(), "packages_3rdparty"),
+]  # the host's modules are doubles, backend is real
+sys.modules["modules.ui_components"] = SimpleNamespace(InputAccordion=None)  # type: ignore[assignment]
+for name, folder in (("sepme_extension", ""), ("sepme_extension.scripts", "scripts"), ("sepme_extension.scripts.webui", "scripts/webui")):
+    package = ModuleType(name)
+    package.__path__ = [str(ROOT / folder)]
+    sys.modules[name] = package
+
+import modules.sd_samplers_kdiffusion
+import modules.shared
+from backend.modules.k_prediction import Prediction
+from backend.nn.unet import IntegratedUNet2DConditionModel
+from backend.operations import using_forge_operations
+from backend.patcher.unet import UnetPatcher
+from backend.sampling.sampling_function import sampling_cleanup, sampling_function, sampling_prepare
+from conftest import TinyEncoder
+from modules.prompt_parser import words
+from sepme_extension.scripts.webui import host
+from sepme_extension.scripts.webui.settings import Settings, Tables
+from sepme_extension.sepme.composition import Composition
+from sepme_extension.sepme.concepts import ConceptBook
+from sepme_extension.sepme.nullspace import Planner
+from sepme_extension.sepme.train import TrainOptions, make_delta
+
+modules.sd_samplers_kdiffusion.sampling_prepare = sampling_prepare
+D_IN = 192
+
+
+class Engine:
+    """A Forge engine around a tiny UNet."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        with torch.inference_mode(), using_forge_operations(device=torch.device("cpu"), dtype=torch.float32):
+            unet = IntegratedUNet2DConditionModel(
+                in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1, 1], channel_mult=(1, 2), num_heads=2,
+                use_spatial_transformer=True, transformer_depth=[1, 1], transformer_depth_middle=1, transformer_depth_output=[1, 1, 1, 1],
+                context_dim=D_IN,
+            )  # fmt: skip
+            state = {}
+            for name, module in unet.named_modules():  # Forge's Linear has no weight until a checkpoint is loaded
+                if hasattr(module, "in_features"):
+                    state[f"{name}.weight"] = torch.randn(module.out_features, module.in_features) / module.in_features**0.5
+                    if not name.endswith(("to_q", "to_k", "to_v")):
+                        state[f"{name}.bias"] = torch.zeros(module.out_features)
+            rest = {k: 0.1 * torch.randn_like(v) for k, v in unet.state_dict().items() if not k.endswith("dummy") and k not in state}
+            rest |= {k: torch.ones_like(v) for k, v in rest.items() if v.dim() == 1 and k.endswith("weight")}
+            unet.load_state_dict(state | rest, strict=False)
+        unet.storage_dtype = unet.computation_dtype = torch.float32
+        unet.load_device = unet.offload_device = unet.initial_device = torch.device("cpu")
+        predictor = Prediction(sigma_data=1.0, prediction_type="epsilon")
+        patcher = UnetPatcher.from_model(unet.eval(), diffusers_scheduler=None, config=None, k_predictor=predictor)
+        unet.image_size = 8  # latents that it trains on
+        self.encoder = TinyEncoder(D_IN, 77)
+        objects = SimpleNamespace(unet=patcher)
+        objects.shallow_copy = lambda: SimpleNamespace(unet=patcher, shallow_copy=objects.shallow_copy)
+        self.forge_objects_original, self.forge_objects = objects, objects.shallow_copy()
+
+    @torch.inference_mode()
+    def get_learned_conditioning(self, prompts: Any) -> torch.Tensor:
+        return self.encoder.encode(list(prompts)).context
+
+    def get_prompt_lengths_on_ui(self, prompt: str) -> tuple[int, int]:
+        return len(words(prompt)), 75
+
+
+@torch.inference_mode()
+def draw(engine: Engine, prompts: list[str], negative: str = "", parts: int = 1, steps: int = 3, x: Any = None) -> torch.Tensor:
+    """Denoised latents by Forge's own sampling function."""
+    unet = engine.forge_objects.unet
+    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1)) if x is None else x
+    cond = torch.cat([engine.get_learned_conditioning([p]) for p in prompts for _ in range(parts)])
+    uncond = torch.cat([engine.get_learned_conditioning([negative])] * len(prompts))
+    weights = [[(i * parts + j, 1.0 / parts) for j in range(parts)] for i in range(len(prompts))]
+    denoiser = SimpleNamespace(inner_model=SimpleNamespace(inner_model=engine), p=SimpleNamespace(seeds=[0]))
+    sampling_prepare(unet, x=x)
+    for sigma in torch.linspace(8, 0.5, steps):
+        params = SimpleNamespace(x=x, sigma=sigma.expand(len(x)), text_cond=cond, text_uncond=uncond, image_cond=None)
+        denoised, _, _ = sampling_function(denoiser, params, cond_scale=4.0, cond_composition=weights)
+        x = x + (denoised - x) * 0.3
+    sampling_cleanup(unet)
+    return x
+
+
+def main() -> None:
+    engine = Engine()
+    modules.shared.sd_model = engine
+    book, deltas = ConceptBook.loads("concepts: [star, heart]"), []
+    with host.loaded_model() as model:
+        planner = Planner(model, book)
+        deltas.append(make_delta(planner, "star", model, TrainOptions(objective="closed-form")))
+        deltas.append(make_delta(planner, "heart", model, TrainOptions(steps=12, batch=2, trajectories=2)))
+    assert len(deltas[1].info["losses"]) >= 10
+    composition, said = Composition(tuple(deltas)), []
+
+    def attached(positive: list[dict[str, float]], negative: dict[str, float] | None = None, panel: Any = None, **more: Any) -> Any:
+        p = SimpleNamespace(sd_model=engine)
+        tables = Tables.make(composition, panel or {}, positive, [negative or {}] * len(positive))
+        return host.Attached(p, tables, Settings(**more), lambda: said.append(1))
+
+    pair = ["a star", "a star"]
+    stock = draw(engine, pair)
+    before = {k: v.clone() for k, v in engine.forge_objects.unet.model.diffusion_model.state_dict().items()}
+    erasing = attached([{}, {"star": 1.0}])
+    mixed = draw(engine, pair)
+    assert torch.equal(mixed[0], stock[0]), "a row without tags changed"
+    assert not torch.equal(mixed[1], stock[1])
+    erasing.detach()
+    assert torch.equal(draw(engine, pair), stock), "not restored"
+    print("rows of a batch, restored: bit-identical")
+
+    erasing = attached([{"star": 0.0}], panel={"star": 1.0})
+    assert torch.equal(draw(engine, ["a star"]), draw_stock(engine, erasing, ["a star"]))
+    erasing = attached([{"star": 1.0}, {}])
+    composed = draw(engine, pair, parts=2)
+    assert torch.equal(composed[1], draw_stock(engine, erasing, pair, parts=2)[1])
+    print("AND: bit-identical in the other row")
+
+    erasing = attached([{}], {"star": 1.0})
+    negative = draw(engine, ["a star"], negative="a star")
+    assert not torch.equal(negative, draw_stock(engine, erasing, ["a star"], negative="a star"))
+
+    for online in (False, True):  # LoRAs merged into the weights, and added at run time
+        name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
+        patched = engine.forge_objects.unet.clone()
+        up, down = torch.randn(64, 2), torch.randn(2, D_IN) / D_IN**0.5
+        assert patched.add_patches(filename="x", patches={name: ("lora", (up, down, 2.0, None, None, None))}, online_mode=online)
+        plain, engine.forge_objects.unet = engine.forge_objects.unet, patched
+        with_lora = draw(engine, pair)
+        assert not torch.equal(with_lora, stock)
+        erasing = attached([{}, {"star": 1.0}])
+        both = draw(engine, pair)
+        assert torch.equal(both[0], with_lora[0])
+        assert not torch.equal(both[1], with_lora[1])
+        erasing.detach()
+        assert torch.equal(draw(engine, pair), with_lora)
+        engine.forge_objects.unet = plain
+        assert torch.allclose(draw(engine, pair), stock, atol=1e-5)
+        print(f"with a LoRA ({'at run time' if online else 'merged'}): bit-identical in the other row")
+
+    for backend in ("exact", "fused"):
+        erasing = attached([{"star": 1.0}, {"star": 1.0}], {"star": 1.0}, backend=backend)
+        drawn = draw(engine, pair, negative="a star")
+        erasing.detach()
+        reference = drawn if backend == "exact" else reference
+        assert torch.allclose(drawn, reference, atol=1e-3)
+    draw(engine, pair)
+    unet = engine.forge_objects.unet.model.diffusion_model
+    assert not [n for n, m in unet.named_modules() if isinstance(m.__dict__.get("forward"), host.Hook)]
+    after = unet.state_dict()
+    assert list(after) == list(before)
+    assert not said
+    print("unpatched: no forward of ours is left; rows were always known")
+
+
+def draw_stock(engine: Engine, erasing: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    erasing.detach()
+    return draw(engine, *args, **kwargs)
+
+
+if __name__ == "__main__":
+    main()

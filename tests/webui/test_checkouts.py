@@ -1,0 +1,118 @@
+"""Against real hosts, when ``SEPME_WEBUI`` names checkouts: signatures of the test doubles, and Forge's own backend."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from webui.conftest import CHECKOUTS, ROOT, STUBS
+
+NO_CHECKOUT = "SEPME_WEBUI names no checkout"
+# what the extension uses, by the file that a host has it in; the doubles of these must take what the real ones take
+USED = {
+    "scripts.py": (
+        "Script.title", "Script.show", "Script.ui", "Script.process", "Script.before_process_batch", "Script.process_batch",
+        "Script.process_before_every_sampling", "Script.postprocess_batch", "Script.postprocess", "Script.elem_id",
+    ),
+    "script_callbacks.py": ("CFGDenoiserParams.__init__", "on_before_ui", "on_cfg_denoiser", "on_ui_tabs"),
+    "extra_networks.py": (
+        "ExtraNetworkParams.__init__", "ExtraNetwork.__init__", "ExtraNetwork.activate", "ExtraNetwork.deactivate", "register_extra_network",
+        "activate", "parse_prompt", "parse_prompts",
+    ),
+    "prompt_parser.py": ("SdConditioning.__init__", "MulticondLearnedConditioning.__init__"),
+    "processing.py": (
+        "StableDiffusionProcessing.comment", "StableDiffusionProcessing.setup_prompts", "StableDiffusionProcessing.setup_conds",
+        "StableDiffusionProcessing.get_conds", "StableDiffusionProcessing.parse_extra_network_prompts",
+    ),
+    "devices.py": ("autocast",),
+    "shared_state.py": ("State.begin", "State.end", "State.interrupt"),
+    "infotext_utils.py": ("quote", "unquote"),
+    "ui_components.py": ("InputAccordion",),
+}  # fmt: skip
+DOUBLES = {"shared_state.py": "shared.py"}
+NAMES = {  # plain names that the adapter reads
+    "scripts.py": ("AlwaysVisible", "scripts_data"),
+    "call_queue.py": ("queue_lock",),
+    "devices.py": ("device",),
+    "shared.py": ("opts", "state", "sd_model", "cmd_opts"),
+    "sd_hijack.py": ("model_hijack",),
+}
+# text that the adapter relies on and that no signature shows
+PHRASES = {
+    "processing.py": ("p.scripts.before_process_batch(", "p.parse_extra_network_prompts()", "scripts.process_before_every_sampling("),
+    "scripts.py": ("issubclass(script_class, Script)", "infotext_fields"),
+    "infotext_utils.py": ("valtype(v)",),
+    "sd_samplers_cfg_denoiser.py": ("cfg_denoiser_callback(denoiser_params)",),
+}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def signatures(tree: ast.Module) -> dict[str, list[str]]:
+    """Parameter names by qualified name, without self; ``*`` and ``**`` where they are. A class is called like its constructor."""
+
+    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from walk(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                yield prefix + node.name, node
+                if node.name == "__init__":
+                    yield prefix.rstrip("."), node
+
+    found = {}
+    for name, node in walk(tree.body, ""):
+        a = node.args
+        names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg != "self"]
+        found.setdefault(name, names + ["*"] * (a.vararg is not None) + ["**"] * (a.kwarg is not None))
+    return found
+
+
+def assigned(tree: ast.Module) -> set[str]:
+    targets = [
+        t for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
+    ]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
+
+@pytest.mark.parametrize("checkout", CHECKOUTS or [None], ids=str)
+def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
+    if checkout is None:
+        pytest.skip(NO_CHECKOUT)
+    problems = []
+    for file, names in USED.items():
+        real = checkout / "modules" / file
+        theirs, ours = signatures(parsed(real)), signatures(parsed(STUBS / "modules" / DOUBLES.get(file, file)))
+        for name in names:
+            if name not in theirs:
+                problems.append(f"{file}: {name} is gone")
+            elif [n for n in theirs[name] if n in ours[name]] != ours[name]:
+                problems.append(f"{file}: {name}{tuple(theirs[name])}, double {tuple(ours[name])}")
+    for file, names in NAMES.items():
+        gone = set(names) - assigned(parsed(checkout / "modules" / file))
+        problems += [f"{file}: {name} is gone" for name in sorted(gone)]
+    for file, phrases in PHRASES.items():
+        text = (checkout / "modules" / file).read_text(encoding="utf-8")
+        problems += [f"{file}: no {phrase!r}" for phrase in phrases if phrase not in text]
+    if not (checkout / "modules_forge").is_dir():  # Forge recomputes nothing in the backward pass
+        tree = parsed(checkout / "modules" / "sd_hijack_checkpoint.py")
+        problems += sorted({"add", "remove", "stored"} - set(signatures(tree)) - assigned(tree))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("checkout", [c for c in CHECKOUTS if (c / "backend").is_dir()] or [None], ids=str)
+def test_forges_own_backend(checkout: Path | None) -> None:
+    if checkout is None:
+        pytest.skip(NO_CHECKOUT)
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).parent / "real_forge.py"
+    result = subprocess.run([sys.executable, script], cwd=checkout, env=variables, capture_output=True, text=True, timeout=300)
+    print(result.stdout[-3000:], result.stderr[-3000:])
+    assert result.returncode == 0
