@@ -5,6 +5,7 @@ Automatic1111 and its Forges differ in where the UNet is, how it is patched and 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -350,7 +351,9 @@ class LoadedModel:
             return int(self.model.get_prompt_lengths_on_ui(text)[0])
         from modules import sd_hijack
 
-        return int(sd_hijack.model_hijack.get_prompt_lengths(text)[0])
+        count = sd_hijack.model_hijack.get_prompt_lengths
+        more = (self.model.cond_stage_model,) if "cond_stage_model" in inspect.signature(count).parameters else ()  # reForge
+        return int(count(text, *more)[0])
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)

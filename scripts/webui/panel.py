@@ -40,7 +40,7 @@ class Panel:
         with InputAccordion(False, label="SepME concepts", elem_id=elem_id("enabled")) as enabled:
             with gr.Row(elem_classes=["sepme-choice"]):
                 concepts = delta_choice(library, "Concepts to erase", elem_id("concepts"))
-                refresh = gr.Button("\U0001f504", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+                refresh = gr.Button("\u21bb", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
             rows = gr.HTML(self._rows([], ""), elem_id=elem_id("rows"))
             with gr.Row():
                 gate = gr.Checkbox(True, label="Gate", info=GATE_INFO, elem_id=elem_id("gate"))

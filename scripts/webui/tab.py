@@ -30,11 +30,11 @@ from .progress import Progress, follow, table
 from .shelf import choose, labels, load
 
 BOOK = """concepts:
-  - van gogh                       # name alone: templates make the prompts
+  - van gogh          # templates make the prompts
   - name: striped
     prompts: [striped style, a striped picture]
-    anchor: a picture              # what takes its place (closed form)
-preserve: [a company logo]         # prompts that must not change at all
+    anchor: a picture  # takes its place
+preserve: [a company logo]  # never changes
 """
 NULL_SPACES = ("the mode's own", "auto", "exact", "tolerance", "soft")
 LORA, CHECKPOINT = "LoRA", "merged copy of the loaded checkpoint"
@@ -110,7 +110,7 @@ def _export_page() -> None:
 def _file_choice(elem_id: str) -> Any:
     with gr.Row():
         files = delta_choice(host.library, "Deltas", elem_id)
-        refresh = gr.Button("\U0001f504", elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+        refresh = gr.Button("\u21bb", elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
     refresh.click(lambda: gr.update(choices=list(labels(host.library.entries()))), [], [files], show_progress=False)
     return files
 

@@ -21,8 +21,8 @@ USED = {
     ),
     "script_callbacks.py": ("CFGDenoiserParams.__init__", "on_before_ui", "on_cfg_denoiser", "on_ui_tabs"),
     "extra_networks.py": (
-        "ExtraNetworkParams.__init__", "ExtraNetwork.__init__", "ExtraNetwork.activate", "ExtraNetwork.deactivate", "register_extra_network",
-        "activate", "parse_prompt", "parse_prompts",
+        "ExtraNetworkParams.__init__", "ExtraNetwork.__init__", "ExtraNetwork.activate", "ExtraNetwork.deactivate",
+        "register_extra_network", "activate", "parse_prompt", "parse_prompts",
     ),
     "prompt_parser.py": ("SdConditioning.__init__", "MulticondLearnedConditioning.__init__"),
     "processing.py": (

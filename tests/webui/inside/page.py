@@ -1,6 +1,6 @@
 """The page as a host builds it: tabs with prompt, the extension's panel and a paste button; the extension's own tab; its script and style.
 
-``python page.py MODELS PORT`` serves it for looking at.
+``PYTHONPATH=.:tests python -m webui.inside.page MODELS PORT`` serves it for looking at.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def build(ui: Any) -> Any:
     import modules.script_callbacks
     import modules.scripts
 
+    extra_tabs = [tab for callback in modules.script_callbacks.callbacks["ui_tabs"] for tab in callback()]
     script = "".join(f"<script>{p.read_text(encoding='utf-8')}</script>" for p in sorted((ROOT / "javascript").glob("*.js")))
     head = {"head": script} if gr.__version__.startswith("4") else {}
     with gr.Blocks(css=(ROOT / "style.css").read_text(encoding="utf-8"), analytics_enabled=False, title="WebUI", **head) as page, gr.Tabs():
         for tab in ("txt2img", "img2img"):
             with gr.Tab(tab):
                 runner = modules.scripts.ScriptRunner(is_img2img=tab == "img2img")
-                prompt = gr.Textbox("a star", label="Prompt", elem_id=f"{tab}_prompt")
+                prompt = gr.Textbox("a golf ball in the style of van gogh", label="Prompt", elem_id=f"{tab}_prompt")
                 (extension,) = runner.alwayson_scripts
                 controls = extension.ui(tab == "img2img")
 
@@ -44,10 +45,9 @@ def build(ui: Any) -> Any:
                 result, info = gr.Textbox(label="Result"), gr.Textbox(label="Infotext", elem_id=f"{tab}_infotext")
                 button.click(generate, [prompt, *controls], [result, info], api_name=f"{tab}_generate")
                 paste_button.click(paste, [info], [field for field, _ in extension.infotext_fields], api_name=f"{tab}_paste")
-        for callback in modules.script_callbacks.callbacks["ui_tabs"]:
-            for blocks, title, elem_id in callback():
-                with gr.Tab(title, elem_id=elem_id):
-                    blocks.render()
+        for blocks, title, elem_id in extra_tabs:
+            with gr.Tab(title, elem_id=elem_id):
+                blocks.render()
     if not head:
         page.queue()
         return _with_script(page, script)
@@ -72,7 +72,6 @@ def _with_script(page: Any, script: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from webui.inside.conftest import WebUI  # type: ignore[import-not-found]
+    from .conftest import WebUI
 
     build(WebUI("a1111", Path(sys.argv[1]))).launch(server_name="127.0.0.1", server_port=int(sys.argv[2]))

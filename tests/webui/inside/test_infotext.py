@@ -98,3 +98,15 @@ def test_our_packages_are_not_found_by_others(webui: Any) -> None:
     for name in ("kernels", "nodes"):
         spec = importlib.util.find_spec(name)
         assert spec is None or str(ROOT) not in str(spec.origin)
+
+
+def test_the_api_example_says_what_the_panel_takes(webui: Any) -> None:
+    import runpy
+
+    from webui.conftest import ROOT
+
+    body = runpy.run_path(str(ROOT / "examples" / "webui_api.py"))["request"]("a star", {"star": 0.5})
+    (script,) = webui.runner.alwayson_scripts
+    assert list(body["alwayson_scripts"]) == [script.title().lower()]
+    assert webui.draw("a star", *body["alwayson_scripts"]["sepme concepts"]["args"]).equal(webui.erase("star", strengths='{"star": 0.5}'))
+    assert webui.draw("a star", True, ["star"]).equal(webui.erase("star"))  # arguments left out at the end take their defaults
