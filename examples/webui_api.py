@@ -1,6 +1,6 @@
 """Draw with concepts erased through the API of Automatic1111 or Forge (started with ``--api``); standard library only.
 
-    python examples/webui_api.py "a golf ball in the style of van gogh" --erase "van gogh" --erase "golf ball:0.5" -o out.png
+python examples/webui_api.py "a golf ball in the style of van gogh" --erase "van gogh" --erase "golf ball:0.5" -o out.png
 """
 
 from __future__ import annotations
