@@ -37,7 +37,7 @@ class SepMETextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, text: str, toggles: str = "{}") -> io.NodeOutput:
         if clip is None:
-            raise SepMEError("This checkpoint has no text encoder; load CLIP with a loader of its own.")
+            raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         cleaned, tags = parse_tags(text)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(cleaned))
         return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags), cleaned)

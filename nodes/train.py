@@ -11,7 +11,7 @@ from ..sepme.closed_form import distance
 from ..sepme.concepts import ConceptBook, normalised
 from ..sepme.delta import ConceptDelta
 from ..sepme.errors import SepMEError
-from ..sepme.layers import weights
+from ..sepme.layers import shapes, weights
 from ..sepme.nullspace import Planner
 from ..sepme.objectives import OBJECTIVES
 from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
@@ -94,6 +94,8 @@ class SepMETrain(io.ComfyNode):
         loss_map: list[float] = []
         job = host.Job(1 + len(names))
         encoder, denoiser = host.ClipEncoder(clip), host.UNetDenoiser(model, size)
+        for delta in known:
+            delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
         with host.trainable(model, (RUNS, *denoiser.latents)):
             planner = Planner(encoder, book, plan, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
             if mode == "subspace":

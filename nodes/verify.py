@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..sepme.composition import Composition
 from ..sepme.delta import ConceptDelta
 from ..sepme.errors import SepMEError
 from ..sepme.verify import Verification, verify
@@ -40,11 +41,11 @@ class SepMEVerify(io.ComfyNode):
     def execute(cls, clip: Any, deltas: Sequence[ConceptDelta]) -> io.NodeOutput:
         if not deltas:
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
+        composition = Composition(tuple(deltas))
         job = host.Job(1)
         result = verify(host.ClipEncoder(clip), deltas, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
         job.next()
-        names = [d.concept.name for d in deltas]
-        image = heat_map(result.matrix, names, names, [d.gate for d in deltas])
+        image = heat_map(result.matrix, composition.names, composition.names, composition.gates.tolist())
         text = report(result)
         return io.NodeOutput(text, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | {"text": (text,)})
 

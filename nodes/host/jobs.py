@@ -53,14 +53,14 @@ def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
         needed = 3 * patcher.memory_required(list(latents))  # activations are kept for the way back
         comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         model = patcher.model
-        asked = [p for p in model.parameters() if p.requires_grad]
         _plain(model)
+        asked = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         try:
             yield model
         finally:
             for p in asked:
-                p.requires_grad_(not p.is_inference())
+                p.requires_grad_()
             comfy.model_management.soft_empty_cache()
 
 
@@ -71,4 +71,4 @@ def _plain(model: nn.Module) -> None:
             for name, value in held.items():
                 if value is not None and value.is_inference():
                     plain = value.detach().clone()
-                    held[name] = nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
+                    held[name] = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain

@@ -87,8 +87,8 @@ class Applied:
         projector = self._projectors.get(id(model))
         if projector is None:
             projector = self._projectors[id(model)] = self._projector(model)
-        if self.backend == "fused":
-            self._say_why_not_fused(projector, c_crossattn)
+            if self.backend == "fused":
+                self._say_why_not_fused(projector, c_crossattn)
         with projector.forward_pass(self._rows(rows, c_crossattn), c_crossattn, self.default, self._unknown_rows):
             self._current.projector = projector
             try:

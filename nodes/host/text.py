@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...sepme.errors import SepMEError
 from ...sepme.protocols import Encoding
 from .jobs import check_interrupted
 
@@ -22,9 +23,14 @@ class ClipEncoder:
 
     Args:
         clip: a CLIP of SD1.x, SD2.x or SDXL; its LoRAs and clip skip are in effect.
+
+    Raises:
+        SepMEError: None.
     """
 
     def __init__(self, clip: Any) -> None:
+        if clip is None:
+            raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         self.clip = clip
         self.has_pooled = "g" in self._tokens("")  # SDXL; other UNets do not read the pooled vector
 

@@ -1,0 +1,126 @@
+"""Delta files in model folders: listing, finding, saving, travelling as text."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sepme.delta import ConceptDelta
+from sepme.errors import SepMEError
+from sepme.library import MAX_EMBEDDED, DeltaLibrary, embed, unembed
+
+SHAPES = {f"middle_block.1.transformer_blocks.0.attn2.to_{p}": (8, 64) for p in "kv"}
+
+
+@pytest.fixture
+def star(make_random_delta: Callable[..., ConceptDelta]) -> ConceptDelta:
+    return make_random_delta("van gogh", SHAPES, seed=1, kv_fingerprint="abcd")
+
+
+@pytest.fixture
+def other(make_random_delta: Callable[..., ConceptDelta]) -> ConceptDelta:
+    return make_random_delta("van gogh", SHAPES, seed=2)
+
+
+def test_entries(tmp_path: Path, star: ConceptDelta, other: ConceptDelta) -> None:
+    """Deltas only, of all folders; of equal names the first folder's counts; a folder that is not there is empty."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    library = DeltaLibrary(lambda: [first, second, tmp_path / "none"])
+    assert library.entries() == []
+    star.save(first / "x.safetensors")
+    other.save(second / "x.safetensors")
+    other.save(second / "sub" / "y.safetensors")
+    (second / "no delta.safetensors").write_bytes(b"no delta")
+    (second / "notes.txt").write_text("no delta")
+    assert [(e.name, e.content_hash) for e in library.entries()] == [
+        ("sub/y.safetensors", other.content_hash()),
+        ("x.safetensors", star.content_hash()),
+    ]
+    entry = library.entries()[1]
+    assert (entry.concept, entry.architecture, entry.kv_fingerprint) == ("van gogh", star.architecture, "abcd")
+
+
+def test_headers_are_read_once_until_a_file_changes(
+    tmp_path: Path, star: ConceptDelta, other: ConceptDelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sepme.library
+
+    reads: list[Path] = []
+    read = sepme.library.read_header
+    monkeypatch.setattr(sepme.library, "read_header", lambda path: (reads.append(path), read(path))[1])
+    library = DeltaLibrary(lambda: [tmp_path])
+    path = star.save(tmp_path / "x.safetensors")
+    for _ in range(3):
+        assert library.entries()[0].content_hash == star.content_hash()
+    assert len(reads) == 1
+    other.save(path)
+    os.utime(path, ns=(1, 1))
+    assert library.entries()[0].content_hash == other.content_hash()
+    assert len(reads) == 2
+
+
+def test_found_by_name_or_by_hash(tmp_path: Path, star: ConceptDelta, other: ConceptDelta) -> None:
+    library = DeltaLibrary(lambda: [tmp_path])
+    star.save(tmp_path / "sub" / "renamed.safetensors")
+    other.save(tmp_path / "star.safetensors")
+    for name in ("sub/renamed.safetensors", "sub\\renamed.safetensors"):
+        assert library.find(name) == [tmp_path / "sub" / "renamed.safetensors"]
+    loaded = library.load("star.safetensors", star.content_hash())  # the name is another's
+    assert loaded is not None
+    assert loaded.content_hash() == star.content_hash()
+    assert library.load("star.safetensors", "0" * 64) is None
+    assert library.load("../star.safetensors") is None
+
+
+def test_a_damaged_file_is_passed_over_when_there_is_a_sound_one(tmp_path: Path, star: ConceptDelta) -> None:
+    """A damaged file still claims its hash."""
+    library = DeltaLibrary(lambda: [tmp_path])
+    data = bytearray(star.to_bytes())
+    data[-3] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(SepMEError, match="get it again"):
+        library.load("x.safetensors", star.content_hash())
+    star.save(tmp_path / "b.safetensors")
+    assert library.load("x.safetensors", star.content_hash()) is not None
+
+
+def test_saving_replaces_nothing(tmp_path: Path, star: ConceptDelta, other: ConceptDelta) -> None:
+    library = DeltaLibrary(lambda: [tmp_path / "new"])
+    assert library.save(star) == library.save(star) == tmp_path / "new" / "van-gogh.safetensors"
+    assert library.save(other) == tmp_path / "new" / "van-gogh-2.safetensors"
+    assert library.save(other) == tmp_path / "new" / "van-gogh-2.safetensors"
+    assert library.save(star, "sub/mine-") == tmp_path / "new" / "sub" / "mine-van-gogh.safetensors"
+    assert len(list((tmp_path / "new").rglob("*"))) == 4
+
+
+@pytest.mark.parametrize("prefix", ["../", "/tmp/", "a/../../", "..\\", "c:\\", "\0"])
+def test_no_name_leads_out_of_the_folder(tmp_path: Path, star: ConceptDelta, prefix: str) -> None:
+    library = DeltaLibrary(lambda: [tmp_path / "new"])
+    with pytest.raises(SepMEError, match="leads out of"):
+        library.save(star, prefix)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_link_leads_out_of_the_folder(tmp_path: Path, star: ConceptDelta) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SepMEError, match="leads out of"):
+        DeltaLibrary(lambda: [tmp_path / "new"]).save(star, "link/")
+
+
+def test_as_text(star: ConceptDelta, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    text = embed(star)
+    assert unembed(text).to_bytes() == star.to_bytes()
+    data = bytearray(base64.b64decode(text))
+    data[-3] ^= 1
+    for broken in (base64.b64encode(data).decode(), "no base64", "", "A" * (3 * MAX_EMBEDDED)):
+        with pytest.raises(SepMEError, match=r"(?i)the delta inside the workflow"):
+            unembed(broken)
+    large = make_random_delta("large", dict.fromkeys(SHAPES, (1 << 14, 64)), rank=64)
+    with pytest.raises(SepMEError, match="smaller max_rank"):
+        embed(large)
