@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -181,7 +182,7 @@ class Bench:
             mine = partial(ours, steps, deltas, toggle.stubbed(self.layers, deltas, context))
             for _ in range(2):
                 lora(steps), mine()
-            timings.append(bench.alternate(partial(lora, steps), mine, pairs))
+            timings.append(bench.alternate(partial(lora, steps), mine, pairs, time.process_time))
         return toggle.summary(*timings) | {"lora": "LoraLoader, the last of ten weighed anew: weights patched again", "pairs": pairs}
 
 

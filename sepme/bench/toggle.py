@@ -6,6 +6,7 @@ is measured too. LoRAs act on every prompt.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,7 +93,8 @@ def run(name: str = "demo", pairs: int = 7) -> dict[str, Any]:
     """Measure one model in diffusers.
 
     Returns:
-        median seconds of both sides, ``toggle_speedup_vs_lora`` and ``toggle_speedup_end_to_end`` (median over pairs of LoRA / ours).
+        median seconds of both sides (of the processor); ``toggle_speedup_vs_lora`` and ``toggle_speedup_end_to_end``: median over
+        pairs of LoRA / ours.
     """
     with torch.no_grad():
         model = subject(name)
@@ -101,7 +103,7 @@ def run(name: str = "demo", pairs: int = 7) -> dict[str, Any]:
             theirs, mine = merged(model, first_step), ours(model, first_step, all_touch)
             for side in (theirs, mine, theirs, mine):
                 side()
-            timings.append(alternate(theirs, mine, pairs))
+            timings.append(alternate(theirs, mine, pairs, time.process_time))
     return summary(*timings) | {
         "host": "diffusers",
         "model": name,

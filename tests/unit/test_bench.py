@@ -45,7 +45,7 @@ def test_counts() -> None:
 
 def test_rounds_divide_by_the_same_rounds_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order, prepared = [0.0], [], []
-    monkeypatch.setattr(overhead, "seconds", lambda run: run())
+    monkeypatch.setattr(overhead, "seconds", lambda run, clock: run())
     pace = iter([1.0, 2.0, 4.0, 8.0, 16.0] * 3)  # the machine gets slower and slower
 
     def side(name: str, factor: float) -> Callable[[], float]:
