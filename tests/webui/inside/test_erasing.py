@@ -357,3 +357,62 @@ def test_delta_of_another_model(webui: Any, make_webui: Any, tmp_path: Any) -> N
     assert torch.equal(ui.erase("star"), ui.draw(script=False))
     ui.erase("star")
     assert any("is for" in c and "train the concept on this model" in c for c in ui.last.comments), ui.last.comments
+
+
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Automatic1111's LoRA extension in small: ``nn.Linear.forward`` is its own, and changes a weight when the layer is next used."""
+    import sys
+    from types import ModuleType, SimpleNamespace
+
+    from torch import nn
+
+    module, plain = ModuleType("networks"), nn.Linear.forward
+    module.loaded_networks = []  # type: ignore[attr-defined]
+
+    def network_apply_weights(self: nn.Linear) -> None:
+        wanted = tuple((n.name, n.unet_multiplier) for n in module.loaded_networks)
+        if getattr(self, "network_current_names", ()) == wanted:
+            return
+        if not hasattr(self, "network_weights_backup"):
+            self.network_weights_backup = self.weight.detach().clone()
+        self.network_current_names = wanted
+        scale = sum(n.unet_multiplier for n in module.loaded_networks)
+        with torch.no_grad():
+            self.weight.copy_(self.network_weights_backup * (1 + 0.2 * scale))
+
+    def network_Linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        network_apply_weights(self)
+        return plain(self, x)
+
+    network_Linear_forward.__module__ = "networks"
+    module.network_apply_weights = network_apply_weights  # type: ignore[attr-defined]
+    module.make = lambda m: SimpleNamespace(name="x", te_multiplier=m, unet_multiplier=m, dyn_dim=None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "networks", module)
+    monkeypatch.setattr(nn.Linear, "forward", network_Linear_forward)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["a1111"])  # Forge's own are in real_forge.py
+def test_loras_of_the_host(webui: Any, networks: Any) -> None:
+    stock = webui.draw(script=False)
+    erased = webui.erase("star")
+    networks.loaded_networks = [networks.make(1.0)]
+    with_lora = webui.draw(script=False)
+    assert not torch.equal(with_lora, stock)
+    assert torch.equal(webui.draw("a star <keep:star>", True, ["star"]), with_lora)
+    assert torch.equal(webui.erase("star", prompt="a house"), webui.draw("a house", script=False))
+    both = webui.erase("star")
+    assert not torch.equal(both, with_lora)
+    assert not torch.equal(both, erased)
+    networks.loaded_networks = []
+    assert torch.equal(webui.erase("star"), erased)
+    assert torch.equal(webui.draw(script=False), stock)
+
+    def weaken(p: Any, step: int) -> None:  # as extensions do that change a LoRA's weight between steps
+        networks.loaded_networks = [networks.make(1.0 - 0.3 * step)]
+
+    changing = webui.draw("a house", script=False, on_step=weaken)
+    assert torch.equal(webui.draw("a house", True, ["star"], on_step=weaken), changing)
+    drawn = [webui.draw("a star", True, ["star"], "", True, b, negative_prompt="a star", on_step=weaken) for b in ("exact", "fused")]
+    assert torch.allclose(*drawn, atol=1e-3)
