@@ -504,15 +504,16 @@ def _no_checkpointing(model: Any) -> Iterator[None]:
         return
     from modules import sd_hijack_checkpoint
 
-    flags = [m for m in unet_of(model).modules() if getattr(m, "checkpoint", None) is True]
+    names = ("checkpoint", "use_checkpoint")  # of transformer blocks, of resnets
+    flags = [(m, name) for m in unet_of(model).modules() for name in names if getattr(m, name, None) is True]
     was_on = bool(sd_hijack_checkpoint.stored)
     sd_hijack_checkpoint.remove()
     try:
-        for module in flags:
-            module.checkpoint = False  # type: ignore[assignment]
+        for module, name in flags:
+            setattr(module, name, False)
         yield
     finally:
-        for module in flags:
-            module.checkpoint = True  # type: ignore[assignment]
+        for module, name in flags:
+            setattr(module, name, True)
         if was_on:
             sd_hijack_checkpoint.add()

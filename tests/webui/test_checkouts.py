@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -114,5 +115,19 @@ def test_forges_own_backend(checkout: Path | None) -> None:
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).parent / "real_forge.py"
     result = subprocess.run([sys.executable, script], cwd=checkout, env=variables, capture_output=True, text=True, timeout=300)
+    print(result.stdout[-3000:], result.stderr[-3000:])
+    assert result.returncode == 0
+
+
+LDM = "repositories/stable-diffusion-stability-ai/ldm"
+
+
+@pytest.mark.parametrize("checkout", [c for c in CHECKOUTS if (c / LDM).is_dir() and find_spec("einops")] or [None], ids=str)
+def test_the_unet_that_automatic1111_runs(checkout: Path | None) -> None:
+    if checkout is None:
+        pytest.skip(f"{NO_CHECKOUT} with {LDM}, or einops is not installed")
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    script = Path(__file__).parent / "real_a1111.py"
+    result = subprocess.run([sys.executable, script, checkout], env=variables, capture_output=True, text=True, timeout=300)
     print(result.stdout[-3000:], result.stderr[-3000:])
     assert result.returncode == 0
