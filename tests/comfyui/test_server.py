@@ -578,7 +578,8 @@ def test_examples(server: Server, path: Path) -> None:
         assert not any(same(images, other) for other in pictures[:i])
 
 
-def test_there_are_five_examples() -> None:
+def test_examples_are_among_the_templates(server: Server) -> None:
+    assert sorted(server.get("/workflow_templates")["comfyui-sepme"]) == [p.stem for p in EXAMPLES]
     assert len(EXAMPLES) == 5
 
 
