@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import struct
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -53,12 +54,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(server: Server) -> Iterator[Path]:
-    """models/sepme, empty before and after."""
+    """models/sepme, empty; what other tests have there comes back afterwards."""
     folder = server.base / "models" / "sepme"
+    aside = folder.with_name("sepme.aside")
     folder.mkdir(parents=True, exist_ok=True)
+    folder.rename(aside)
+    folder.mkdir()
     yield folder
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+    aside.rename(folder)
 
 
 @pytest.fixture(scope="session")
