@@ -43,7 +43,7 @@ def quicken() -> None:
     encode = functools.cache(lambda prompts: DiffusersHost.encode(host, prompts))
     host.encode = lambda prompts: encode(tuple(prompts))  # type: ignore[method-assign]
     Planner(host, ConceptBook.loads(BOOK))  # remembers the encodings of the corpus
-    cli.train.load_host = lambda *arguments: host
+    cli.train.load_host = lambda *arguments, **options: host
     sepme.train.TrainOptions = functools.partial(TrainOptions, checkpoint_every=5)  # type: ignore[misc,assignment]
 
 
