@@ -1,5 +1,5 @@
 // Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
-import { api, app, changed, nodes, rootGraph, set, widget } from "./host.js";
+import { api, app, changed, nodes, rootGraph, set, toast, widget } from "./host.js";
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
@@ -49,7 +49,7 @@ export function nodeMade(node) {
 /** A line below a loader's fields that says what the file holds; the hash is kept with the name, so that the file can be renamed. */
 function addCard(node) {
   const element = el("div.sepme.sepme-card");
-  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 58, getMaxHeight: () => 70, hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: 6 });
   made.serialize = false;
   node.sepmeCard = element;
   const chosen = widget(node, "delta");
@@ -135,13 +135,30 @@ async function resize(node, draw) {
 function drawCard(node) {
   const delta = loaded(node);
   const line = (...parts) => el("div.sepme-line", {}, ...parts);
+  const record = rootGraph()?.extra?.sepme?.[delta.content_hash];
   const state = delta.missing
-    ? [line(el("span.sepme-dot.sepme-lost"), t("card.missing", { name: delta.concept })), line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair")))]
+    ? [
+        line(el("span.sepme-dot.sepme-lost"), t("card.missing", { name: delta.concept })),
+        line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair"))),
+      ]
     : [
-        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), ` · ${delta.architecture}`),
-        line(`${t("facts.rank", { rank: delta.rank })} · ${bytes(delta.bytes)} · ${t("facts.leakage", { leakage: figure(delta.leakage_gated) })}${delta.renamed ? ` · ${t("card.renamed", { name: delta.name })}` : ""}`),
+        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), delta.architecture),
+        line(`${t("facts.rank", { rank: delta.rank })} · ${bytes(delta.bytes)}${delta.renamed ? ` · ${t("card.renamed", { name: delta.name })}` : ""}`),
+        el("label.sepme-line", { title: t("card.embedTip") }, el("input", { type: "checkbox", checked: !!record?.data, onchange: (event) => embed(delta, event.target) }), t("card.embed")),
       ];
   node.sepmeCard.replaceChildren(...state);
+}
+
+/** Put the file itself into the workflow, or take it out. */
+async function embed(delta, box) {
+  try {
+    if (box.checked) keep(await library.record(delta.name, true));
+    else delete rootGraph().extra?.sepme?.[delta.content_hash]?.data;
+  } catch (error) {
+    box.checked = false;
+    toast("error", t("card.embedFailed"), error.message);
+  }
+  changed();
 }
 
 export function watch() {

@@ -211,20 +211,22 @@ export class TogglePanel {
     if (this.inherits) return;
     event.preventDefault();
     event.stopPropagation();
-    const grip = event.currentTarget;
-    grip.setPointerCapture(event.pointerId);
     let moved = false;
-    grip.onpointermove = ({ clientY }) => {
+    const follow = ({ clientY }) => {
       const at = this.rows.findIndex((r) => {
         const box = this.byName.get(r.name).row.getBoundingClientRect();
         return clientY >= box.top && clientY < box.bottom;
       });
       if (at >= 0) moved = this.move(row, at) || moved;
     };
-    grip.onpointerup = grip.onpointercancel = () => {
-      grip.onpointermove = grip.onpointerup = grip.onpointercancel = null;
+    const kinds = ["pointerup", "pointercancel"];
+    const end = () => {
+      window.removeEventListener("pointermove", follow, true);
+      for (const kind of kinds) window.removeEventListener(kind, end, true);
       if (moved) this.commit();
     };
+    window.addEventListener("pointermove", follow, true); // a row that moves in the list would lose a captured pointer
+    for (const kind of kinds) window.addEventListener(kind, end, true);
   }
 
   /** Up and down go from switch to switch, Alt moves the row, Home and End go to the ends. */

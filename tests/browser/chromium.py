@@ -1,0 +1,27 @@
+"""A Chromium for the browser tests: the system's. ``python tests/browser/chromium.py`` installs it where that is possible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+
+
+def chromium() -> str | None:
+    """Its path; None where there is none."""
+    return os.environ.get("SEPME_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def install() -> None:
+    """By apt, as root; elsewhere the tests say how."""
+    if chromium() is None and shutil.which("apt-get") and os.geteuid() == 0:
+        subprocess.run(["apt-get", "update", "-q"], check=False)
+        subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", "chromium"], check=False)
+
+
+if __name__ == "__main__":
+    install()
+    print(chromium() or "no Chromium: the browser tests will be skipped")

@@ -1,0 +1,93 @@
+"""A real server with deltas of the embedded model, and a real Chromium that looks at its page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser.chromium import FLAGS, chromium
+from browser.page import Page
+from comfyui.graph import Graph
+from comfyui.server import Server, serving
+
+BOOK = """
+concepts:
+  - {name: star, prompts: [star, a star, a picture of a star, a drawing of a star]}
+  - {name: heart, prompts: [heart, a heart, a picture of a heart, a drawing of a heart]}
+  - {name: striped, prompts: [striped style, a striped picture, in striped style]}
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With the deltas of star, heart and striped in models/sepme, made on it."""
+    with serving(tmp_path_factory.mktemp("browser")) as running:
+        graph = Graph()
+        model = graph.add("SepMEDemoModel")
+        book = graph.add("SepMEConceptBook", book=BOOK)
+        made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=book[0], objective="closed-form")
+        graph.add("SepMESaveDeltas", deltas=made[0])
+        run = running.run(graph.prompt)
+        assert run.error is None, run.message
+        yield running
+
+
+@pytest.fixture(scope="session")
+def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Another user's, without deltas."""
+    with serving(tmp_path_factory.mktemp("browser-other")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def chrome() -> Iterator[Any]:
+    path = chromium()
+    if path is None:
+        message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def open_page(chrome: Any) -> Iterator[Callable[..., Page]]:
+    """``open_page(server, vue=False, locale="en", size=(1400, 900))``: the page of a server; the same one for the same arguments."""
+    pages: dict[Any, Page] = {}
+
+    def build(server: Server, vue: bool = False, locale: str = "en", size: tuple[int, int] = (1400, 900)) -> Page:
+        key = (server.port, vue, locale, size)
+        if key not in pages:
+            pages[key] = Page(chrome, server, vue, locale, size)
+        return pages[key].clear()
+
+    yield build
+    for page in pages.values():
+        page.close()
+
+
+@pytest.fixture(params=["canvas", "nodes2"])
+def page(request: pytest.FixtureRequest, server: Server, open_page: Callable[..., Page]) -> Iterator[Page]:
+    """The page with an empty workflow, in either renderer. Errors of our own scripts fail the test."""
+    page = open_page(server, vue=request.param == "nodes2")
+    yield page
+    assert page.own_errors() == []
+
+
+@pytest.fixture
+def delta_folder(server: Server) -> Iterator[Path]:
+    """models/sepme; afterwards as it was."""
+    folder = server.base / "models" / "sepme"
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    yield folder
+    shutil.rmtree(folder)
+    for name, data in before.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
