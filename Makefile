@@ -15,6 +15,7 @@ TORCH ?= torch>=2.4 torchvision
 .venv/.test-ready: .venv/.ready
 	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
 	$(BIN)/python tests/comfyui/environment.py
+	$(BIN)/python tests/browser/chromium.py
 	touch $@
 
 demo: .venv/.ready

@@ -1,4 +1,4 @@
-"""Pictures of figures: the loss while training, the leakage of every delta into every concept's prompts."""
+"""Pictures of figures: the leakage of every delta into every concept's prompts."""
 
 from __future__ import annotations
 
@@ -10,25 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-INK, PAPER, GRID = (40, 40, 48), (250, 250, 248), (214, 214, 210)
+INK, PAPER = (40, 40, 48), (250, 250, 248)
 CELL, MARGIN = 56, 16
-
-
-def loss_curve(losses: Sequence[float], size: tuple[int, int] = (384, 192)) -> Image.Image:
-    """The losses as a line, zero marked."""
-    picture = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(picture)
-    low, high = min(*losses, 0.0), max(*losses, 0.0)
-    scale = (size[1] - 2 * MARGIN) / ((high - low) or 1.0)
-
-    def place(i: int, value: float) -> tuple[float, float]:
-        return MARGIN + i * (size[0] - 2 * MARGIN) / (len(losses) - 1), size[1] - MARGIN - (value - low) * scale
-
-    zero = place(0, 0.0)[1]
-    draw.line([(MARGIN, zero), (size[0] - MARGIN, zero)], fill=GRID)
-    draw.line([place(i, v) for i, v in enumerate(losses)], fill=INK, width=2)
-    draw.text((MARGIN, 2), f"step {len(losses)}  loss {losses[-1]:.5f}", fill=INK, font=_font(12))
-    return picture
 
 
 def heat_map(matrix: Tensor, rows: Sequence[str], columns: Sequence[str], gates: Sequence[float]) -> Tensor:

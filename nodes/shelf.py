@@ -205,6 +205,12 @@ def _facts(path: Path, mtime: int, size: int) -> str:
     return json.dumps(facts_of(*names, rank, info))
 
 
+def facts_of_delta(delta: ConceptDelta) -> Facts:
+    """The same of a delta in memory."""
+    info = {**delta.info, "prompts": delta.concept.prompts, "gate": delta.gate}
+    return facts_of(delta.concept.name, delta.content_hash(), delta.architecture, delta.rank, info) | {"bytes": len(delta.to_bytes())}
+
+
 def facts_of(concept: str, content_hash: str, architecture: str, rank: Any, info: Mapping[str, Any]) -> Facts:
     """The facts that a header and a delta in memory have in common; parts that are damaged are left out."""
     certificate, prompts = _mapping(info.get("certificate")), info.get("prompts")

@@ -18,6 +18,8 @@ from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
 from ..sepme.train.options import MODES
 from . import host
 from .concepts import join, lines
+from .live import Live
+from .shelf import facts_of_delta
 from .sockets import CATEGORY, Concepts, Deltas, LossMap
 
 RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken from, with guidance
@@ -77,6 +79,7 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.String.Output("report", display_name="report"),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -96,6 +99,7 @@ class SepMETrain(io.ComfyNode):
         encoder, denoiser = host.ClipEncoder(clip), host.UNetDenoiser(model, size)
         for delta in known:
             delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
+        live = Live(cls.hidden.unique_id, encoder, denoiser)
         with host.trainable(model, (RUNS, *denoiser.latents)):
             planner = Planner(encoder, book, plan, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
             if mode == "subspace":
@@ -106,13 +110,15 @@ class SepMETrain(io.ComfyNode):
 
                 def on_step(step: Progress, losses: list[float] = losses) -> None:
                     losses.append(step.loss)
-                    job.show(step.step / step.steps, losses)
+                    job.show(step.step / step.steps)
+                    live.step(step, book[step.concept].prompts[0])
 
                 delta = make_delta(planner, name, denoiser, options, on_step=on_step, check=host.check_interrupted)
                 loss_map += losses or [1.0, distance(weights(denoiser.attention_layers()), *planner.tokens(name), delta)]
                 made.append(delta)
         job.next()
-        return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made))
+        facts = tuple(facts_of_delta(d) for d in made)
+        return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made), ui={"sepme_made": facts})
 
 
 def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: Sequence[ConceptDelta]) -> tuple[ConceptBook, list[str]]:

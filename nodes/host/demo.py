@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from PIL import Image
 
 from ...sepme import demo
 
@@ -33,6 +35,20 @@ def _read(part: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, {k: v.float() for k, v in comfy.utils.load_torch_file(str(file), safe_load=True).items()}
 
 
+class Latents(comfy.latent_formats.LatentFormat):
+    """The embedded model's; its decoder is quick enough for previews."""
+
+    @staticmethod
+    def picture(latents: torch.Tensor) -> Image.Image:
+        pixels = _decoder().decode(latents.to("cpu", torch.float32))[0].movedim(0, -1)
+        return Image.fromarray((pixels / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy()).resize((128, 128), Image.Resampling.NEAREST)
+
+
+@lru_cache(maxsize=1)
+def _decoder() -> Any:
+    return _vae().first_stage_model
+
+
 def _unet() -> Any:
     config, state = _read("unet")
     channels, blocks = config["block_out_channels"], config["layers_per_block"]
@@ -41,7 +57,7 @@ def _unet() -> Any:
     class Demo(comfy.supported_models.SD15):
         unet_config: dict[str, Any] = {}  # noqa: RUF012
         unet_extra_config = {"num_heads": config["attention_head_dim"], "num_head_channels": -1}  # noqa: RUF012
-        latent_format = comfy.latent_formats.LatentFormat
+        latent_format = Latents
 
     model_config = Demo(
         {

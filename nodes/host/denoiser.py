@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_sampling
+import latent_preview
 import torch
 from torch import Tensor
 
@@ -75,6 +76,14 @@ class UNetDenoiser:
     def latents(self) -> tuple[int, ...]:
         """Shape of one image's latents."""
         return (self.model.latent_format.latent_channels, self.side, self.side)
+
+    def preview(self) -> Callable[[Tensor], Any] | None:
+        """What makes a quick picture (PIL) of latents, as the sampler's previews are made; None where there is no such thing."""
+        own: Callable[[Tensor], Any] | None = getattr(self.model.latent_format, "picture", None)
+        if own is not None:
+            return own
+        found = latent_preview.get_previewer(self.device, self.model.latent_format)
+        return None if found is None else lambda latents: found.decode_latent_to_preview(latents)
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)

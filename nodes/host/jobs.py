@@ -1,4 +1,4 @@
-"""Long jobs in a node: progress with a picture of the loss, the interrupt button, models loaded through ComfyUI's accounting."""
+"""Long jobs in a node: progress, the interrupt button, models loaded through ComfyUI's accounting."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import comfy.model_management
 import comfy.utils
 import torch
 from torch import nn
-
-PREVIEW_EVERY = 5  # steps
 
 
 def check_interrupted() -> None:
@@ -25,16 +23,11 @@ class Job:
     def __init__(self, parts: int) -> None:
         self.bar, self.parts, self.part, self.reached = comfy.utils.ProgressBar(1000), max(parts, 1), 0, 0
 
-    def show(self, done: float, losses: Sequence[float] = ()) -> None:
-        """Set the bar to ``done`` (0 to 1) of the current part, with a picture of the losses now and then; stop when interrupted."""
+    def show(self, done: float) -> None:
+        """Set the bar to ``done`` (0 to 1) of the current part; stop when interrupted."""
         check_interrupted()
-        preview = None
-        if len(losses) > 1 and len(losses) % PREVIEW_EVERY == 0:
-            from ..pictures import loss_curve
-
-            preview = ("JPEG", loss_curve(losses), 512)
         self.reached = max(self.reached, round(1000 * (self.part + min(done, 1.0)) / self.parts))  # a part may have several stages
-        self.bar.update_absolute(self.reached, 1000, preview)
+        self.bar.update_absolute(self.reached, 1000)
 
     def next(self) -> None:
         """The current part is done."""

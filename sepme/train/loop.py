@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..protocols import Denoiser, Encoding
 from .increment import Increment
 from .options import OnStep, Progress, TrainOptions
 from .passes import make_step
-from .source import Source
+from .source import Draw, Source
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF_GAIN = 1024.0  # keeps gradients inside a half-precision UNet out of its subnormals
@@ -141,6 +142,12 @@ class Training:
         gradients = torch.autograd.grad(loss * gain, w, allow_unused=True, materialize_grads=True)  # the last values move no attention
         return float(loss.detach()), tuple(g / gain for g in gradients)
 
+    def predict(self, track: Track, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
+        """ε with all increments as they are now; shapes as in :meth:`~sepme.protocols.Denoiser.predict`."""
+        draw = Draw(x_t, t, torch.zeros(len(x_t), dtype=torch.int64))
+        step = make_step(track, [other.increment for other in self.tracks], self.denoiser, self.modules, draw)
+        return step.erased(Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool), extra))
+
     def _descend(self, track: Track, gradient: Sequence[Tensor], eta: float) -> None:
         w = list(track.increment.w.values())
         for parameter, g in zip(w, gradient, strict=True):
@@ -166,7 +173,8 @@ class Training:
                 if checkpoint is not None and self.step_count % self.options.checkpoint_every == 0:
                     self.save(checkpoint, digest)
                 for track in active if on_step is not None else ():
-                    on_step(Progress(track.name, self.step_count, self.options.steps, track.losses[-1], track.momentum))  # type: ignore[misc]
+                    figures = (track.name, self.step_count, self.options.steps, track.losses[-1], track.momentum)
+                    on_step(Progress(*figures, partial(self.predict, track)))  # type: ignore[misc]
         except Interrupted:
             if checkpoint is not None and self.step_count:
                 self.save(checkpoint, digest)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..delta_format import MAX_RANK
 from ..errors import SepMEError
 from ..nullspace import PlanOptions
@@ -102,14 +104,18 @@ def plan_options(mode: str, /, **given: Any) -> PlanOptions:
     return PlanOptions(**PLANS[mode] | {k: v for k, v in given.items() if v is not None})
 
 
+Predict = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as Denoiser.predict
+
+
 class Progress(NamedTuple):
-    """One training step of one concept as callbacks see it."""
+    """One training step of one concept as callbacks see it; ``predict`` is the model with all increments as they are now, to draw with."""
 
     concept: str
     step: int
     steps: int
     loss: float
     momentum: float
+    predict: Predict | None = None
 
 
 OnStep = Callable[[Progress], None]

@@ -82,7 +82,7 @@ class Worker:
             nonlocal told
             if time.monotonic() - told >= REPORT:
                 told = time.monotonic()
-                report(Report(step, os.getpid()))
+                report(Report(step._replace(predict=None), os.getpid()))  # a model does not travel
 
         return make_deltas(planner, [name], host, job.options, checkpoint, on_step, pictures)[0].to_bytes()
 

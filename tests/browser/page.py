@@ -21,7 +21,11 @@ window.sepmeTest = {
   wire: (from, output, to, input) => { const a = sepmeTest.node(from), b = sepmeTest.node(to);
     a.connect(output, b, b.inputs.findIndex((i) => i.name === input)); },
   value: (id, name) => sepmeTest.node(id).widgets.find((w) => w.name === name).value,
-  slot: (id, input, index) => { const n = sepmeTest.node(id); const at = n.getConnectionPos(input, index); return app.canvasPosToClientPos(at); },
+  slot: (id, input, index) => app.canvasPosToClientPos(sepmeTest.node(id).getConnectionPos(input, index)),
+  names: (id) => [...sepmeTest.node(id).sepmePanel.element.querySelectorAll(".sepme-name")].map((e) => e.textContent),
+  enter: (id) => { const inner = sepmeTest.node(id).subgraph; app.canvas.openSubgraph?.(inner) ?? app.canvas.setGraph(inner); },
+  set: (id, name, value) => { const n = sepmeTest.node(id); const w = n.widgets.find((w) => w.name === name);
+    w.value = value; w.callback?.(value, app.canvas, n); },
 };
 """
 
@@ -32,7 +36,7 @@ class Page:
     def __init__(self, browser: Any, server: Server, vue: bool, locale: str, size: tuple[int, int]) -> None:
         self.server, self.vue, self.locale = server, vue, locale
         self.errors: list[str] = []
-        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, permissions=["clipboard-read", "clipboard-write"])
+        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]})
         self.context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(WAIT)
@@ -56,7 +60,8 @@ class Page:
 
     def clear(self) -> Page:
         self.tab.keyboard.press("Escape")
-        self.load_workflow({"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4})
+        self.tab.evaluate("app.extensionManager.sidebarTab.activeSidebarTabId = null")
+        self.load_workflow({"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "extra": {}, "version": 0.4})
         self.errors.clear()
         return self
 
@@ -82,6 +87,10 @@ class Page:
 
     def add(self, kind: str, x: int = 100, y: int = 100, **values: Any) -> str:
         return str(self.tab.evaluate("([k, x, y, v]) => sepmeTest.add(k, x, y, v)", [kind, x, y, values]))
+
+    def set(self, node: str, name: str, value: Any) -> None:
+        """Set a widget as its own control does."""
+        self.tab.evaluate("([n, w, v]) => sepmeTest.set(n, w, v)", [node, name, value])
 
     def wire(self, source: str, output: int, target: str, name: str) -> None:
         self.tab.evaluate("([a, o, b, i]) => sepmeTest.wire(a, o, b, i)", [source, output, target, name])
@@ -113,9 +122,7 @@ class Page:
 
     def wait_rows(self, node: str, *names: str) -> None:
         self.tab.wait_for_function(
-            "([id, names]) => JSON.stringify([...sepmeTest.node(id).sepmePanel.element.querySelectorAll('.sepme-name')].map((e) => e.textContent))"
-            " === JSON.stringify(names)",
-            arg=[node, list(names)],
+            "([id, names]) => JSON.stringify(sepmeTest.names(id)) === JSON.stringify(names)", arg=[node, list(names)]
         )
         self.settle()
 
@@ -154,11 +161,12 @@ class Page:
         """Press Run and wait until the prompt is done; the outputs by node."""
         before = set(self.server.get("/history"))
         self.tab.locator("[data-testid='queue-button'] button, .queue-button-group button, button:has-text('Run')").first.click()
-        self.tab.wait_for_function(
-            "async (before) => Object.entries(await (await fetch('/history')).json()).some(([id, h]) => !before.includes(id) && h.status?.completed !== undefined)",
-            arg=list(before), polling=200,
-        )  # fmt: skip
-        ((_, done),) = ((k, v) for k, v in self.server.get("/history").items() if k not in before)
+        for _ in range(WAIT // 200):
+            self.settle(200)
+            new = [run for name, run in self.server.get("/history").items() if name not in before]
+            if new and new[0]["status"]:
+                break
+        (done,) = new
         assert done["status"]["status_str"] == "success", done["status"]
         self.settle()
         outputs: dict[str, Any] = done["outputs"]
@@ -174,7 +182,8 @@ class Page:
               data.items.add(new File([bytes], name, { type: kind }));
               const element = document.querySelector(target);
               for (const type of ["dragenter", "dragover", "drop"]) {
-                element.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true, clientX: 700, clientY: 500 }));
+                const at = { clientX: 700, clientY: 500, bubbles: true, cancelable: true };
+                element.dispatchEvent(new DragEvent(type, { dataTransfer: data, ...at }));
               }
             }""",
             [name, base64.b64encode(data).decode(), target, kind],

@@ -113,7 +113,8 @@ def test_value_survives_save_load_copy_and_paste(page: Page) -> None:
     page.load_workflow(saved)
     page.wait_rows(apply, "star", "heart")
     assert page.toggles(apply) == {"star": 1, "heart": 0}
-    page.tab.evaluate("(id) => { app.canvas.selectNode(sepmeTest.node(id)); app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard(); }", apply)
+    page.tab.evaluate("(id) => app.canvas.selectNode(sepmeTest.node(id))", apply)
+    page.tab.evaluate("app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard()")
     page.settle()
     copies = [n for n in page.workflow()["nodes"] if n["type"] == "SepMEApply"]
     assert [json.loads(n["widgets_values"][0]) for n in copies] == [{"star": 1, "heart": 0}] * 2
@@ -137,7 +138,7 @@ def test_reroutes_bypassed_nodes_and_subgraphs(page: Page) -> None:
     page.tab.evaluate("(id) => { const n = sepmeTest.node(id); app.canvas.graph.convertToSubgraph(new Set([n])); }", apply)
     page.settle(500)
     outer = page.tab.evaluate("String(app.canvas.graph.nodes.find((n) => n.isSubgraphNode?.()).id)")
-    page.tab.evaluate("(id) => { app.canvas.openSubgraph?.(sepmeTest.node(id).subgraph) ?? app.canvas.setGraph(sepmeTest.node(id).subgraph) }", outer)
+    page.tab.evaluate("(id) => sepmeTest.enter(id)", outer)
     page.settle(600)
     inner = page.tab.evaluate("String(app.canvas.graph.nodes.find((n) => n.comfyClass === 'SepMEApply').id)")
     page.wait_rows(inner, "star", "heart")
@@ -166,7 +167,7 @@ def test_prompt_nodes_inherit_until_set(page: Page) -> None:
 
 def test_unknown_names_are_kept_marked_and_can_be_forgotten(page: Page) -> None:
     apply, _ = chain(page, "star.safetensors")
-    page.tab.evaluate("(id) => { sepmeTest.node(id).widgets[0].value = '{\"picasso\": 0.5, \"Star\": 0}' }", apply)
+    page.tab.evaluate('(id) => { sepmeTest.node(id).widgets[0].value = \'{"picasso": 0.5, "Star": 0}\' }', apply)
     page.wait_rows(apply, "picasso", "Star")
     lost = page.row(apply, "picasso")
     assert "No delta of picasso" in lost.query_selector(".sepme-dot").get_attribute("title")
@@ -191,7 +192,8 @@ def test_concepts_that_are_yet_to_be_trained(page: Page) -> None:
     page.wire(one, 0, train, "concepts")
     page.wire(train, 0, apply, "deltas")
     page.wait_rows(apply, "artist 1", "artist 3", "circle")
-    page.tab.evaluate("(id) => { sepmeTest.node(id).widgets.find((w) => w.name === 'erase').value = '*'; sepmeTest.node(id).onConnectionsChange() }", train)
+    page.set(train, "erase", "*")
+    page.tab.evaluate("(id) => sepmeTest.node(id).onConnectionsChange()", train)
     page.wait_rows(apply, *(f"artist {i}" for i in range(12)), "circle")
     search = page.panel(apply).query_selector(".sepme-search")
     search.fill("1")

@@ -70,7 +70,7 @@ def test_install_rename_delete(tab: Page, delta_folder: Path) -> None:
     assert (delta_folder / "copy.safetensors").read_bytes() == (delta_folder / "heart.safetensors").read_bytes()
     tab.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
     tab.tab.wait_for_selector(".p-toast-message-error, .p-toast-message:has-text('not installed')")
-    assert sorted(p.name for p in delta_folder.iterdir()) == ["copy.safetensors", "heart.safetensors", "star.safetensors", "striped.safetensors"]
+    assert sorted(p.stem for p in delta_folder.iterdir()) == ["copy", "heart", "star", "striped"]
 
     item = tab.tab.locator(".sepme-delta[data-name='copy.safetensors']")
     item.locator("summary").click()

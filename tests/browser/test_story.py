@@ -55,16 +55,11 @@ def build(page: Page) -> dict[str, str]:
         ("SepMEDemoModel", 2, "VAEDecode", "vae"), ("VAEDecode", 0, "SaveImage", "images"),
     ):  # fmt: skip
         page.drag_wire(ids[source], output, ids[target], name)
-    for node, values in (("EmptyLatentImage", {"width": 64, "height": 64}), ("KSampler", SETTINGS), ("SepMELoadDelta", {})):
+    settings = {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": SETTINGS | {"control_after_generate": "fixed"}}
+    for node, values in settings.items():
         for name, value in values.items():
-            page.tab.evaluate(
-                "([id, name, value]) => { sepmeTest.node(id).widgets.find((w) => w.name === name).value = value; }",
-                [ids[node], name, value],
-            )
-    page.tab.evaluate(  # the combo's own way, as a click on its list does
-        """(id) => { const n = sepmeTest.node(id); const w = n.widgets[0]; w.value = "star.safetensors"; w.callback(w.value, app.canvas, n); }""",
-        ids["SepMELoadDelta"],
-    )
+            page.set(ids[node], name, value)
+    page.set(ids["SepMELoadDelta"], "delta", "star.safetensors")
     text = page.tab.evaluate_handle("(id) => sepmeTest.node(id).widgets[0].element", ids["positive"]).as_element()
     text.click()
     page.tab.keyboard.type(PROMPT)
@@ -88,7 +83,7 @@ def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
     card = page.tab.evaluate_handle("(id) => sepmeTest.node(id).sepmeCard", ids["SepMELoadDelta"]).as_element()
     card.query_selector("input[type=checkbox]").click()
     page.tab.wait_for_function("Object.values((app.rootGraph ?? app.graph).extra.sepme)[0].data")
-    page.tab.evaluate("(id) => { sepmeTest.node(id).widgets.find((w) => w.name === 'seed').value = 4; }", ids["KSampler"])
+    page.set(ids["KSampler"], "seed", 4)
     travelling = page.queue()[save]["images"][0]
     assert page.own_errors() == []
     return {

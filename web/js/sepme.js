@@ -6,7 +6,7 @@ import { library } from "./library.js";
 import { customWidgets, definePanel, nodeMade, refresh, watch } from "./nodes.js";
 import { broken, checkWorkflow } from "./repair.js";
 import { registerSidebar } from "./sidebar.js";
-import { loadText } from "./text.js";
+import { loadText, translate } from "./text.js";
 import { trainingNode, watchTraining } from "./training.js";
 
 loadStyle();
@@ -18,6 +18,7 @@ app.registerExtension({
     await loadText();
   },
   beforeRegisterNodeDef(_type, definition) {
+    translate(definition);
     definePanel(definition);
   },
   nodeCreated(node) {

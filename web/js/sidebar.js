@@ -88,8 +88,8 @@ function item(delta, open) {
     ...fact("objective", [delta.train?.objective, delta.train?.mode].filter(Boolean).join(", ") || "–"),
     ...fact("size", `${bytes(delta.bytes)}, ${t("facts.rank", { rank: delta.rank })}`),
     ...fact("leak", `${figure(delta.leakage)} → ${figure(delta.leakage_gated)}`),
-    ...fact("gate", `${figure(delta.gate_low)} < ${figure(delta.gate)} < ${figure(delta.gate_high)}`),
-    ...fact("touched", `${((delta.false_touch_rate ?? 0) * 100).toFixed(1)} %`),
+    ...fact("gate", `${figure(delta.gate)} (${figure(delta.gate_low)} … ${figure(delta.gate_high)})`),
+    ...fact("touched", t("facts.ordinary", { share: ((delta.false_touch_rate ?? 0) * 100).toFixed(1) })),
     ...fact("prompts", delta.prompts.join(" · ")),
   );
   const actions = el(

@@ -3,11 +3,28 @@ import { api, app } from "./host.js";
 
 let english = {};
 let own = {};
+let nodeWords = {};
 
 export async function loadText() {
   const all = await (await api.fetchApi("/i18n")).json();
   english = all.en?.sepme ?? {};
-  own = all[app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"]?.sepme ?? {};
+  const chosen = all[app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"];
+  own = chosen?.sepme ?? {};
+  nodeWords = chosen?.nodeDefs ?? {};
+}
+
+/** Put a node's words into its definition: front end 1.32 loads its own languages late and forgets those of packs. */
+export function translate(definition) {
+  const words = definition.name.startsWith("SepME") && nodeWords[definition.name];
+  if (!words) return;
+  definition.display_name = words.display_name;
+  definition.description = words.description;
+  for (const specs of Object.values(definition.input ?? {})) {
+    for (const [name, spec] of Object.entries(specs)) {
+      const tooltip = words.inputs?.[name]?.tooltip;
+      if (tooltip) spec[1] = { ...spec[1], tooltip };
+    }
+  }
 }
 
 /** The text of a key, `{name}` replaced by `values.name`; the key itself where there is none. */
