@@ -9,7 +9,7 @@ from typing import Any
 
 from comfyui.server import Server
 
-WAIT = 60_000  # milliseconds: two cores, a server and a browser on them
+WAIT = 120_000  # milliseconds: two cores, a server and a browser on them
 
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
@@ -147,8 +147,13 @@ class Page:
     def search_node(self, words: str, x: int, y: int) -> str:
         """Double-click the canvas, type, press Enter: the new node's id. It lies at the double-click."""
         before = set(self.tab.evaluate("app.canvas.graph.nodes.map((n) => String(n.id))"))
-        self.tab.mouse.dblclick(x, y)
-        box = self.tab.wait_for_selector("input[placeholder*='Search']:visible, .comfy-vue-node-search-container input:visible")
+        selector = "input[placeholder*='Search']:visible, .comfy-vue-node-search-container input:visible"
+        for _ in range(5):  # on a busy machine two clicks are not always a double-click
+            self.tab.mouse.dblclick(x, y)
+            self.settle(600)
+            if self.tab.query_selector(selector):
+                break
+        box = self.tab.wait_for_selector(selector)
         box.fill(words)
         self.settle(400)
         self.tab.keyboard.press("Enter")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 def test_curve_picture_certificates(page: Page) -> None:
     model = page.add("SepMEDemoModel", 80, 120)
     book = page.add("SepMEConceptBook", 80, 300, book="concepts: [circle, {name: neon, prompts: [neon style, a neon picture]}]")
-    train = page.add("SepMETrain", 460, 120, erase="circle", steps=12)
+    train = page.add("SepMETrain", 460, 120, erase="circle", steps=12, seed=int(page.vue))  # other than before: not cached
     apply = page.add("SepMEApply", 880, 120)
     save = page.add("SepMESaveDeltas", 880, 420, filename_prefix="trained/")
     for source, output, target, name in (

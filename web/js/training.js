@@ -14,7 +14,7 @@ export function trainingNode(node) {
   const state = el("div.sepme-line", { role: "status" }, t("training.idle"));
   const result = el("div.sepme-result");
   const element = el("div.sepme.sepme-training", {}, state, el("div.sepme-live", { hidden: true }, canvas, picture), result);
-  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => element.scrollHeight || 24, hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight), hideOnZoom: false, margin: 6 });
   made.serialize = false;
   node.sepmeTraining = { element, canvas, picture, state, result, losses: new Map() };
 }
