@@ -82,7 +82,7 @@ def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
     again = page.queue()[save]["images"][0] if page.toggles(apply) != {"star": 1} else erased
     card = page.tab.evaluate_handle("(id) => sepmeTest.node(id).sepmeCard", ids["SepMELoadDelta"]).as_element()
     card.query_selector("input[type=checkbox]").click()
-    page.tab.wait_for_function("Object.values((app.rootGraph ?? app.graph).extra.sepme)[0].data")
+    page.tab.wait_for_function("Object.values((app.rootGraph ?? app.graph).extra.sepme).some((r) => r.data)")
     page.set(ids["KSampler"], "seed", 4)
     travelling = page.queue()[save]["images"][0]
     assert page.own_errors() == []

@@ -11,6 +11,7 @@ from comfyui.server import Server
 pytestmark = pytest.mark.xdist_group("browser")
 
 
+@pytest.mark.usefixtures("delta_folder")
 def test_curve_picture_certificates(page: Page) -> None:
     model = page.add("SepMEDemoModel", 80, 120)
     book = page.add("SepMEConceptBook", 80, 300, book="concepts: [circle, {name: neon, prompts: [neon style, a neon picture]}]")

@@ -68,17 +68,26 @@ function addCard(node) {
 /** Keep hash and recipe of a loader's delta in the workflow. */
 export async function remember(node, delta) {
   if (!delta) return;
+  const before = widget(node, "content_hash").value;
   node.sepmeRemembers = true;
   set(node, "delta", delta.name);
   set(node, "content_hash", delta.content_hash);
   node.sepmeRemembers = false;
+  if (before !== delta.content_hash) forget(before);
   refresh();
   try {
-    keep(await library.record(delta.name));
+    const records = await library.record(delta.name);
+    if (widget(node, "content_hash").value === delta.content_hash) keep(records); // not when another one was chosen meanwhile
   } catch (error) {
     console.warn("SepME:", error.message); // the node says so itself when it runs
   }
   changed();
+}
+
+/** Take a record out of the workflow when no loader names it any more. */
+function forget(hash) {
+  for (const node of nodes()) if (node.comfyClass === "SepMELoadDelta" && widget(node, "content_hash")?.value === hash) return;
+  delete rootGraph().extra?.sepme?.[hash];
 }
 
 /** Put records of deltas into the workflow; what they hold already (the file itself) stays. */
