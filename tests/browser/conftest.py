@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser.chromium import FLAGS, chromium
-from browser.page import Page
+from browser.page import Page, run_prompt
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         book = graph.add("SepMEConceptBook", book=BOOK)
         made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=book[0], objective="closed-form")
         graph.add("SepMESaveDeltas", deltas=made[0])
-        run = running.run(graph.prompt)
+        run = run_prompt(running, graph.prompt)
         assert run.error is None, run.message
         yield running
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from comfyui.server import Server
+from comfyui.server import Run, Server
 
 WAIT = 120_000  # milliseconds: two cores, a server and a browser on them
 
@@ -28,6 +29,12 @@ window.sepmeTest = {
     w.value = value; w.callback?.(value, app.canvas, n); },
 };
 """
+
+
+def run_prompt(server: Server, prompt: dict[str, Any]) -> Run:
+    """Queue a prompt without the page; in a thread, for Playwright has an event loop in this one."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(server.run, prompt).result()
 
 
 class Page:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser.page import Page
+from browser.page import Page, run_prompt
 from comfyui.graph import Graph
 from comfyui.server import Server
 from PIL import Image
@@ -33,7 +33,7 @@ def stock(server: Server) -> np.ndarray:
     prompts = {"positive": graph.text(model[1], PROMPT)[0], "negative": graph.text(model[1], "")[0]}
     samples = graph.add("KSampler", model=model[0], latent_image=latent[0], denoise=1.0, **prompts, **SETTINGS)
     shown = graph.show(samples[0], model[2])
-    (image,) = server.run(graph.prompt).images[shown]
+    (image,) = run_prompt(server, graph.prompt).images[shown]
     return image
 
 
