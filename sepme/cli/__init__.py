@@ -1,4 +1,4 @@
-"""The command line: ``sepme demo | train | inspect | verify | generate | export | import | reproject | bench``.
+"""The command line: ``sepme demo | train | inspect | verify | generate | export | import | reproject | eval | bench``.
 
 Exit codes: 0 done, 1 a check did not hold, 2 bad input (one line on stderr), 130 interrupted. With ``--json`` every command
 writes exactly one JSON document to stdout; everything else goes to stderr.
@@ -11,7 +11,7 @@ import sys
 import typer
 
 from ..errors import Interrupted, SepMEError, out_of_memory
-from . import bench, convert, generate, inspect, train, verify
+from . import bench, convert, evaluate, generate, inspect, train, verify
 
 __all__ = ["app", "main"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 for command in (generate.demo, train.train, inspect.inspect, verify.verify, generate.generate, convert.export, convert.reproject):
     app.command()(command)
 app.command("import")(convert.import_)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(bench.app, name="bench")
 
 

@@ -49,9 +49,10 @@ class Separable:
     def __init__(self, deltas: Sequence[ConceptDelta]) -> None:
         self.composition = Composition(tuple(deltas))
         self.bytes = sum(len(d.to_bytes()) for d in deltas)
+        self.strength = 1.0  # of every erased concept
 
     def toggles(self, erased: Sequence[str]) -> dict[str, float]:
-        return {name: float(name in erased) for name in self.composition.names}
+        return {name: self.strength * (name in erased) for name in self.composition.names}
 
     def generate(
         self, host: Any, prompts: Sequence[str], seeds: Sequence[int], erased: Sequence[str], gate: bool, **options: Any

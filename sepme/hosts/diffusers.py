@@ -60,8 +60,11 @@ class DiffusersHost:
     def device(self) -> torch.device:
         return self.unet.device
 
-    def encode(self, prompts: Sequence[str]) -> Encoding:
-        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector."""
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
+        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
+
+        ``grad`` keeps the graph, for what is put in place of token embeddings.
+        """
         states, masks, pooled = [], [], None
         for tokenizer, encoder in self.encoders:
             ids = tokenizer(
@@ -69,7 +72,7 @@ class DiffusersHost:
             ).input_ids.to(self.device)
             ends = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
             masks.append(torch.arange(ids.shape[1], device=ids.device)[None] <= ends[:, None])
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 out = encoder(ids, output_hidden_states=True)
             states.append(out.hidden_states[-2] if len(self.encoders) > 1 else out.last_hidden_state)
             pooled = getattr(out, "text_embeds", None)

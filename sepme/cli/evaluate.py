@@ -1,0 +1,58 @@
+"""``sepme eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import Interrupted
+from ..files import check_writable
+from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+
+
+def evaluate(
+    model: Model,
+    suite: Annotated[str, typer.Argument(help="demo, tiny, sd14, sd2, sdxl, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json, CSV files, deltas.")],
+    judge: Annotated[Path | None, typer.Option(help="Folder of a CLIP model that reads the pictures (suites of real models).")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    tokenizer: Tokenizer = None,
+    prediction: Prediction = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every method of a suite on a model; run the same command again to go on where it stopped."""
+    from ..evaluate.run import Run
+    from ..evaluate.suite import Suite
+
+    chosen = Suite.load(suite)
+    check_writable(out)
+    host = load_host(model, device, dtype, tokenizer, prediction, size)
+    with interruptible() as check, progress_bar() as bar:
+        try:
+            metrics = Run(host, chosen, out, judge, progress(bar, check), check)()
+        except Interrupted:
+            log.print("Stopped; run the same command to go on.")
+            raise typer.Exit(130) from None
+
+    def show() -> None:
+        table = Table("method", "erased", "kept", "co-occurring", "restored =", "untouched =", "attack", "seconds", "kB")
+        for key, m in metrics["methods"].items():
+            names = (
+                "erased_accuracy",
+                "kept_accuracy",
+                "cooccurring_accuracy",
+                "restored_bit_identical",
+                "untouched_bit_identical",
+                "attack_success",
+            )
+            table.add_row(key, *(f"{m[n]:.2f}" for n in names), f"{m['seconds']:.1f}", f"{m['bytes'] / 1000:.0f}")
+        Console(width=max(Console().width, 110)).print(table)
+        log.print(f"Report: {out / 'report.html'}")
+
+    finish(metrics, as_json, show)

@@ -1,0 +1,72 @@
+"""The figures of one method: erased, kept, co-occurring, restored, untouched."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .easel import Easel
+from .erasers import Eraser
+from .judge import frechet, perceptual
+
+
+def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All figures of a method, and pictures for the report by condition.
+
+    ``erased_accuracy``: the concept's own prompts, it alone erased. ``kept_accuracy``: other concepts' prompts meanwhile.
+    ``cooccurring_accuracy``: prompts that hold it and another, which should be seen. ``restored_bit_identical``: its own prompts with
+    all others erased. ``untouched_bit_identical``: other concepts' prompts with it alone erased, and unrelated, preserved and empty
+    prompts with everything erased.
+    """
+    names = easel.suite.names
+    rows: dict[str, list[float]] = {}
+    restored, untouched = [], []
+    shown: dict[str, list[Tensor]] = {"erased": [], "restored": [], "both": []}
+    for name in names:
+        own, others, both, unseen = easel.own(name), easel.others(name), easel.both(name), easel.own(name, unseen=True)
+        rest = [n for n in names if n != name]
+        alone, every, back = (easel.draw(own, eraser, e, gate) for e in ([name], names, rest))
+        kept, pair = (easel.draw(b, eraser, [name], gate) for b in (others, both))
+        restored.append(back.same)
+        untouched.append(kept.same)
+        for key, drawn in (("erased", alone), ("restored", back), ("both", pair)):
+            shown[key].append(drawn.images[:4])
+        found = {
+            "erased_accuracy": alone.accuracy,
+            "erased_accuracy_all_on": every.accuracy,
+            "erased_accuracy_unseen": easel.draw(unseen, eraser, [name], gate).accuracy,
+            "erased_accuracy_weighted": easel.draw(easel.weighted(name), eraser, [name], gate).accuracy,
+            "kept_accuracy": kept.accuracy,
+            "kept_accuracy_all_others_on": back.accuracy,
+            "cooccurring_accuracy": pair.accuracy,
+            "kept_fid": frechet(easel.judge, back.images, easel.stock(own).images),
+            "kept_lpips": perceptual(easel.judge, back.images, easel.stock(own).images),
+        }
+        for key, value in found.items():
+            rows.setdefault(key, []).append(value)
+    plain = [easel.draw(b, eraser, names, gate) for b in (easel.unrelated(), easel.preserved())]
+    result: dict[str, Any] = {key: fmean(values) for key, values in rows.items()}
+    result |= {
+        "restored_bit_identical": float(torch.cat(restored).float().mean()),
+        "untouched_bit_identical": float(torch.cat([*untouched, *(d.same for d in plain)]).float().mean()),
+        "unrelated_bit_identical": float(plain[0].same.float().mean()),
+        "preserved_bit_identical": float(plain[1].same.float().mean()),
+        "unrelated_lpips": perceptual(easel.judge, plain[0].images, easel.stock(easel.unrelated()).images),
+        "concepts": {n: {k: v[i] for k, v in rows.items()} for i, n in enumerate(names)},
+    }
+    return result, {key: torch.cat(value) for key, value in shown.items()}
+
+
+def stock_figures(easel: Easel) -> dict[str, float]:
+    """What the model as it is reaches on the same pictures."""
+    names = easel.suite.names
+    sets = {
+        "erased_accuracy": [easel.own(n) for n in names],
+        "erased_accuracy_unseen": [easel.own(n, unseen=True) for n in names],
+        "kept_accuracy": [easel.others(n) for n in names],
+        "cooccurring_accuracy": [easel.both(n) for n in names],
+    }
+    return {key: fmean(easel.stock(b).accuracy for b in batches) for key, batches in sets.items()}

@@ -1,0 +1,209 @@
+"""``sepme eval``: every part of a suite once, each result kept on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capacity import capacity
+from ..concepts import ConceptBook, file_name
+from ..errors import SepMEError
+from ..files import write_atomically
+from ..images import save_grid
+from ..layers import kv_fingerprint
+from ..nullspace import Planner, PlanOptions
+from ..protocols import Encoding, TextEncoder
+from ..tokens import OnProgress, silent
+from ..train import TrainOptions
+from .easel import Easel
+from .erasers import Eraser, Separable
+from .judge import make_judge
+from .measure import figures, stock_figures
+from .methods import KEYS, Workshop
+from .report import write_report
+from .robustness import Budget, attack, resurgence
+from .studies import interference, losses, order_gaps, random_toggles, scene, strength_sweep
+from .suite import Suite
+
+STUDIED = ("sepme_gcirs", "sepme_closed_form")
+
+
+class _Remembering:
+    """A text encoder that encodes no list of prompts twice: scenes and arrivals plan over and over against the same ones."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder, self.known = encoder, dict[tuple[str, ...], Encoding]()
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        key = tuple(prompts)
+        if key not in self.known:
+            self.known[key] = self.encoder.encode(prompts)
+        return self.known[key]
+
+
+class Run:
+    """One evaluation of a model in a folder; what is there from the same suite and model is not done again.
+
+    Args:
+        judge: folder of a CLIP model, for suites that need one.
+        check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        suite: Suite,
+        out: Path,
+        judge: Path | None = None,
+        on_progress: OnProgress = silent,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.host, self.suite, self.out = host, suite, out
+        self.on_progress, self.check = on_progress, check
+        try:
+            self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
+        except TypeError as error:
+            raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
+        self.judge = make_judge(suite, judge)
+        self.encoder = _Remembering(host)
+        self.easel = Easel(host, self.judge, suite, check)
+        self.workshop = Workshop(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
+        facts = {"suite": suite.digest_facts(), "kv": kv_fingerprint(host.attention_layers()), "judge": self.judge.what}
+        self.digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A result from disk, or computed and written."""
+        path = self.out / "results" / f"{name}.json"
+        if path.exists():
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.get("digest") == self.digest:
+                return data["result"]
+        result = compute()
+        write_atomically(path, json.dumps({"digest": self.digest, "result": result}, indent=1).encode())
+        return json.loads(json.dumps(result))
+
+    def __call__(self) -> dict[str, Any]:
+        """Do everything and write ``metrics.json``, CSV files and ``report.html``; returns the metrics."""
+        parts = self.suite.parts
+        metrics: dict[str, Any] = {
+            "suite": self.suite.name,
+            "judge": self.judge.what,
+            "images": self.suite.images,
+            "steps": self.suite.steps,
+            "threads": torch.get_num_threads(),
+            "attack_budget": vars(self.budget),
+            "stock": self.kept("stock", self._stock),
+            "methods": {},
+        }
+        keys = [k for k in KEYS if k in self.suite.methods]
+        if "methods" in parts:
+            for i, key in enumerate(keys):
+                self.on_progress("Methods", i, len(keys))
+                metrics["methods"][key] = self.kept(f"method-{key}", partial(self._method, key))
+            self.on_progress("Methods", len(keys), len(keys))
+        studies: dict[str, Callable[[str], Any]] = {
+            "interference": lambda key: {str(g): interference(self.easel, self._separable(key), g) for g in (True, False)},
+            "strengths": lambda key: {str(g): strength_sweep(self.easel, self._separable(key), g) for g in (True, False)},
+            "toggles": lambda key: random_toggles(self.easel, self._separable(key), self.suite.toggles),
+            "scenes": self._scenes,
+            "losses": lambda key: losses({d.concept.name: d for d in self._separable(key).composition.deltas}),
+            "order": lambda key: order_gaps(
+                self.easel, self._planner, self._options(key), self.suite.names[:: max(1, len(self.suite.names) // 2)]
+            ),
+        }
+        wanted = [s for s in studies if s in (*parts, "losses")]
+        for key in (k for k in STUDIED if k in keys):
+            for i, name in enumerate(wanted):
+                self.on_progress(f"{key}: studies", i, len(wanted))
+                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(studies[name], key))
+            self.on_progress(f"{key}: studies", len(wanted), len(wanted))
+        for key, gaps in metrics.get("order", {}).items():
+            if key in metrics["methods"]:
+                metrics["methods"][key]["order_gap"] = max(gaps.values(), default=0.0)
+        metrics["order_gap"] = max((max(g.values(), default=0.0) for g in metrics.get("order", {}).values()), default=None)
+        if "capacity" in parts:
+            metrics["capacity"] = self.kept("capacity", self._capacity)
+        write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True).encode())
+        self._tables(metrics)
+        write_report(self.out, self.suite, metrics)
+        return metrics
+
+    def _stock(self) -> dict[str, float]:
+        result = stock_figures(self.easel)
+        self._show("stock", {"erased": torch.cat([self.easel.stock(self.easel.own(n)).images[:4] for n in self.suite.names])})
+        self._show("stock", {"both": torch.cat([self.easel.stock(self.easel.both(n)).images[:4] for n in self.suite.names])})
+        return result | {"attack_success": attack(self.easel, None, self.budget, True)}
+
+    def _method(self, key: str) -> dict[str, Any]:
+        made = self.workshop.make(key)
+        result = self._measured(key, made.eraser, True) | {"seconds": made.seconds, "bytes": made.eraser.bytes}
+        if made.eraser.gated:
+            result["gate_off"] = self._measured(f"{key}-gate-off", made.eraser, False)
+        return result
+
+    def _measured(self, label: str, eraser: Eraser, gate: bool) -> dict[str, Any]:
+        found, shown = figures(self.easel, eraser, gate)
+        self._show(label, shown)
+        found["attack_success"] = attack(self.easel, eraser, self.budget, gate)
+        found["resurgence_accuracy"] = resurgence(self.easel, eraser, gate, **self.suite.resurgence)
+        return found
+
+    def _show(self, label: str, shown: dict[str, Tensor]) -> None:
+        for condition, images in shown.items():
+            save_grid(images, self.out / "images" / f"{file_name(label)}-{condition}.png", columns=4)
+
+    def _separable(self, key: str) -> Separable:
+        eraser = self.workshop.make(key).eraser
+        assert isinstance(eraser, Separable)
+        return eraser
+
+    def _planner(self, book: ConceptBook) -> Planner:
+        self.check()
+        return Planner(self.encoder, book, self.plan)
+
+    def _options(self, key: str) -> TrainOptions:
+        objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}[key]
+        return TrainOptions(**{"objective": objective} | dict(self.suite.settings.get(key, {})))
+
+    def _scenes(self, key: str) -> dict[str, Any]:
+        return {s["name"]: scene(self.easel, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}
+
+    def _capacity(self) -> list[dict[str, Any]]:
+        return [r.to_json() for r in capacity(self.host, self.suite.book(), self.suite.counts)]
+
+    def _tables(self, metrics: dict[str, Any]) -> None:
+        """``methods.csv``: a row a method and gate; ``interference.csv``: a row a pair."""
+        rows = []
+        for key, found in metrics["methods"].items():
+            for gate, values in (("on", found), ("off", found.get("gate_off"))):
+                if values is not None:
+                    plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+                    rows.append({"method": key, "gate": gate if "gate_off" in found else ""} | plain)
+        _csv(self.out / "methods.csv", rows)
+        pairs = []
+        for key, by_gate in metrics.get("interference", {}).items():
+            for gate, table in by_gate.items():
+                for kind, matrices in table["kinds"].items():
+                    for i, one in enumerate(table["names"]):
+                        for j, other in enumerate(table["names"]):
+                            values = {k: m[i][j] for k, m in matrices.items()}
+                            pairs.append({"method": key, "gate": gate, "prompts": kind, "delta": one, "concept": other} | values)
+        _csv(self.out / "interference.csv", pairs)
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue().encode())

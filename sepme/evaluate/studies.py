@@ -1,0 +1,180 @@
+"""Studies of deltas under toggles: interference, random toggles, strengths, scenes of arrivals and recoveries, order of arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from ..concepts import ConceptBook
+from ..convert import order_gap
+from ..delta import ConceptDelta
+from ..gate import ratios
+from ..nullspace import Planner
+from ..runtime import KVProjector
+from ..train import TrainOptions, make_delta
+from .easel import Batch, Easel
+from .erasers import Separable
+from .judge import frechet, perceptual
+
+
+def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) -> dict[str, Any]:
+    """N x N: delta i on (row), prompts of j (column), by kind of prompt: leakage, noise distance, image distance, accuracy.
+
+    Leakage is the gate statistic, noise distance ``‖Δε‖ / ‖ε‖``, image distance that of the judge's features. Prompts: the bare name,
+    the trained templates, those never seen (and synonyms), and those that hold another concept too.
+    """
+    names, host = easel.suite.names, easel.host
+    gates = {d.concept.name: d.gate for d in eraser.composition.deltas}
+    downs = {d.concept.name: d.down for d in eraser.composition.deltas}
+    kinds: dict[str, Callable[[str], Batch]] = {
+        "bare": lambda n: _first(Batch((n,) * count, tuple(range(count)), (n,) * count), count),
+        "templated": lambda n: _first(easel.own(n), count),
+        "unseen": lambda n: _first(easel.own(n, unseen=True), count),
+        "cooccurring": lambda n: _first(easel.both(n), count),
+    }
+    result: dict[str, Any] = {}
+    for kind, make in kinds.items():
+        table: dict[str, list[list[float]]] = {k: [[0.0] * len(names) for _ in names] for k in ("leakage", "noise", "image", "accuracy")}
+        for j, other in enumerate(names):
+            batch = make(other)
+            stock = easel.stock(batch)
+            encoding = host.encode(batch.prompts)
+            generator = torch.Generator().manual_seed(77)
+            x = torch.randn(easel.reference(batch)[0].shape, generator=generator).to(easel.reference(batch)[0])
+            t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
+            with torch.no_grad():
+                plain = host.predict(x, t, encoding.context, encoding.pooled)
+            for i, name in enumerate(names):
+                drawn = easel.draw(batch, eraser, [name], gate)
+                with torch.no_grad(), eraser.acting(host, [name], gate):
+                    moved = host.predict(x, t, encoding.context, encoding.pooled)
+                leak = float(ratios(encoding.context.cpu(), downs[name]).max())
+                table["leakage"][i][j] = 0.0 if gate and leak <= gates[name] else leak
+                table["noise"][i][j] = float((moved - plain).norm() / plain.norm())
+                table["image"][i][j] = perceptual(easel.judge, drawn.images, stock.images)
+                table["accuracy"][i][j] = drawn.accuracy
+        result[kind] = table
+    return {"names": names, "kinds": result}
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    return Batch(batch.prompts[:count], batch.seeds[:count], batch.shows[:count])
+
+
+def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, Any]:
+    """Random strengths on one attached projector, ``cycles`` times; then all off. Is everything as it was, bit for bit?"""
+    host, names = easel.host, easel.suite.names
+    batch = _first(easel.own(names[0]), 2)
+    encoding = host.encode(batch.prompts)
+    x = easel.reference(batch)[0]
+    t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
+    before = {n: p.detach().clone() for n, p in host.unet.named_parameters()}
+    generator = torch.Generator().manual_seed(5)
+    changed = 0
+    with torch.no_grad():
+        stock = host.predict(x, t, encoding.context, encoding.pooled)
+        projector = KVProjector(host.attention_layers(), eraser.composition)
+        for _ in range(cycles):
+            easel.check()
+            with projector.attached((torch.rand(len(names), generator=generator) < 0.5).float()):
+                changed += int(not torch.equal(host.predict(x, t, encoding.context, encoding.pooled), stock))
+        with projector.attached(torch.zeros(len(names))):
+            off = host.predict(x, t, encoding.context, encoding.pooled)
+        after = host.predict(x, t, encoding.context, encoding.pooled)
+    same = all(torch.equal(p, before[n]) for n, p in host.unet.named_parameters())
+    return {
+        "cycles": cycles,
+        "changed": changed,
+        "off_bit_identical": bool(torch.equal(off, stock)),
+        "detached_bit_identical": bool(torch.equal(after, stock)),
+        "weights_bit_identical": same,
+    }
+
+
+def strength_sweep(easel: Easel, eraser: Separable, gate: bool) -> list[dict[str, float]]:
+    """Erased and kept accuracy against the strength of each concept alone."""
+    rows = []
+    for strength in easel.suite.strengths:
+        erased, kept, both = [], [], []
+        for name in easel.suite.names:
+            scaled = Separable(eraser.composition.deltas)
+            scaled.strength = strength
+            erased.append(easel.draw(easel.own(name), scaled, [name], gate).accuracy)
+            kept.append(easel.draw(easel.others(name), scaled, [name], gate).accuracy)
+            both.append(easel.draw(easel.both(name), scaled, [name], gate).accuracy)
+        rows.append(
+            {"strength": strength, "erased_accuracy": fmean(erased), "kept_accuracy": fmean(kept), "cooccurring_accuracy": fmean(both)}
+        )
+    return rows
+
+
+def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: Any, options: TrainOptions) -> list[dict[str, Any]]:
+    """Erasures and recoveries one after the other: a concept is planned against what is known when it comes, and never trained again.
+
+    Returns:
+        after every event, what is erased, recovered and regular (never touched): accuracy, Fréchet and perceptual distance to stock.
+    """
+    suite = easel.suite
+    known: list[str] = []
+    deltas: dict[str, ConceptDelta] = {}
+    active: list[str] = []
+    rows = []
+    for event in events:
+        ((kind, names),) = event.items()
+        if kind == "erase":
+            known += [n for n in names if n not in known]
+            fresh = [n for n in names if n not in deltas]
+            if fresh:
+                planner = planner_of(suite.book(known))
+                planner.plan_all(fresh)
+                for name in fresh:
+                    easel.check()
+                    deltas[name] = make_delta(planner, name, easel.host, options, check=easel.check)
+            active += [n for n in names if n not in active]
+        else:
+            active = [n for n in active if n not in names]
+        eraser = Separable(list(deltas.values()))
+        groups = {
+            "erased": active,
+            "recovered": [n for n in deltas if n not in active],
+            "regular": [n for n in suite.names if n not in known],
+        }
+        row: dict[str, Any] = {"event": f"{kind} {', '.join(names)}"}
+        for group, members in groups.items():
+            drawn = [(easel.own(n), easel.draw(easel.own(n), eraser, active)) for n in members]
+            if drawn:
+                images = torch.cat([d.images for _, d in drawn])
+                stock = torch.cat([easel.stock(b).images for b, _ in drawn])
+                row[group] = {
+                    "concepts": members,
+                    "accuracy": fmean(d.accuracy for _, d in drawn),
+                    "fid": frechet(easel.judge, images, stock),
+                    "lpips": perceptual(easel.judge, images, stock),
+                    "bit_identical": float(torch.cat([d.same for _, d in drawn]).float().mean()),
+                }
+        row["norm"] = {n: increment_norm(deltas[n]) for n in active}
+        rows.append(row)
+    return rows
+
+
+def increment_norm(delta: ConceptDelta) -> float:
+    """``‖Δθ‖_p = ‖Δθ‖_1 / M`` (Eq. 3), M the number of projections."""
+    return sum(float(delta.weight_delta(n).abs().sum()) for n in delta.up) / len(delta.up)
+
+
+def order_gaps(easel: Easel, planner_of: Callable[[ConceptBook], Planner], options: TrainOptions, names: list[str]) -> dict[str, float]:
+    """How far the order in which the others arrive shows in a concept's delta; see :func:`sepme.convert.order_gap`."""
+    layers, book = easel.host.attention_layers(), easel.suite.book()
+    gaps = {}
+    for name in names:
+        easel.check()
+        alone = make_delta(planner_of(easel.suite.book([name])), name, easel.host, options, check=easel.check)
+        gaps[name] = order_gap(alone, book, planner_of, layers)
+    return gaps
+
+
+def losses(deltas: Mapping[str, ConceptDelta]) -> dict[str, list[float]]:
+    return {name: list(d.info.get("losses", [])) for name, d in deltas.items()}
