@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch>=2.4 torchvision
 
-.PHONY: demo test lint bench kernels world clean
+.PHONY: demo test browser lint bench kernels world clean
 
 # the environments, made again when the requirements change: one to use, and what the tests need on top
 .venv/.ready: pyproject.toml
@@ -24,6 +24,10 @@ demo: .venv/.ready
 
 test: .venv/.test-ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# the page in Chromium: not all of these hold yet, so they are no part of `make test`
+browser: .venv/.test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: .venv/.test-ready
 	$(BIN)/ruff check .
