@@ -15,7 +15,6 @@ TORCH ?= torch>=2.4 torchvision
 .venv/.test-ready: .venv/.ready
 	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
 	$(BIN)/python tests/comfyui/environment.py
-	$(BIN)/python tests/browser/chromium.py
 	touch $@
 
 demo: .venv/.ready
@@ -27,6 +26,7 @@ test: .venv/.test-ready lint
 
 # the page in Chromium: not all of these hold yet, so they are no part of `make test`
 browser: .venv/.test-ready
+	$(BIN)/python tests/browser/chromium.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: .venv/.test-ready
