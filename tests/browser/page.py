@@ -10,7 +10,7 @@ from typing import Any
 
 from comfyui.server import Run, Server
 
-WAIT = 120_000  # milliseconds: two cores, a server and a browser on them
+WAIT = 60_000  # milliseconds: two cores, a server and a browser on them
 
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
@@ -204,6 +204,5 @@ class Page:
 
     def picture(self, path: Path, **options: Any) -> None:
         """A screenshot without toasts."""
-        self.tab.add_style_tag(content=".p-toast { display: none !important }")
         self.settle(300)
-        self.tab.screenshot(path=str(path), **options)
+        self.tab.screenshot(path=str(path), style=".p-toast { display: none !important }", **options)

@@ -5,7 +5,7 @@ import { t } from "./text.js";
 /** Show a dialog; returns it. `actions`: `[label, call]`, the last one is the main one; a dialog closes after each. */
 export function openDialog(title, content, actions = []) {
   const heading = el("h2", {}, title);
-  const dialog = ownKeys(el("dialog.sepme.sepme-dialog", { "aria-label": title }, heading, content));
+  const dialog = ownKeys(el("dialog.sepme.sepme-dialog", { "aria-label": title, tabIndex: -1 }, heading, content));
   const buttons = [[t("dialog.close"), () => {}], ...actions].map(([label, call], i) =>
     el(i && i === actions.length ? "button.sepme-button.sepme-main" : "button.sepme-button", { type: "button", onclick: () => (dialog.close(), call()) }, label),
   );

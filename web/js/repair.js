@@ -38,6 +38,7 @@ export function openRepair() {
   const draw = () => {
     const rows = broken();
     content.replaceChildren(el("p", {}, t(rows.length ? "repair.text" : "repair.done")), ...rows.map((row) => entry(row, draw)));
+    content.closest("dialog")?.focus(); // the button that had the focus is gone; outside, the host takes Escape for itself
   };
   draw();
   const again = () => draw();
