@@ -209,6 +209,17 @@ class KVProjector:
                 self._held = None
         return outputs[name]
 
+    def why_not_fused(self, context: Tensor) -> str | None:
+        """Why ``fused`` is something else on this model at the moment, in words; None where a kernel runs."""
+        weights = [site.weight() for site in self._sites.values()]
+        plain = [w for w in weights if w is not None]
+        if len(plain) < len(weights):
+            return "this model's weights are cast, patched or offloaded while it runs; exact is used instead"
+        if torch.is_autocast_enabled(context.device.type):
+            return "the model runs under autocast; exact is used instead"
+        reason = why_not(PROJECT_KV, context=context.to(plain[0].dtype), weights=plain)
+        return reason and f"{reason}; plain PyTorch does the same here"
+
     def _strengths(self, context: Tensor) -> Tensor:
         assert self.strengths is not None
         return self.strengths if self._pass is None else self._pass.strengths(context, self.strengths)

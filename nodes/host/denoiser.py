@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_sampling
@@ -11,12 +11,11 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...sepme import ddim
+from ...sepme.ddim import SIDES, DDIMDenoiser
 from ...sepme.errors import SepMEError
 from ...sepme.protocols import AttentionLayer
 
 _ATTENTION = re.compile(r"(?:(?:input|output)_blocks\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2")
-SIDES = {768: 64, 1024: 64, 2048: 128}  # latents of SD1.x, SD2.x and SDXL, by width of the context
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:
@@ -31,8 +30,8 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     return layers
 
 
-class UNetDenoiser:
-    """A loaded model as :class:`~sepme.protocols.Denoiser`: x_t as in the papers, ``√ᾱ x_0 + √(1−ᾱ) ε``; always ε.
+class UNetDenoiser(DDIMDenoiser):
+    """A loaded model as :class:`~sepme.protocols.Denoiser`.
 
     Args:
         patcher: a MODEL; it must be loaded (:func:`~.jobs.trainable`) when it predicts.
@@ -69,12 +68,7 @@ class UNetDenoiser:
         return torch.device(self.model.device)
 
     @property
-    def timesteps(self) -> int:
-        return len(self.alphas)
-
-    @property
     def latents(self) -> tuple[int, ...]:
-        """Shape of one image's latents."""
         return (self.model.latent_format.latent_channels, self.side, self.side)
 
     def preview(self) -> Callable[[Tensor], Any] | None:
@@ -88,47 +82,11 @@ class UNetDenoiser:
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)
 
-    def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        x, t = x_t.to(self.device, self.dtype), t.to(self.device)
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:
         more = {}
         if extra is not None:
             pixels = 8 * self.side
             label = self.model.encode_adm(pooled_output=extra, width=pixels, height=pixels, device=self.device)
             more["y"] = label.to(self.device, self.dtype)
-        out = self.model.diffusion_model(x, t, context=context.to(self.device, self.dtype), transformer_options={}, **more)
-        if not self.predicts_v:
-            return out
-        alpha = self._alpha(t, x)
-        return (alpha.sqrt() * out.float() + (1 - alpha).sqrt() * x.float()).to(out.dtype)
-
-    def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha = self._alpha(t, x_0)
-        return (alpha.sqrt() * x_0.float() + (1 - alpha).sqrt() * noise.float()).to(x_0.dtype)
-
-    def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
-        return self.alphas.to(like.device)[t.to(like.device)].reshape(-1, *[1] * (like.dim() - 1))
-
-    def _runs(
-        self, context: Tensor, empty: Tensor, generator: torch.Generator, extra: Any, steps: int, guidance: float
-    ) -> Iterator[Tensor]:
-        seeds = torch.randint(1 << 31, (len(context),), generator=generator).tolist()
-        start = torch.stack([torch.randn(self.latents, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        return ddim.runs(self, self.alphas, start.to(self.device, self.dtype), context, empty, extra, steps, guidance)
-
-    def trajectory(
-        self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        points = []
-        for x in self._runs(context, empty, generator, extra, 25, 3.0):
-            points.append(x)
-            if on_step is not None:
-                on_step()
-        return torch.stack(points[:-1]), ddim.timesteps(25, self.timesteps).to(self.device)
-
-    def drawn(
-        self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
-    ) -> Tensor:
-        for x in self._runs(context, empty, generator, extra, 50, 7.5):  # noqa: B007
-            if on_step is not None:
-                on_step()
-        return x
+        out: Tensor = self.model.diffusion_model(x, t, context=context, transformer_options={}, **more)
+        return out

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ...sepme.composition import Composition
 from ...sepme.delta import ConceptDelta
 from ...sepme.layers import projections
-from ...sepme.ops import PROJECT_KV, why_not
 from ...sepme.runtime import KVProjector
 from ...sepme.toggles import Toggles, merge, strengths
 from .denoiser import attention_layers
@@ -105,14 +104,9 @@ class Applied:
 
     def _say_why_not_fused(self, projector: KVProjector, context: Tensor) -> None:
         """Once, where ``fused`` was chosen and something else runs."""
-        weights = [_plain_weight(module, self._inner(name, module)) for name, module in projector.modules.items()]
-        plain = [w for w in weights if w is not None]
-        if len(plain) < len(weights):
-            self._say("Backend fused: this model's weights are cast, patched or offloaded while it runs; exact is used instead.")
-            return
-        reason = why_not(PROJECT_KV, context=context.to(plain[0].dtype), weights=plain)
+        reason = projector.why_not_fused(context)
         if reason is not None:
-            self._say(f"Backend fused: {reason}; plain PyTorch does the same here.")
+            self._say(f"Backend fused: {reason}.")
 
     def _inner(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """What the patch stands before: of a module's own forward that of the running model's module, which may be another object."""

@@ -18,10 +18,6 @@ from .panel import Panel
 from .settings import Settings, Tables, Tags, take_tags
 from .shelf import choose, load
 
-UNKNOWN_ROWS = (
-    "another extension adds prompts of its own to the batch; they get the panel's strengths, so tags of single prompts may not reach them"
-)
-
 
 @dataclass
 class Batch:
@@ -99,7 +95,7 @@ def _attach(p: Any, run: Run) -> None:
         tables = Tables.make(Composition(tuple(deltas.values())), run.panel, positive, negative)
         if tables.idle:
             return
-        run.attached = host.Attached(p, tables, run.settings, lambda: _say(p, run, UNKNOWN_ROWS))
+        run.attached = host.Attached(p, tables, run.settings, lambda text: _say(p, run, text))
         _runs.append(run)
     except SepMEError as error:
         _say(p, run, f"nothing is erased. {error}")

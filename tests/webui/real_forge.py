@@ -118,7 +118,7 @@ def main() -> None:
     def attached(positive: list[dict[str, float]], negative: dict[str, float] | None = None, panel: Any = None, **more: Any) -> Any:
         p = SimpleNamespace(sd_model=engine)
         tables = Tables.make(composition, panel or {}, positive, [negative or {}] * len(positive))
-        return host.Attached(p, tables, Settings(**more), lambda: said.append(1))
+        return host.Attached(p, tables, Settings(**more), said.append)
 
     pair = ["a star", "a star"]
     stock = draw(engine, pair)
@@ -171,7 +171,7 @@ def main() -> None:
     assert not [n for n, m in unet.named_modules() if isinstance(m.__dict__.get("forward"), host.Hook)]
     after = unet.state_dict()
     assert list(after) == list(before)
-    assert not said
+    assert set(said) == {"backend fused: there is no kernel for cpu; plain PyTorch does the same here."}
     print("unpatched: no forward of ours is left; rows were always known")
 
 

@@ -1,0 +1,55 @@
+"""Everything that touches the hosts' internals: their interface, the loaded checkpoint, patches on it, the same as encoder and denoiser.
+
+Automatic1111 and its Forges differ in where the UNet is, how it is patched and in which order rows come. Everything else is shared.
+"""
+
+from .attached import Attached
+from .checkpoint import architecture_of, attention_layers, is_forge, unet_of
+from .hook import ClassForward, Hook
+from .interface import (
+    AlwaysVisible,
+    ExtraNetwork,
+    InputAccordion,
+    Script,
+    check_interrupted,
+    checkpoint_file,
+    checkpoint_folder,
+    interrupt,
+    job,
+    library,
+    lora_folder,
+    on_before_ui,
+    on_cfg_denoiser,
+    on_ui_tabs,
+    register_extra_network,
+    script_modules,
+)
+from .loaded import LoadedModel, loaded_model
+
+__all__ = [
+    "AlwaysVisible",
+    "Attached",
+    "ClassForward",
+    "ExtraNetwork",
+    "Hook",
+    "InputAccordion",
+    "LoadedModel",
+    "Script",
+    "architecture_of",
+    "attention_layers",
+    "check_interrupted",
+    "checkpoint_file",
+    "checkpoint_folder",
+    "interrupt",
+    "is_forge",
+    "job",
+    "library",
+    "loaded_model",
+    "lora_folder",
+    "on_before_ui",
+    "on_cfg_denoiser",
+    "on_ui_tabs",
+    "register_extra_network",
+    "script_modules",
+    "unet_of",
+]

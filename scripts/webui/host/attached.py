@@ -1,0 +1,184 @@
+"""Deltas on the loaded model while one batch is drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....sepme.runtime import KVProjector
+from ..rows import Expected, by_order
+from ..settings import Settings, Tables
+from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
+from .hook import ClassForward, Hook, previous
+
+MARK = 1024
+UNKNOWN_ROWS = (
+    "another extension adds prompts of its own to the batch; they get the panel's strengths, so tags of single prompts may not reach them"
+)
+
+
+def _loras() -> tuple[Any, ...]:
+    """What Automatic1111's LoRAs are at the moment; extensions change their weights between steps."""
+    networks = sys.modules.get("networks")
+    loaded = getattr(networks, "loaded_networks", ())
+    return tuple((n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim) for n in loaded)
+
+
+class Attached:
+    """Deltas on the loaded model while one batch is drawn.
+
+    Args:
+        p: the host's processing object. say: told, in a sentence, what the user should know of this run; maybe at every step.
+    """
+
+    def __init__(self, p: Any, tables: Tables, settings: Settings, say: Callable[[str], None]) -> None:
+        self.p, self.model, self.tables, self.settings, self.say = p, p.sd_model, tables, settings, say
+        self.projector: KVProjector | None = None
+        self.expected: Expected | None = None
+        self.unet = unet_of(self.model)
+        self.projector = KVProjector(attention_layers(self.model), tables.composition, settings.gate, backend=settings.backend)
+        self._found: list[tuple[nn.Module, Hook, Any]] = []
+        self._patcher: Any = None
+        if is_forge(self.model):
+            self._patch_forge()
+        else:
+            self._patch_modules()
+
+    @property
+    def current(self) -> bool:
+        """Whether the model is still the one that is patched; a refiner may have taken its place."""
+        return unet_of(self.p.sd_model) is self.unet
+
+    def _patch_modules(self) -> None:
+        whole = self.model.model  # ControlNet replaces the UNet's own forward, so the pass begins one level above
+        for name, module in self._projector.modules.items():
+            before = previous(module, module.__dict__.get("forward"))
+            self._put(module, Hook(before, self._projection(name, module, before)))
+        before = previous(whole, whole.__dict__.get("forward"))
+        self._put(whole, Hook(before, self._forward(before, _split_a1111, self._rows_a1111)))
+
+    def _put(self, module: nn.Module, hook: Hook) -> None:
+        self._found.append((module, hook, module.__dict__.get("forward")))
+        module.forward = hook
+
+    def _patch_forge(self) -> None:
+        self._patcher = self.model.forge_objects.unet.clone()
+        for name, module in self._projector.modules.items():
+            path = f"diffusion_model.{name}.forward"
+            before = previous(module, self._patcher.object_patches.get(path) or module.__dict__.get("forward"))
+            self._patcher.add_object_patch(path, Hook(before, self._projection(name, module, before)))
+        path = "diffusion_model.forward"
+        before = previous(self.unet, self._patcher.object_patches.get(path) or self.unet.__dict__.get("forward"))
+        self._patcher.add_object_patch(path, Hook(before, self._forward(before, _split_forge, self._rows_forge)))
+        self._before_clone, self.model.forge_objects.unet = self.model.forge_objects.unet, self._patcher
+
+    @property
+    def _projector(self) -> KVProjector:
+        assert self.projector is not None
+        return self.projector
+
+    def _projection(self, name: str, module: nn.Module, before: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        weight = before.plain_weight if isinstance(before, ClassForward) else lambda: None
+        patched = self._projector.wrap(name, module, before, weight)
+        return lambda context: patched(context) if self.projector is not None else before(context)
+
+    def _forward(self, before: Callable[..., Any], split: Callable[..., Any], rows: Callable[..., Tensor | None]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = split(args, kwargs)
+            if self.projector is None or call is None:
+                return before(*args, **kwargs)
+            context, vector, again = call
+            context = _unmarked(context)
+            table = self.tables.base if self.tables.uniform else rows(context, kwargs)
+            if table is None:
+                self._say_unknown()
+                table = self.tables.base
+            if vector is not None:
+                args, kwargs = again(self._replace_pooled(vector, context, table))
+            self.projector.state = _loras()
+            with self.projector.forward_pass(table, context, self.tables.base, self._say_unknown):
+                if self.settings.backend == "fused":
+                    self._say_why_not_fused(context)
+                return before(*args, **kwargs)
+
+        return forward
+
+    def _say_unknown(self) -> None:
+        self.say(UNKNOWN_ROWS)
+
+    def _say_why_not_fused(self, context: Tensor) -> None:
+        reason = self._projector.why_not_fused(context)
+        if reason is not None:
+            self.say(f"backend fused: {reason}.")
+
+    def _replace_pooled(self, vector: Tensor, context: Tensor, table: Tensor) -> Tensor:
+        widths = {d.pooled.down.shape[1] for d in self.tables.composition.deltas if d.pooled is not None}
+        if not widths:
+            return vector
+        width = widths.pop()
+        pooled = self.tables.composition.replace_pooled(vector[:, :width], context, table, self.settings.gate)
+        return torch.cat([pooled, vector[:, width:]], dim=1)
+
+    def expect(self, params: Any) -> None:
+        """A denoising step begins; ``params`` are what the host tells its callbacks of it."""
+        cond, uncond = (_unmarked(crossattn(c)) for c in (params.text_cond, params.text_uncond))
+        images, parts = len(self.tables.positive), [1] * len(cond)
+        with suppress(AttributeError, TypeError, IndexError):
+            parts = [len(prompts) for prompts in self.p.get_conds()[0].batch]
+        known = len(parts) == images and sum(parts) == len(cond)
+        self.expected = Expected.make(cond, uncond, parts, self.tables.positive, self.tables.negative) if known else None
+
+    def _rows_a1111(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        return None if self.expected is None else self.expected.take(context)
+
+    def _rows_forge(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        order = (kwargs.get("transformer_options") or {}).get("cond_or_uncond") or ()
+        return by_order(len(context), order, self.tables.positive, self.tables.negative)
+
+    def detach(self) -> None:
+        """Leave the model as it was found; hooks that another owner still holds do nothing from now on."""
+        for module, hook, found in reversed(self._found):
+            if module.__dict__.get("forward") is hook:
+                if found is None:
+                    del module.forward
+                else:
+                    module.forward = found
+        self._found.clear()
+        if self._patcher is not None and self.model.forge_objects.unet is self._patcher:
+            self.model.forge_objects.unet = self._before_clone
+        self._patcher = self._before_clone = None
+        if self.projector is not None:
+            self.projector.clear()
+        self.projector = self.expected = None
+
+    def prepare(self, params: Any) -> None:
+        """Load the patches of a model that was changed in the middle of a run; Forge loads before the first step only."""
+        if self._patcher is not None:
+            load_forge(self._patcher, params.x)
+
+
+def _unmarked(context: Tensor | None) -> Any:
+    """Without the token of ±1024 that ControlNet puts before every prompt and its own ``forward`` takes off again."""
+    marked = context is not None and context.shape[1] % CHUNK == 1 and bool((context[:, 0].abs() == MARK).all())
+    return context[:, 1:] if marked else context
+
+
+def _split_a1111(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Context, vector and how to call with another vector, of ``DiffusionWrapper`` (SD1, SD2) or ``OpenAIWrapper`` (SDXL)."""
+    if len(args) > 2 and isinstance(args[2], Mapping):
+        cond = args[2]
+        return cond["crossattn"], cond.get("vector"), lambda v: ((*args[:2], {**cond, "vector": v}, *args[3:]), kwargs)
+    context = kwargs.get("c_crossattn")
+    if context is None:
+        return None
+    return (torch.cat(context, 1) if isinstance(context, (list, tuple)) else context), None, None
+
+
+def _split_forge(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    context = kwargs.get("context")
+    return None if context is None else (context, kwargs.get("y"), lambda v: (args, {**kwargs, "y": v}))

@@ -1,0 +1,60 @@
+"""What the hosts offer to extensions: scripts, callbacks, folders, the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modules import call_queue, extra_networks, paths, script_callbacks, scripts, shared, ui_components
+
+from ....sepme.errors import Interrupted
+from ....sepme.library import DeltaLibrary
+
+Script, AlwaysVisible = scripts.Script, scripts.AlwaysVisible
+InputAccordion = ui_components.InputAccordion
+ExtraNetwork, register_extra_network = extra_networks.ExtraNetwork, extra_networks.register_extra_network
+on_before_ui, on_cfg_denoiser = script_callbacks.on_before_ui, script_callbacks.on_cfg_denoiser
+on_ui_tabs = script_callbacks.on_ui_tabs
+
+library = DeltaLibrary(lambda: [Path(paths.models_path) / "sepme"])
+
+
+def lora_folder() -> Path:
+    return Path(getattr(shared.cmd_opts, "lora_dir", None) or Path(paths.models_path) / "Lora")
+
+
+def checkpoint_folder() -> Path:
+    return Path(getattr(shared.cmd_opts, "ckpt_dir", None) or Path(paths.models_path) / "Stable-diffusion")
+
+
+def checkpoint_file() -> Path:
+    """The file of the loaded checkpoint."""
+    return Path(shared.sd_model.sd_checkpoint_info.filename)
+
+
+def script_modules() -> list[Any]:
+    """The modules of all scripts that the host has loaded."""
+    return [data.module for data in scripts.scripts_data]
+
+
+@contextmanager
+def job(name: str) -> Iterator[None]:
+    """The host's queue for as long as the block runs."""
+    with call_queue.queue_lock:
+        shared.state.begin(name)
+        try:
+            yield
+        finally:
+            shared.state.end()
+
+
+def check_interrupted() -> None:
+    """Raise :class:`Interrupted` once the user interrupts."""
+    if shared.state.interrupted or shared.state.stopping_generation:
+        raise Interrupted
+
+
+def interrupt() -> None:
+    shared.state.interrupt()
