@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from modules import shared
@@ -25,6 +26,8 @@ def previous(module: nn.Module, found: Any) -> Callable[..., Any]:
     since hosts patch classes for their LoRAs."""
     while isinstance(found, Hook):
         found = found.before
+    if found == MethodType(type(module).forward, module):  # what Forge leaves behind where it took a patch off
+        found = None
     return found or ClassForward(module)
 
 

@@ -6,5 +6,5 @@ device = torch.device("cpu")
 dtype_unet = torch.float32
 
 
-def autocast(disable=False):
+def autocast():
     return contextlib.nullcontext()
