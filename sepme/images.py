@@ -31,11 +31,20 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
 
 def png(sheet: Tensor, scale: int = 1) -> bytes:
     """Encode ``(3, H, W)`` uint8 as PNG, enlarged by whole pixels."""
+    return _encoded(sheet, scale, "PNG")
+
+
+def jpeg(sheet: Tensor) -> bytes:
+    """Encode ``(3, H, W)`` uint8 as JPEG: a fourth of PNG's size, for pages with many pictures."""
+    return _encoded(sheet, 1, "JPEG", quality=90)
+
+
+def _encoded(sheet: Tensor, scale: int, kind: str, **options: int) -> bytes:
     from PIL import Image
 
     picture = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
     buffer = io.BytesIO()
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

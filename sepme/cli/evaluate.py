@@ -19,6 +19,9 @@ def evaluate(
     suite: Annotated[str, typer.Argument(help="demo, tiny, sd14, sd2, sdxl, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json, CSV files, deltas.")],
     judge: Annotated[Path | None, typer.Option(help="Folder of a CLIP model that reads the pictures (suites of real models).")] = None,
+    keep_images: Annotated[
+        bool, typer.Option("--images", help="Also write all pictures that this run draws for the methods' figures.")
+    ] = False,
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
@@ -35,7 +38,7 @@ def evaluate(
     host = load_host(model, device, dtype, tokenizer, prediction, size)
     with interruptible() as check, progress_bar() as bar:
         try:
-            metrics = Run(host, chosen, out, judge, progress(bar, check), check)()
+            metrics = Run(host, chosen, out, judge, keep_images, progress(bar, check), check)()
         except Interrupted:
             log.print("Stopped; run the same command to go on.")
             raise typer.Exit(130) from None

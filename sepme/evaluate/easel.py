@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..nullspace import ordinary_prompts
+from ..protocols import Encoding
 from .erasers import Eraser
 from .judge import Judge
 from .suite import Suite
@@ -17,11 +19,16 @@ from .suite import Suite
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts drawn together. ``shows``: the concept that each picture should show, if any."""
+    """Prompts drawn together.
+
+    Attributes:
+        shows: the concept that each picture should show, if any. weight: of the whole prompt, as in ``(a star:1.4)``.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     shows: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 class Drawn(NamedTuple):
@@ -48,7 +55,8 @@ class Easel:
         """The stock model's latents and images."""
         if batch not in self._stock:
             self.check()
-            latents = self.host.generate(list(batch.prompts), list(batch.seeds), **self.options)
+            with _weighed(self.host, batch):
+                latents = self.host.generate(list(batch.prompts), list(batch.seeds), **self.options)
             self._stock[batch] = latents, self.decode(latents)
         return self._stock[batch]
 
@@ -57,7 +65,8 @@ class Easel:
         self.check()
         reference, images = self.reference(batch)
         given = self.options | options
-        latents = eraser.generate(self.host, list(batch.prompts), list(batch.seeds), erased, gate, **given)
+        with _weighed(self.host, batch):
+            latents = eraser.generate(self.host, list(batch.prompts), list(batch.seeds), erased, gate, **given)
         same = (latents == reference).flatten(1).all(1)
         if not same.all():
             images = self.decode(latents)
@@ -79,8 +88,8 @@ class Easel:
         return self._cycled(self.suite.prompts(name, unseen), name, self.suite.names.index(name) * 1000 + (500 if unseen else 0))
 
     def weighted(self, name: str) -> Batch:
-        """Its name repeated and stressed, as prompt weights do."""
-        return self._cycled((f"{name} {name}", f"{name}, {name}, {name}"), name, 20_000 + self.suite.names.index(name) * 1000)
+        """Its prompts with more weight."""
+        return replace(self.own(name), weight=1.4)
 
     def _cycled(self, prompts: Sequence[str], name: str, offset: int) -> Batch:
         count = self.suite.images
@@ -102,6 +111,18 @@ class Easel:
         seeds = tuple(self.suite.seed + 60_000 + 1000 * index + i for i in range(len(chosen)))
         return Batch(tuple(p for p, _ in chosen), seeds, tuple(n for _, n in chosen))
 
+    def neighbours(self) -> Batch:
+        """Concepts of the same kinds that no method was told of."""
+        names = [n for given in self.suite.neighbours.values() for n in given]
+        chosen = [names[i % len(names)] for i in range(max(len(names), 2 * self.suite.images))] if names else []
+        prompts = tuple(self.suite.prompts(n)[i // len(names) % len(self.suite.prompts(n))] for i, n in enumerate(chosen))
+        return Batch(prompts, tuple(self.suite.seed + 100_000 + i for i in range(len(chosen))), tuple(chosen))
+
+    def synonyms(self, name: str) -> Batch | None:
+        """A concept in other words, if the suite has some."""
+        prompts = self.suite.synonyms.get(name)
+        return self._cycled(prompts, name, 110_000 + self.suite.names.index(name) * 1000) if prompts else None
+
     def unrelated(self) -> Batch:
         """Prompts that hold no concept: the suite's, else ordinary ones that calibrated no gate."""
         prompts = (self.suite.unrelated or ordinary_prompts()[1::2])[: 4 * self.suite.images]
@@ -111,3 +132,24 @@ class Easel:
         """The empty prompt and what is preserved."""
         prompts = ("", *self.suite.preserve[: 2 * self.suite.images])
         return Batch(prompts, tuple(self.suite.seed + 90_000 + i for i in range(len(prompts))))
+
+
+@contextmanager
+def _weighed(host: Any, batch: Batch) -> Iterator[None]:
+    """The batch's prompts with its weight as ComfyUI reads weights: ``c ← c_∅ + weight · (c − c_∅)``. A negative prompt keeps 1."""
+    if batch.weight == 1:
+        yield
+        return
+    plain, empty = host.encode, host.encode([""]).context
+
+    def encode(prompts: Sequence[str], *rest: Any) -> Encoding:
+        encoding = plain(prompts, *rest)
+        if len(prompts) != len(batch.prompts):
+            return encoding
+        return encoding._replace(context=empty + batch.weight * (encoding.context - empty))
+
+    host.encode = encode
+    try:
+        yield
+    finally:
+        host.encode = plain

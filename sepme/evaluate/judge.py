@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,15 @@ from .suite import Suite
 
 
 class Judge(Protocol):
-    """Reads images ``(n, 3, h, w)`` in [-1, 1]; ``what`` says who it is, for the report."""
+    """Reads images ``(n, 3, h, w)`` in [-1, 1].
+
+    Attributes:
+        what: who it is, for the report. inception: whether FID's own network is at hand. lpips: torchmetrics' LPIPS, if at hand.
+    """
 
     what: str
+    inception: bool
+    lpips: Any
 
     def correct(self, images: Tensor, names: Sequence[str]) -> Tensor:
         """Whether each image shows the concept named beside it, ``(n,)`` bool."""
@@ -32,7 +39,7 @@ class Judge(Protocol):
 
 
 class DemoJudge:
-    what = "the embedded classifier (labels and features)"
+    what, inception, lpips = "the embedded classifier", False, None
 
     def __init__(self, suite: Suite) -> None:
         self.model = load_classifier(DEMO)
@@ -47,7 +54,7 @@ class DemoJudge:
 
 
 class ClipJudge:
-    """Zero-shot among the suite's concepts of the same kind and "something else"."""
+    """Zero-shot among the suite's concepts and neighbours of the same kind and "something else"."""
 
     def __init__(self, suite: Suite, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -58,10 +65,11 @@ class ClipJudge:
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error).splitlines() or [""])[0][:100]
             raise SepMEError(f"{folder} holds no CLIP model with its tokenizer ({reason}); name one with --judge.") from None
-        self.what = f"CLIP, zero-shot ({folder.name})"
-        self.kinds, self.concepts = suite.kinds, suite.concepts
+        self.what, self.inception, self.lpips = f"CLIP, zero-shot ({folder.name})", _inception(), _lpips()
+        self.kinds = suite.kinds
+        self.labels = {kind: (*names, *suite.neighbours.get(kind, ())) for kind, names in suite.concepts.items()}
         self.texts: dict[str, Tensor] = {}
-        for kind, names in suite.concepts.items():
+        for kind, names in self.labels.items():
             prompts = [suite.prompts(n)[-1] for n in names] + ["a photo of something else"]
             with torch.no_grad():
                 out = self.model.get_text_features(**tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
@@ -72,7 +80,7 @@ class ClipJudge:
         right = []
         for feature, name in zip(features, names, strict=True):
             kind = self.kinds[name]
-            right.append(int((self.texts[kind] @ feature).argmax()) == self.concepts[kind].index(name))
+            right.append(int((self.texts[kind] @ feature).argmax()) == self.labels[kind].index(name))
         return torch.tensor(right)
 
     @torch.no_grad()
@@ -112,21 +120,61 @@ class Features(nn.Module):
 
 
 def frechet(judge: Judge, images: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of the judge's features (FID's formula, by torchmetrics), of images ``(n, 3, h, w)`` in [-1, 1]."""
+    """FID's formula, by torchmetrics, of images ``(n, 3, h, w)`` in [-1, 1]: on Inception's features if at hand, else on the judge's."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    width = judge.features(reference[:1]).shape[1]
-    extractor = Features(judge)
-    extractor.num_features = width  # type: ignore[assignment]
-    metric = FrechetInceptionDistance(feature=extractor, normalize=False, input_img_size=tuple(reference.shape[1:]))
+    if judge.inception:
+        metric = FrechetInceptionDistance(feature=2048, normalize=True)
+        images, reference = ((x.float() + 1) / 2 for x in (images, reference))
+    else:
+        extractor = Features(judge)
+        extractor.num_features = judge.features(reference[:1]).shape[1]  # type: ignore[assignment]
+        metric = FrechetInceptionDistance(feature=extractor, normalize=False, input_img_size=tuple(reference.shape[1:]))
+        metric.used_custom_model = True
     metric.set_dtype(torch.float64)
-    metric.used_custom_model = True
     metric.update(reference, real=True)
     metric.update(images, real=False)
     return max(0.0, float(metric.compute()))
 
 
+@torch.no_grad()
 def perceptual(judge: Judge, images: Tensor, reference: Tensor) -> float:
-    """Mean squared distance of normalised features: what stands for LPIPS where its weights are not at hand."""
+    """Mean LPIPS if its weights are at hand, else mean squared distance of the judge's normalised features."""
+    if judge.lpips is not None:
+        for a, b in zip(images.split(8), reference.split(8), strict=True):
+            judge.lpips.update(a.float(), b.float())
+        value = float(judge.lpips.compute())
+        judge.lpips.reset()
+        return value
     a, b = (F.normalize(judge.features(x), dim=-1) for x in (images, reference))
     return float((a - b).square().sum(-1).mean())
+
+
+def measures(judge: Judge) -> str:
+    """Which distances these are, for the report."""
+    fid = "Inception's features (FID)" if judge.inception else "the judge's features, in place of Inception's"
+    distance = "LPIPS (AlexNet)" if judge.lpips else "squared, of the judge's normalised features, in place of LPIPS"
+    return f"Fréchet distance on {fid}; distance: {distance}."
+
+
+def _inception() -> bool:
+    """Whether FID's own network is at hand: torch-fidelity, and its weights in torch's hub folder; nothing is downloaded."""
+    if find_spec("torch_fidelity") is None:
+        return False
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return _at_hand(URL_INCEPTION_V3)
+
+
+def _lpips() -> Any:
+    """LPIPS by torchmetrics, if AlexNet's weights lie in torch's hub folder; None otherwise."""
+    if find_spec("torchvision") is None:
+        return None
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision.models import AlexNet_Weights
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex") if _at_hand(AlexNet_Weights.DEFAULT.url) else None
+
+
+def _at_hand(url: str) -> bool:
+    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file()

@@ -12,19 +12,21 @@ from .easel import Easel
 from .erasers import Eraser
 from .judge import frechet, perceptual
 
+Shown = dict[str, list[Tensor]]  # pictures by condition: one batch a concept
 
-def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All figures of a method, and pictures for the report by condition.
+
+def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], Shown]:
+    """All figures of a method, and its pictures.
 
     ``erased_accuracy``: the concept's own prompts, it alone erased. ``kept_accuracy``: other concepts' prompts meanwhile.
     ``cooccurring_accuracy``: prompts that hold it and another, which should be seen. ``restored_bit_identical``: its own prompts with
     all others erased. ``untouched_bit_identical``: other concepts' prompts with it alone erased, and unrelated, preserved and empty
-    prompts with everything erased.
+    prompts with everything erased. ``neighbour_accuracy``: concepts that no method was told of, with everything erased.
     """
     names = easel.suite.names
     rows: dict[str, list[float]] = {}
     restored, untouched = [], []
-    shown: dict[str, list[Tensor]] = {"erased": [], "restored": [], "both": []}
+    shown: Shown = {"erased": [], "both": [], "restored": []}
     for name in names:
         own, others, both, unseen = easel.own(name), easel.others(name), easel.both(name), easel.own(name, unseen=True)
         rest = [n for n in names if n != name]
@@ -33,7 +35,7 @@ def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], d
         restored.append(back.same)
         untouched.append(kept.same)
         for key, drawn in (("erased", alone), ("restored", back), ("both", pair)):
-            shown[key].append(drawn.images[:4])
+            shown[key].append(drawn.images)
         found = {
             "erased_accuracy": alone.accuracy,
             "erased_accuracy_all_on": every.accuracy,
@@ -57,16 +59,26 @@ def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], d
         "unrelated_lpips": perceptual(easel.judge, plain[0].images, easel.stock(easel.unrelated()).images),
         "concepts": {n: {k: v[i] for k, v in rows.items()} for i, n in enumerate(names)},
     }
-    return result, {key: torch.cat(value) for key, value in shown.items()}
+    if easel.suite.neighbours:
+        near = easel.draw(easel.neighbours(), eraser, names, gate)
+        result |= {"neighbour_accuracy": near.accuracy, "neighbour_bit_identical": float(near.same.float().mean())}
+        shown["neighbours"] = [near.images]
+    return result, shown
 
 
-def stock_figures(easel: Easel) -> dict[str, float]:
+def stock_figures(easel: Easel) -> tuple[dict[str, float], Shown]:
     """What the model as it is reaches on the same pictures."""
     names = easel.suite.names
+    own = [easel.stock(easel.own(n)).images for n in names]
+    shown = {"erased": own, "both": [easel.stock(easel.both(n)).images for n in names], "restored": own}
+    if easel.suite.neighbours:
+        shown["neighbours"] = [easel.stock(easel.neighbours()).images]
     sets = {
         "erased_accuracy": [easel.own(n) for n in names],
         "erased_accuracy_unseen": [easel.own(n, unseen=True) for n in names],
         "kept_accuracy": [easel.others(n) for n in names],
         "cooccurring_accuracy": [easel.both(n) for n in names],
+        "neighbour_accuracy": [easel.neighbours()] if easel.suite.neighbours else [],
+        "synonym_accuracy": [b for b in map(easel.synonyms, names) if b],
     }
-    return {key: fmean(easel.stock(b).accuracy for b in batches) for key, batches in sets.items()}
+    return {key: fmean(easel.stock(b).accuracy for b in batches) for key, batches in sets.items() if batches}, shown

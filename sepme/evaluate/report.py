@@ -12,16 +12,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from ..files import write_atomically
 from .suite import Suite
 
 COLUMNS = (
-    ("erased_accuracy", "erased ↓"), ("erased_accuracy_all_on", "erased, all on ↓"), ("erased_accuracy_unseen", "unseen prompts ↓"),
-    ("erased_accuracy_weighted", "weighted ↓"), ("kept_accuracy", "kept ↑"), ("kept_accuracy_all_others_on", "kept, others on ↑"),
-    ("cooccurring_accuracy", "co-occurring ↑"), ("restored_bit_identical", "restored =" ), ("untouched_bit_identical", "untouched ="),
-    ("attack_success", "attack ↓"), ("resurgence_accuracy", "resurgence ↓"), ("kept_fid", "FID kept ↓"), ("kept_lpips", "distance kept ↓"),
+    ("erased_accuracy", "erased", "↓"), ("erased_accuracy_all_on", "all on", "↓"), ("erased_accuracy_unseen", "unseen prompts", "↓"),
+    ("erased_accuracy_weighted", "weighted", "↓"), ("attack_success", "attack", "↓"), ("resurgence_accuracy", "resurgence", "↓"),
+    ("kept_accuracy", "kept", "↑"), ("kept_accuracy_all_others_on", "kept, others on", "↑"), ("cooccurring_accuracy", "co-occurring", "↑"),
+    ("neighbour_accuracy", "neighbours", "↑"), ("restored_bit_identical", "restored", "="), ("untouched_bit_identical", "untouched", "="),
+    ("kept_fid", "Fréchet", "↓"), ("kept_lpips", "distance", "↓"),
 )  # fmt: skip
+MAPS = {"leakage": "leakage", "noise": "noise prediction moved by", "image": "distance of pictures", "accuracy": "prompt's concept seen"}
+JUDGED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1))
+OWN = ("sepme_gcirs", "sepme_closed_form")
 
 
 def _figure(figure: Any) -> str:
@@ -31,26 +36,33 @@ def _figure(figure: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _heat(matrix: list[list[float]], names: list[str], title: str) -> str:
-    figure, axes = plt.subplots(figsize=(3.4, 3.1))
-    axes.imshow(matrix, cmap="magma_r", vmin=0, vmax=max(1e-9, *(max(r) for r in matrix)))
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_title(title, fontsize=8)
-    for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color="grey")
+def _heat(tables: dict[str, list[list[float | None]]], names: list[str], title: str) -> str:
+    """Matrices with their numbers side by side."""
+    figure, many = plt.subplots(1, len(tables), figsize=(3.1 * len(tables), 2.9), sharey=True)
+    for axes, (kind, given) in zip(many, tables.items(), strict=True):
+        matrix = np.array(given, dtype=float)  # None: nan, left white
+        axes.imshow(matrix, cmap="magma_r", vmin=0, vmax=max(1e-9, np.nanmax(matrix)))
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_title(kind, fontsize=8)
+        for (i, j), value in np.ndenumerate(matrix):
+            if not np.isnan(value):
+                axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color="grey")
+    figure.suptitle(title, fontsize=9, y=1.02)
     return _figure(figure)
 
 
 def _trade_off(metrics: dict[str, Any]) -> str:
-    figure, axes = plt.subplots(figsize=(7.5, 4.6))
-    for key, found in metrics["methods"].items():
-        own = key.startswith("sepme")
-        axes.scatter(found["erased_accuracy"], found["kept_accuracy"], s=60 if own else 25, marker="*" if own else "o")
-        axes.annotate(key, (found["erased_accuracy"], found["kept_accuracy"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set_xlabel("accuracy on erased concepts (left is better)")
-    axes.set_ylabel("accuracy on the others meanwhile")
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for axes, column, title in zip(
+        both, ("kept_accuracy", "cooccurring_accuracy"), ("others' prompts", "the other in one prompt"), strict=True
+    ):
+        for i, (key, found) in enumerate(metrics["methods"].items()):
+            own = key in OWN
+            axes.scatter(found["erased_accuracy"], found[column], s=90 if own else 35, marker="*" if own else "os^Dv"[i % 5], label=key)
+        axes.set_xlabel("accuracy on erased concepts (left is better)")
+        axes.set_ylabel(f"accuracy, {title}")
+    both[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     return _figure(figure)
 
 
@@ -90,28 +102,27 @@ def _capacity(rows: list[dict[str, Any]]) -> str:
     return _figure(figure)
 
 
-def verdict(metrics: dict[str, Any]) -> list[str]:
-    """Wins, ties and losses of ours against every other method, on kept and co-occurring accuracy, in sentences."""
-    methods, lines = metrics["methods"], []
-    for own in (k for k in ("sepme_gcirs", "sepme_closed_form") if k in methods):
-        for key, found in methods.items():
-            if key.startswith("sepme"):
-                continue
-            mine, parts = methods[own], []
-            for column, sign, title in (
-                ("erased_accuracy", -1, "erased"),
-                ("kept_accuracy", 1, "kept"),
-                ("cooccurring_accuracy", 1, "co-occurring"),
-            ):
-                gap = sign * (mine[column] - found[column])
-                word = "ties" if abs(gap) < 0.02 else "wins" if gap > 0 else "loses"
-                parts.append(f"{word} on {title} ({mine[column]:.2f} against {found[column]:.2f})")
-            lines.append(f"{own} against {key}: {', '.join(parts)}.")
-    return lines
+def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours against every other method: a row a pair, with (title, ours, theirs, word) of each figure in :data:`JUDGED`.
+
+    A tie is a difference of at most two standard errors of two shares of as many pictures.
+    """
+    methods, titles, rows = metrics["methods"], {c: t for c, t, _ in COLUMNS}, []
+    for own in (k for k in OWN if k in methods):
+        for key in (k for k in methods if k not in OWN):
+            cells = []
+            for column, sign in JUDGED:
+                a, b = methods[own][column], methods[key][column]
+                count = metrics["images"] * (metrics["attack_budget"]["concepts"] if column == "attack_success" else metrics["concepts"])
+                error = ((a * (1 - a) + b * (1 - b)) / count) ** 0.5
+                word = "tie" if abs(a - b) <= 2 * error else "win" if sign * (a - b) > 0 else "loss"
+                cells.append((titles[column], a, b, word))
+            rows.append({"own": own, "other": key, "cells": cells})
+    return rows
 
 
 def write_report(out: Path, suite: Suite, metrics: dict[str, Any]) -> None:
-    """Write ``report.html`` from the metrics and the grids in ``images/``."""
+    """Write ``report.html`` from the metrics and the sheets in ``images/``."""
     plots: dict[str, str] = {}
     if metrics["methods"]:
         plots["Erased against kept"] = _trade_off(metrics)
@@ -124,16 +135,17 @@ def write_report(out: Path, suite: Suite, metrics: dict[str, Any]) -> None:
     maps = []
     for key, by_gate in metrics.get("interference", {}).items():
         for gate, table in by_gate.items():
-            label = f"{key}, gate {'on' if gate == 'True' else 'off'}"
-            for kind in ("templated", "cooccurring"):
-                for what in ("leakage", "noise", "accuracy"):
-                    maps.append(_heat(table["kinds"][kind][what], table["names"], f"{label}: {what}, {kind}"))
-    grids = {}
-    for path in sorted((out / "images").glob("*.png")):
-        grids[path.stem] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+            for what in ("leakage", "noise", "image", "accuracy"):
+                tables = {kind: t[what] for kind, t in table["kinds"].items() if t[what][0] != [None] * len(table["names"])}
+                maps.append(_heat(tables, table["names"], f"{key}, gate {'on' if gate == 'True' else 'off'}: {MAPS[what]}"))
+    sheets = {}
+    for key in ["stock", *(k + end for k in metrics["methods"] for end in ("", "-gate-off"))]:
+        path = out / "images" / f"{key}.jpg"
+        if path.exists():
+            sheets[key.replace("-gate-off", ", gate off")] = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
     template = jinja2.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
-        suite=suite, metrics=metrics, columns=COLUMNS, plots=plots, maps=maps, grids=grids, verdict=verdict(metrics),
+        suite=suite, metrics=metrics, columns=COLUMNS, plots=plots, maps=maps, sheets=sheets, verdict=verdict(metrics),
         attack=metrics["attack_budget"],
     )  # fmt: skip
     write_atomically(out / "report.html", page.encode())

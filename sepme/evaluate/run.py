@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..capacity import capacity
 from ..concepts import ConceptBook, file_name
 from ..errors import SepMEError
 from ..files import write_atomically
-from ..images import save_grid
+from ..images import grid, jpeg, save_grid
 from ..layers import kv_fingerprint
 from ..nullspace import Planner, PlanOptions
 from ..protocols import Encoding, TextEncoder
@@ -26,12 +25,12 @@ from ..tokens import OnProgress, silent
 from ..train import TrainOptions
 from .easel import Easel
 from .erasers import Eraser, Separable
-from .judge import make_judge
-from .measure import figures, stock_figures
+from .judge import make_judge, measures
+from .measure import Shown, figures, stock_figures
 from .methods import KEYS, Workshop
 from .report import write_report
 from .robustness import Budget, attack, resurgence
-from .studies import interference, losses, order_gaps, random_toggles, scene, strength_sweep
+from .studies import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .suite import Suite
 
 STUDIED = ("sepme_gcirs", "sepme_closed_form")
@@ -54,7 +53,7 @@ class Run:
     """One evaluation of a model in a folder; what is there from the same suite and model is not done again.
 
     Args:
-        judge: folder of a CLIP model, for suites that need one.
+        judge: folder of a CLIP model, for suites that need one. keep_images: write all pictures, not only those of the report.
         check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
     """
 
@@ -64,10 +63,11 @@ class Run:
         suite: Suite,
         out: Path,
         judge: Path | None = None,
+        keep_images: bool = False,
         on_progress: OnProgress = silent,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.host, self.suite, self.out = host, suite, out
+        self.host, self.suite, self.out, self.keep_images = host, suite, out, keep_images
         self.on_progress, self.check = on_progress, check
         try:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
@@ -77,18 +77,22 @@ class Run:
         self.encoder = _Remembering(host)
         self.easel = Easel(host, self.judge, suite, check)
         self.workshop = Workshop(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
-        facts = {"suite": suite.digest_facts(), "kv": kv_fingerprint(host.attention_layers()), "judge": self.judge.what}
-        self.digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.facts = {
+            "suite": suite.facts(),
+            "kv": kv_fingerprint(host.attention_layers()),
+            "judge": [self.judge.what, measures(self.judge)],
+        }
 
-    def kept(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A result from disk, or computed and written."""
+    def kept(self, name: str, compute: Callable[[], Any], *own: Any) -> Any:
+        """A result from disk, or computed and written; ``own``: what it depends on beside what all do."""
+        digest = hashlib.sha256(json.dumps([self.facts, own], sort_keys=True).encode()).hexdigest()
         path = self.out / "results" / f"{name}.json"
         if path.exists():
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data.get("digest") == self.digest:
+            if data.get("digest") == digest:
                 return data["result"]
         result = compute()
-        write_atomically(path, json.dumps({"digest": self.digest, "result": result}, indent=1).encode())
+        write_atomically(path, json.dumps({"digest": digest, "result": result}, indent=1).encode())
         return json.loads(json.dumps(result))
 
     def __call__(self) -> dict[str, Any]:
@@ -97,6 +101,8 @@ class Run:
         metrics: dict[str, Any] = {
             "suite": self.suite.name,
             "judge": self.judge.what,
+            "measures": measures(self.judge),
+            "concepts": len(self.suite.names),
             "images": self.suite.images,
             "steps": self.suite.steps,
             "threads": torch.get_num_threads(),
@@ -108,10 +114,11 @@ class Run:
         if "methods" in parts:
             for i, key in enumerate(keys):
                 self.on_progress("Methods", i, len(keys))
-                metrics["methods"][key] = self.kept(f"method-{key}", partial(self._method, key))
+                metrics["methods"][key] = self.kept(f"method-{key}", partial(self._method, key), self._settings(key))
             self.on_progress("Methods", len(keys), len(keys))
         studies: dict[str, Callable[[str], Any]] = {
             "interference": lambda key: {str(g): interference(self.easel, self._separable(key), g) for g in (True, False)},
+            "subsets": lambda key: {str(g): subsets(self.easel, self._separable(key), g, self.suite.subsets) for g in (True, False)},
             "strengths": lambda key: {str(g): strength_sweep(self.easel, self._separable(key), g) for g in (True, False)},
             "toggles": lambda key: random_toggles(self.easel, self._separable(key), self.suite.toggles),
             "scenes": self._scenes,
@@ -124,23 +131,23 @@ class Run:
         for key in (k for k in STUDIED if k in keys):
             for i, name in enumerate(wanted):
                 self.on_progress(f"{key}: studies", i, len(wanted))
-                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(studies[name], key))
+                own = (self._settings(key), getattr(self.suite, name, None))
+                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(studies[name], key), *own)
             self.on_progress(f"{key}: studies", len(wanted), len(wanted))
         for key, gaps in metrics.get("order", {}).items():
             if key in metrics["methods"]:
                 metrics["methods"][key]["order_gap"] = max(gaps.values(), default=0.0)
         metrics["order_gap"] = max((max(g.values(), default=0.0) for g in metrics.get("order", {}).values()), default=None)
         if "capacity" in parts:
-            metrics["capacity"] = self.kept("capacity", self._capacity)
+            metrics["capacity"] = self.kept("capacity", self._capacity, self.suite.counts)
         write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True).encode())
         self._tables(metrics)
         write_report(self.out, self.suite, metrics)
         return metrics
 
     def _stock(self) -> dict[str, float]:
-        result = stock_figures(self.easel)
-        self._show("stock", {"erased": torch.cat([self.easel.stock(self.easel.own(n)).images[:4] for n in self.suite.names])})
-        self._show("stock", {"both": torch.cat([self.easel.stock(self.easel.both(n)).images[:4] for n in self.suite.names])})
+        result, shown = stock_figures(self.easel)
+        self._show("stock", shown)
         return result | {"attack_success": attack(self.easel, None, self.budget, True)}
 
     def _method(self, key: str) -> dict[str, Any]:
@@ -157,9 +164,17 @@ class Run:
         found["resurgence_accuracy"] = resurgence(self.easel, eraser, gate, **self.suite.resurgence)
         return found
 
-    def _show(self, label: str, shown: dict[str, Tensor]) -> None:
-        for condition, images in shown.items():
-            save_grid(images, self.out / "images" / f"{file_name(label)}-{condition}.png", columns=4)
+    def _show(self, label: str, shown: Shown) -> None:
+        """A sheet for the report: a row a concept, two pictures a condition; the last row neighbours. On request all pictures."""
+        conditions = [shown[k] for k in ("erased", "both", "restored")]
+        rows = [torch.cat([c[i][:2] for c in conditions]) for i in range(len(conditions[0]))]
+        rows += [images[:6] for images in shown.get("neighbours", [])]
+        write_atomically(self.out / "images" / f"{file_name(label)}.jpg", jpeg(grid(torch.cat(rows), columns=6)))
+        for condition, images in shown.items() if self.keep_images else ():
+            save_grid(torch.cat(images), self.out / "images" / f"{file_name(label)}-{condition}.png", len(images[0]))
+
+    def _settings(self, key: str) -> dict[str, Any]:
+        return dict(self.suite.settings.get(key, {}))
 
     def _separable(self, key: str) -> Separable:
         eraser = self.workshop.make(key).eraser
@@ -172,7 +187,7 @@ class Run:
 
     def _options(self, key: str) -> TrainOptions:
         objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}[key]
-        return TrainOptions(**{"objective": objective} | dict(self.suite.settings.get(key, {})))
+        return TrainOptions(**{"objective": objective} | self._settings(key))
 
     def _scenes(self, key: str) -> dict[str, Any]:
         return {s["name"]: scene(self.easel, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}

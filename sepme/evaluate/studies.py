@@ -1,4 +1,4 @@
-"""Studies of deltas under toggles: interference, random toggles, strengths, scenes of arrivals and recoveries, order of arrival."""
+"""Studies of deltas under toggles: interference, subsets, random toggles, strengths, arrivals and recoveries, order of arrival."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ from .easel import Batch, Easel
 from .erasers import Separable
 from .judge import frechet, perceptual
 
+CELLS = ("leakage", "noise", "image", "accuracy")
+
 
 def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) -> dict[str, Any]:
     """N x N: delta i on (row), prompts of j (column), by kind of prompt: leakage, noise distance, image distance, accuracy.
 
     Leakage is the gate statistic, noise distance ``‖Δε‖ / ‖ε‖``, image distance that of the judge's features. Prompts: the bare name,
-    the trained templates, those never seen (and synonyms), and those that hold another concept too.
+    the trained templates, those never seen, those that hold another concept too, and synonyms (None for concepts without).
     """
     names, host = easel.suite.names, easel.host
     gates = {d.concept.name: d.gate for d in eraser.composition.deltas}
     downs = {d.concept.name: d.down for d in eraser.composition.deltas}
-    kinds: dict[str, Callable[[str], Batch]] = {
-        "bare": lambda n: _first(Batch((n,) * count, tuple(range(count)), (n,) * count), count),
-        "templated": lambda n: _first(easel.own(n), count),
-        "unseen": lambda n: _first(easel.own(n, unseen=True), count),
-        "cooccurring": lambda n: _first(easel.both(n), count),
+    kinds: dict[str, Callable[[str], Batch | None]] = {
+        "bare": lambda n: Batch((n,) * count, tuple(range(count)), (n,) * count),
+        "templated": easel.own,
+        "unseen": lambda n: easel.own(n, unseen=True),
+        "cooccurring": easel.both,
+        "synonym": easel.synonyms,
     }
     result: dict[str, Any] = {}
     for kind, make in kinds.items():
-        table: dict[str, list[list[float]]] = {k: [[0.0] * len(names) for _ in names] for k in ("leakage", "noise", "image", "accuracy")}
+        table: dict[str, list[list[float | None]]] = {k: [[None] * len(names) for _ in names] for k in CELLS}
         for j, other in enumerate(names):
-            batch = make(other)
+            whole = make(other)
+            if whole is None:
+                continue
+            batch = _first(whole, count)
             stock = easel.stock(batch)
             encoding = host.encode(batch.prompts)
             generator = torch.Generator().manual_seed(77)
@@ -62,6 +68,27 @@ def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) ->
 
 def _first(batch: Batch, count: int) -> Batch:
     return Batch(batch.prompts[:count], batch.seeds[:count], batch.shows[:count])
+
+
+def subsets(easel: Easel, eraser: Separable, gate: bool, count: int) -> list[dict[str, Any]]:
+    """Random sets of concepts erased together: accuracy of those that are on and off, and which pictures of the latter are stock's."""
+    names = easel.suite.names
+    generator = torch.Generator().manual_seed(easel.suite.seed + 11)
+    rows = []
+    for _ in range(count):
+        size = int(torch.randint(1, max(2, len(names)), (), generator=generator))
+        on = [names[i] for i in sorted(torch.randperm(len(names), generator=generator)[:size].tolist())]
+        drawn = {n: easel.draw(easel.own(n), eraser, on, gate) for n in names}
+        off = [drawn[n] for n in names if n not in on]
+        rows.append(
+            {
+                "on": on,
+                "erased_accuracy": fmean(drawn[n].accuracy for n in on),
+                "kept_accuracy": fmean(d.accuracy for d in off) if off else None,
+                "restored_bit_identical": float(torch.cat([d.same for d in off]).float().mean()) if off else None,
+            }
+        )
+    return rows
 
 
 def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, Any]:
@@ -115,7 +142,8 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
     """Erasures and recoveries one after the other: a concept is planned against what is known when it comes, and never trained again.
 
     Returns:
-        after every event, what is erased, recovered and regular (never touched): accuracy, Fréchet and perceptual distance to stock.
+        after every event and with the gate on and off, what is erased, recovered and regular (never touched): accuracy, Fréchet and
+        perceptual distance to stock.
     """
     suite = easel.suite
     known: list[str] = []
@@ -142,22 +170,24 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
             "recovered": [n for n in deltas if n not in active],
             "regular": [n for n in suite.names if n not in known],
         }
-        row: dict[str, Any] = {"event": f"{kind} {', '.join(names)}"}
-        for group, members in groups.items():
-            drawn = [(easel.own(n), easel.draw(easel.own(n), eraser, active)) for n in members]
-            if drawn:
-                images = torch.cat([d.images for _, d in drawn])
-                stock = torch.cat([easel.stock(b).images for b, _ in drawn])
-                row[group] = {
-                    "concepts": members,
-                    "accuracy": fmean(d.accuracy for _, d in drawn),
-                    "fid": frechet(easel.judge, images, stock),
-                    "lpips": perceptual(easel.judge, images, stock),
-                    "bit_identical": float(torch.cat([d.same for _, d in drawn]).float().mean()),
-                }
-        row["norm"] = {n: increment_norm(deltas[n]) for n in active}
-        rows.append(row)
+        norms = {n: increment_norm(deltas[n]) for n in active}
+        for gate in (True, False):
+            found = {group: _group(easel, eraser, members, active, gate) for group, members in groups.items() if members}
+            rows.append({"event": f"{kind} {', '.join(names)}", "gate": gate, "norm": norms} | found)
     return rows
+
+
+def _group(easel: Easel, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
+    drawn = [(easel.own(n), easel.draw(easel.own(n), eraser, active, gate)) for n in members]
+    images = torch.cat([d.images for _, d in drawn])
+    stock = torch.cat([easel.stock(b).images for b, _ in drawn])
+    return {
+        "concepts": members,
+        "accuracy": fmean(d.accuracy for _, d in drawn),
+        "fid": frechet(easel.judge, images, stock),
+        "lpips": perceptual(easel.judge, images, stock),
+        "bit_identical": float(torch.cat([d.same for _, d in drawn]).float().mean()),
+    }
 
 
 def increment_norm(delta: ConceptDelta) -> float:

@@ -17,7 +17,9 @@ from ..errors import SepMEError
 from .methods import KEYS
 
 MAX_BYTES = 1 << 20
-PARTS = ("methods", "interference", "scenes", "toggles", "strengths", "order", "capacity")
+PARTS = ("methods", "interference", "subsets", "scenes", "toggles", "strengths", "order", "capacity")
+
+OWN = ("name", "methods", "settings", "toggles", "subsets", "strengths", "counts", "scenes", "parts")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class Suite:
     Attributes:
         judge: ``demo`` (the embedded classifier) or ``clip`` (zero-shot, weights given on the command line).
         concepts: names by kind. templates: by kind, with {} for the name. both: prompts with a {field} for each of two kinds.
-        preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: other words, by concept.
+        preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: prompts with other words, by concept.
+        neighbours: names by kind that the judge knows too and that no method is told of.
         images: pictures a concept and condition. steps, guidance: of drawing. seed: first of all.
         plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``Workshop``.
-        attack, resurgence: budgets. toggles: random cycles. strengths: of the sweep. counts: of the capacity curve.
+        attack, resurgence: budgets. toggles: random cycles. subsets: random sets of concepts erased together.
+        strengths: of the sweep. counts: of the capacity curve.
         scenes: name, objective and events ({erase: [names]} or {recover: [names]}).
         parts: which of :data:`PARTS` are done.
     """
@@ -51,6 +55,7 @@ class Suite:
     preserve: tuple[str, ...] = ()
     unrelated: tuple[str, ...] = ()
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    neighbours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     images: int = 6
     steps: int = 25
     guidance: float = 7.5
@@ -61,6 +66,7 @@ class Suite:
     attack: Mapping[str, Any] = field(default_factory=dict)
     resurgence: Mapping[str, Any] = field(default_factory=dict)
     toggles: int = 100
+    subsets: int = 4
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
     counts: tuple[int, ...] = (10, 30)
     scenes: tuple[Mapping[str, Any], ...] = ()
@@ -68,18 +74,18 @@ class Suite:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind by concept."""
-        return {name: kind for kind, names in self.concepts.items() for name in names}
+        """Kind by concept and neighbour."""
+        return {name: kind for given in (self.concepts, self.neighbours) for kind, names in given.items() for name in names}
 
     @property
     def names(self) -> list[str]:
-        return list(self.kinds)
+        return [name for names in self.concepts.values() for name in names]
 
     def prompts(self, name: str, unseen: bool = False) -> tuple[str, ...]:
         """A concept's prompts: those that deltas are made from, or those that they never see (synonyms included)."""
         templates = self.templates[self.kinds[name]]
-        words = (name, *(self.synonyms.get(name, ()) if unseen else ()))
-        return tuple(with_article(t.format(w)) for w in words for t in (templates.unseen if unseen else templates.trained))
+        made = tuple(with_article(t.format(name)) for t in (templates.unseen if unseen else templates.trained))
+        return made + (self.synonyms.get(name, ()) if unseen else ())
 
     def book(self, names: list[str] | None = None) -> ConceptBook:
         """The concepts (all by default) and what is preserved."""
@@ -96,8 +102,9 @@ class Suite:
             found.append((with_article(text), other))
         return found
 
-    def digest_facts(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+    def facts(self) -> dict[str, Any]:
+        """What every result depends on; what single results depend on besides is left out (:data:`OWN`)."""
+        return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k not in OWN}
 
     @staticmethod
     def load(source: str) -> Suite:
@@ -143,7 +150,8 @@ def parse(data: Any, source: str) -> Suite:
         made = dict(data)
         made["concepts"] = {str(k): tuple(str(n) for n in v) for k, v in data["concepts"].items()}
         made["templates"] = {k: Templates(tuple(t["trained"]), tuple(t["unseen"])) for k, t in data["templates"].items()}
-        made["synonyms"] = {k: tuple(v) for k, v in (data.get("synonyms") or {}).items()}
+        for key in ("synonyms", "neighbours"):
+            made[key] = {str(k): tuple(str(n) for n in v) for k, v in (data.get(key) or {}).items()}
         for key in ("both", "preserve", "unrelated", "methods", "strengths", "counts", "scenes", "parts"):
             if key in data:
                 made[key] = tuple(data[key])
@@ -152,6 +160,9 @@ def parse(data: Any, source: str) -> Suite:
         for name in suite.names:
             assert suite.prompts(name, unseen=True)
             suite.cooccurring(name)
+        assert set(suite.synonyms) <= set(suite.names), "synonyms of no concept"
+        assert not {n for names in suite.neighbours.values() for n in names} & set(suite.names), "a neighbour that is a concept"
+        assert set(suite.neighbours) <= set(suite.templates), "neighbours of no kind"
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, AssertionError) as error:
         if isinstance(error, SepMEError):
             raise

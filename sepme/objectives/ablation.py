@@ -10,7 +10,7 @@ from .step import Step
 class Ablation:
     """``L = Avg( (ε(x_t, c; θ+Δθ) − ε(x_t, c*; θ))² )``, c* the concept's anchor ("painting" for "painting by X")."""
 
-    name, averages, reads_words = "ablation", False, False
+    name, reads_words = "ablation", False
 
     def loss(self, step: Step) -> Tensor:
         target = step.frozen(step.anchor)

@@ -14,7 +14,7 @@ class ESD:
         guidance: η, how far past the empty prompt; 1 as published, 0: the empty prompt itself.
     """
 
-    name, averages, reads_words = "esd", False, False
+    name, reads_words = "esd", False
 
     def __init__(self, guidance: float = 1.0) -> None:
         self.guidance = guidance

@@ -9,15 +9,15 @@ from .step import Step
 
 
 class FMN:
-    """``L = Avg_l ‖A_l‖²``: the attention that image queries pay to the tokens of the concept's own words.
+    """``L = Σ_l ‖A_l‖²``: the attention that image queries pay to the tokens of the concept's own words.
 
-    ``A_l`` are the maps of layer l at those tokens; the squares are summed over the tokens and averaged over batch, heads and queries.
+    ``A_l`` are the maps of layer l at those tokens, of all heads and queries; averaged over the batch.
     """
 
-    name, averages, reads_words = "fmn", False, True
+    name, reads_words = "fmn", True
 
     def loss(self, step: Step) -> Tensor:
         assert step.words is not None
         here = step.words[:, None, None, :]
-        squares = [(a * here).square().sum(-1).mean() for a in step.attention(step.own)]
-        return torch.stack(squares).mean()
+        squares = [(a * here).square().sum() / len(a) for a in step.attention(step.own)]
+        return torch.stack(squares).sum()

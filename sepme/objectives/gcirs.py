@@ -15,7 +15,7 @@ class GCiRs:
             False (mode unrestricted): four passes, two with a graph.
     """
 
-    name, averages, reads_words = "gcirs", False, False
+    name, reads_words = "gcirs", False
 
     def __init__(self, protected: bool = True) -> None:
         self.protected = protected

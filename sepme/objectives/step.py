@@ -20,7 +20,6 @@ class Step:
 
     Attributes:
         frozen: ε of the frozen model for prompts, without a graph. erased: with the delta, with a graph.
-        teacher: with the delta's running average (:attr:`Objective.averages`), without a graph.
         attention: cross-attention maps ``(batch, heads, queries, tokens)`` of every layer, with the delta and a graph.
         own: the concept's prompts, ``batch`` of them. empty, anchor: the empty prompt and the concept's anchor, as often.
         words: ``(batch, tokens)`` bool, where the concept's own words stand in ``own`` (:attr:`Objective.reads_words`).
@@ -28,7 +27,6 @@ class Step:
 
     frozen: Predict
     erased: Predict
-    teacher: Predict
     attention: Maps
     own: Encoding
     empty: Encoding
@@ -40,11 +38,10 @@ class Objective(Protocol):
     """A scalar loss of one step. One file, one class, one equation.
 
     Attributes:
-        averages: whether the teacher is an average of the student's past. reads_words: whether ``words`` are needed.
+        reads_words: whether ``words`` are needed.
     """
 
     name: str
-    averages: bool
     reads_words: bool
 
     def loss(self, step: Step) -> Tensor: ...

@@ -42,16 +42,6 @@ class Increment:
         """Projections that it changes."""
         return list(self.w)
 
-    def copy(self) -> Increment:
-        """The same with w of its own."""
-        return Increment(self.basis, self.beta, {n: nn.Parameter(w.detach().clone()) for n, w in self.w.items()})
-
-    @torch.no_grad()
-    def follow(self, other: Increment, decay: float) -> None:
-        """``w ← decay · w + (1 − decay) · w_other``."""
-        for name, w in self.w.items():
-            w.lerp_(other.w[name], 1 - decay)
-
     def features(self, context: Tensor) -> Tensor:
         """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once a pass, for all layers."""
         context = context.to(next(iter(self.w.values())).dtype)

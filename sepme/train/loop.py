@@ -37,7 +37,6 @@ class Track:
     Attributes:
         own: its prompts. nothing, anchor: the empty prompt and the concept's anchor, one row each.
         words: where the concept's own words stand in ``own`` ``(prompts, tokens)`` bool, if the objective reads them.
-        average: the increment's running average, if the objective's teacher is one.
         pooled: what replaces the concept in the pooled vector, if anything.
         generator: of every draw. losses: by step. momentum: of its own losses.
     """
@@ -54,7 +53,6 @@ class Track:
     momentum: float = 0.0
     pooled: Pooled | None = None
     words: Tensor | None = None
-    average: Increment | None = None
 
     @staticmethod
     def start(
@@ -63,8 +61,7 @@ class Track:
         """A track before its first step; ``more`` are the attributes that have defaults, and ``anchor`` (the empty prompt)."""
         optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
         generator = torch.Generator().manual_seed(options.seed)
-        average = increment.copy() if make_objective(options).averages else None
-        return Track(name, increment, source, own, nothing, more.pop("anchor", nothing), generator, optimizer, average=average, **more)
+        return Track(name, increment, source, own, nothing, more.pop("anchor", nothing), generator, optimizer, **more)
 
 
 def balance(losses: Sequence[float], cap: float) -> list[float]:
@@ -156,8 +153,6 @@ class Training:
             (self.options.regularisation * track.increment.penalty(self.options.regularise)).backward()
         track.optimizer.step()
         track.optimizer.zero_grad()
-        if track.average is not None:
-            track.average.follow(track.increment, self.options.ema)
 
     def run(self, checkpoint: Path | None, digest: str, on_step: OnStep | None) -> None:
         """Train to the end, going on from a checkpoint of the same recipe; one is kept meanwhile.
@@ -188,8 +183,6 @@ class Training:
             for name, w in track.increment.w.items():
                 tensors[f"{i}.w.{name}"] = w.detach().cpu()
                 tensors |= {f"{i}.{k}.{name}": track.optimizer.state[w][k].cpu() for k in MOMENTS}
-            if track.average is not None:
-                tensors |= {f"{i}.average.{name}": w.detach().cpu() for name, w in track.average.w.items()}
         metadata = {
             "digest": digest,
             "momenta": json.dumps([self.momentum.hex(), *(t.momentum.hex() for t in self.tracks)]),
@@ -223,8 +216,6 @@ class Training:
                 w.data.copy_(tensors[f"{i}.w.{name}"])
                 moments = {k: tensors[f"{i}.{k}.{name}"].to(w.device) for k in MOMENTS}
                 track.optimizer.state[w] = {"step": torch.tensor(float(len(track.losses))), **moments}
-            for name, w in {} if track.average is None else track.average.w.items():
-                w.data.copy_(tensors[f"{i}.average.{name}"])
             track.generator.set_state(tensors[f"{i}.generator"])
         return True
 

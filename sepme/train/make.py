@@ -150,9 +150,9 @@ def make_track(
     own, empty = planner.encodings[name].to(device), planner.empty
     repeat = own.context.shape[1] // empty.context.shape[1]
     nothing = Encoding(empty.context.repeat(1, repeat, 1), empty.mask.repeat(1, repeat), empty.pooled).to(device)
-    source = make_source(denoiser, own, nothing, options, pictures, check)
     anchor = planner.anchors[name]
     anchor = Encoding(anchor.context.repeat(1, repeat, 1), anchor.mask.repeat(1, repeat), anchor.pooled).to(device)
+    source = make_source(denoiser, own, nothing, anchor, options, pictures, check)
     words = own_words(planner.encoder, planner.book[name], own.mask) if OBJECTIVES[options.objective](options).reads_words else None
     return Track.start(name, increment, source, own, nothing, options, anchor=anchor, words=words, pooled=planner.pooled(name)[0])
 

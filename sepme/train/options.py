@@ -37,9 +37,9 @@ class TrainOptions:
         regularisation: λ of Eq. 11. regularise: ``w``: ``‖w‖_1 / M`` as in Eq. 11; ``delta``: ``‖ΔW‖_1 / M`` as in the published code.
         momentum: α, threshold: τ of the momentum stop. min_steps: no stop before.
         eta_cap: largest η_i in joint training; 0: every η_i is 1.
-        source: what x_t is made of: ``trajectory`` (points of the frozen model's denoising runs) or ``drawn`` (noised images of the
-            frozen model). trajectories: how many runs or images.
-        guidance: η of ESD. ema: decay of SDD's teacher (mode unrestricted).
+        source: what x_t is made of: ``trajectory`` (points of the frozen model's denoising runs), ``drawn`` (noised images of the
+            frozen model) or ``anchor`` (the same, drawn of the concept's anchor). trajectories: how many runs or images.
+        guidance: η of ESD.
         warm_start: start from the closed form (if not given: G-CiRs in mode subspace). ridge: μ of the closed form.
         values_only: leave to_k as it is.
         checkpoint_every: steps between checkpoints. seed: of every draw.
@@ -63,7 +63,6 @@ class TrainOptions:
     source: str = None  # type: ignore[assignment]
     trajectories: int = 8
     guidance: float = 1.0
-    ema: float = 0.999
     warm_start: bool = None  # type: ignore[assignment]
     ridge: float = 1e-6
     values_only: bool = False
@@ -80,11 +79,11 @@ class TrainOptions:
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        _choice("source", self.source, ("trajectory", "drawn"))
+        _choice("source", self.source, ("trajectory", "drawn", "anchor"))
         positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
-        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or not 0 <= self.ema < 1 or self.eta_cap < 0:
+        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or self.eta_cap < 0:
             raise SepMEError(
-                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum and ema in [0, 1), "
+                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum in [0, 1), "
                 "and the cap on eta at least 0."
             )
         if self.objective == "fmn" and self.values_only:

@@ -53,11 +53,6 @@ def make_step(track: Track, increments: Sequence[Increment], denoiser: Denoiser,
         with torch.no_grad():
             return predict(c)
 
-    def teacher(c: Encoding) -> Tensor:
-        assert track.average is not None
-        with torch.no_grad():
-            return changed(c, [track.average])
-
     def attention(c: Encoding) -> list[Tensor]:
         heard: dict[str, Tensor] = {}
 
@@ -75,7 +70,7 @@ def make_step(track: Track, increments: Sequence[Increment], denoiser: Denoiser,
     batch = len(prompts)
     own, words = track.own.rows(prompts), None if track.words is None else track.words[prompts]
     empty, anchor = (e.rows([0] * batch) for e in (track.nothing, track.anchor))
-    return Step(frozen, lambda c: changed(c, increments), teacher, attention, own, empty, anchor, words)
+    return Step(frozen, lambda c: changed(c, increments), attention, own, empty, anchor, words)
 
 
 def _map(q: Tensor, k: Tensor, heads: int) -> Tensor:

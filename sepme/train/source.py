@@ -80,6 +80,7 @@ def make_source(
     denoiser: Denoiser,
     own: Encoding,
     nothing: Encoding,
+    anchor: Encoding,
     options: TrainOptions,
     pictures: Pictures | None,
     check: Callable[[], None] | None = None,
@@ -87,7 +88,7 @@ def make_source(
     """A concept's source of x_t.
 
     Args:
-        own: the concept's prompts. nothing: the empty prompt, one row.
+        own: the concept's prompts. nothing, anchor: the empty prompt and the concept's anchor, one row each.
         pictures: the user's own pictures instead of what ``options.source`` says.
         check: called between denoising steps; it may raise :class:`~sepme.errors.Interrupted`.
     """
@@ -95,10 +96,11 @@ def make_source(
         return Images(pictures.latents, None, len(own.context), denoiser)
     generator = torch.Generator().manual_seed(options.seed + 1)
     prompts = torch.randint(len(own.context), (options.trajectories,), generator=generator)
-    rows, empty = own.rows(prompts), nothing.rows([0] * len(prompts))
+    empty = nothing.rows([0] * len(prompts))
+    rows = anchor.rows([0] * len(prompts)) if options.source == "anchor" else own.rows(prompts)
     extra = () if rows.pooled is None or empty.pooled is None else (torch.cat([empty.pooled, rows.pooled]),)
     with torch.no_grad():
-        if options.source == "drawn":
+        if options.source != "trajectory":
             latents = denoiser.drawn(rows.context, empty.context, generator, *extra, on_step=check)
-            return Images(latents, prompts, len(own.context), denoiser)
+            return Images(latents, prompts if options.source == "drawn" else None, len(own.context), denoiser)
         return Trajectories(*denoiser.trajectory(rows.context, empty.context, generator, *extra, on_step=check), prompts)

@@ -1,4 +1,5 @@
-"""Where the real hosts are, if any: ``SEPME_WEBUI`` names checkouts of Automatic1111, Forge or their kin, separated like PATH."""
+"""Where the real hosts are, if any: ``SEPME_WEBUI`` names checkouts of Automatic1111, Forge or their kin, ``SEPME_WEBUI_EXTENSIONS``
+such of other extensions, separated like PATH."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).parent / "host"
-CHECKOUTS = [Path(p) for p in os.environ.get("SEPME_WEBUI", "").split(os.pathsep) if p]
+CHECKOUTS, EXTENSIONS = (
+    [Path(p) for p in os.environ.get(name, "").split(os.pathsep) if p] for name in ("SEPME_WEBUI", "SEPME_WEBUI_EXTENSIONS")
+)
 
 collect_ignore = [] if find_spec("gradio") else ["inside"]  # those run in environments of their own: test_in_gradio.py

@@ -1,4 +1,4 @@
-"""Against real hosts, when ``SEPME_WEBUI`` names checkouts: signatures of the test doubles, and Forge's own backend."""
+"""Against real hosts, when ``SEPME_WEBUI`` names checkouts: signatures of the test doubles; their own UNets, patchers and neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from webui.conftest import CHECKOUTS, ROOT, STUBS
+from webui.conftest import CHECKOUTS, EXTENSIONS, ROOT, STUBS
 
 NO_CHECKOUT = "SEPME_WEBUI names no checkout"
 # what the extension uses, by the file that a host has it in; the doubles of these must take what the real ones take
@@ -82,6 +82,15 @@ def assigned(tree: ast.Module) -> set[str]:
     return {t.id for t in targets if isinstance(t, ast.Name)}
 
 
+def run(script: str, *arguments: Path, cwd: Path | None = None) -> None:
+    """One of the scripts beside this file, in a process of its own."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    print(result.stdout[-3000:], result.stderr[-3000:])
+    assert result.returncode == 0
+
+
 @pytest.mark.parametrize("checkout", CHECKOUTS or [None], ids=str)
 def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
     if checkout is None:
@@ -112,11 +121,7 @@ def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
 def test_forges_own_backend(checkout: Path | None) -> None:
     if checkout is None:
         pytest.skip(NO_CHECKOUT)
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = Path(__file__).parent / "real_forge.py"
-    result = subprocess.run([sys.executable, script], cwd=checkout, env=variables, capture_output=True, text=True, timeout=300)
-    print(result.stdout[-3000:], result.stderr[-3000:])
-    assert result.returncode == 0
+    run("real_forge.py", cwd=checkout)
 
 
 LDM = "repositories/stable-diffusion-stability-ai/ldm"
@@ -126,8 +131,17 @@ LDM = "repositories/stable-diffusion-stability-ai/ldm"
 def test_the_unet_that_automatic1111_runs(checkout: Path | None) -> None:
     if checkout is None:
         pytest.skip(f"{NO_CHECKOUT} with {LDM}, or einops is not installed")
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    script = Path(__file__).parent / "real_a1111.py"
-    result = subprocess.run([sys.executable, script, checkout], env=variables, capture_output=True, text=True, timeout=300)
-    print(result.stdout[-3000:], result.stderr[-3000:])
-    assert result.returncode == 0
+    run("real_a1111.py", checkout)
+
+
+def extension(file: str) -> Path | None:
+    """The checkout of an extension that has this script, of those that ``SEPME_WEBUI_EXTENSIONS`` names."""
+    return next((e for e in EXTENSIONS if (e / "scripts" / file).is_file()), None)
+
+
+@pytest.mark.parametrize("checkout", [c for c in CHECKOUTS if (c / LDM).is_dir() and find_spec("einops")] or [None], ids=str)
+def test_the_neighbours_own_code(checkout: Path | None) -> None:
+    negpip, controlnet = extension("negpip.py"), extension("controlnet.py")
+    if checkout is None or negpip is None or controlnet is None:
+        pytest.skip(f"{NO_CHECKOUT} with {LDM}, or SEPME_WEBUI_EXTENSIONS none of sd-webui-negpip and sd-webui-controlnet")
+    run("real_neighbours.py", checkout, negpip, controlnet)

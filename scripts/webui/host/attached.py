@@ -85,7 +85,8 @@ class Attached:
     def _projection(self, name: str, module: nn.Module, before: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
         weight = before.plain_weight if isinstance(before, ClassForward) else lambda: None
         patched = self._projector.wrap(name, module, before, weight)
-        return lambda context: patched(context) if self.projector is not None else before(context)
+        # a copy: what is kept for the next step must not change when NegPip turns values round in place
+        return lambda context: patched(context).clone() if self.projector is not None else before(context)
 
     def _forward(self, before: Callable[..., Any], split: Callable[..., Any], rows: Callable[..., Tensor | None]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -277,35 +277,90 @@ def test_forward_of_another_extension_stays_in_use(webui: Any) -> None:
 
 
 def test_rows_that_another_extension_splits(webui: Any) -> None:
-    """NegPip calls projections for parts of the batch, with tokens of its own behind the prompt's."""
+    """NegPip calls projections for one half of the batch after the other, with tokens of its own behind the prompt's, whose values it
+    turns round in place."""
     attn2 = webui.model.unet.middle_block[1].transformer_blocks[0].attn2
-    whole = type(attn2).forward
+
+    def half(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        context = torch.cat([context, context[:, -1:] * 0.5], dim=1)
+        q, k, v = (t.unflatten(-1, (attn2.heads, -1)) for t in (attn2.to_q(x), attn2.to_k(context), attn2.to_v(context)))
+        v[:, -1:] = -v[:, -1:]
+        attended = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return x + attn2.to_out(attended.transpose(1, 2).flatten(2))
 
     def split(x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        tail = context[:, -1:] * 0
-        parts = [whole(attn2, x[i : i + 1], torch.cat([context[i : i + 1], tail[i : i + 1]], dim=1)) for i in range(len(x))]
-        return torch.cat(parts)
+        return torch.cat([half(*part) for part in zip(x.chunk(2), context.chunk(2), strict=True)])
 
     attn2.forward = split
     try:
-        stock = webui.draw(["a star", "a star", "a house"], batch_size=3, script=False)
-        drawn = webui.draw(["a star <keep:star>", "a star", "a house <erase:moon>"], True, ["star"], batch_size=3)
-        assert torch.equal(drawn[2], stock[2])
+        more = {"negative_prompt": "a red house", "batch_size": 3}
+        stock = webui.draw(["a star", "a star", "a house"], script=False, **more)
+        drawn = webui.draw(["a star <keep:star>", "a star", "a house <erase:moon>"], True, ["star"], **more)
+        assert torch.equal(drawn[[0, 2]], stock[[0, 2]])
         assert not torch.equal(drawn[1], stock[1])
+        assert not webui.last.comments
     finally:
         del attn2.forward
 
 
-def test_sdxl_pooled_vector(webui: Any, tmp_path: Any) -> None:
-    modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=24)
-    host, train = webui.part("scripts.webui.host"), webui.part("sepme.train")
+@pytest.mark.parametrize("kind", ["a1111"])  # the Forges have a ControlNet of their own
+@pytest.mark.parametrize("pooled", [0, 24])
+def test_marks_that_controlnet_puts_before_prompts(webui: Any, pooled: int, tmp_path: Any) -> None:
+    """Its forward takes them off again; the gate must not see them, nor may rows be taken for unknown ones."""
+    modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=pooled)
     modules.paths.models_path = str(tmp_path)
+    make_delta(webui)
+    unet = webui.model.unet
+    own = type(unet).forward
+
+    def marked(p: Any) -> None:
+        for cond, mark in ((p.c.batch, 1024), (p.uc, -1024)):
+            for row in cond:
+                schedules = row[0].schedules if isinstance(row, list) and hasattr(row[0], "schedules") else row
+                for i, s in enumerate(schedules):
+                    context = s.cond["crossattn"] if pooled else s.cond
+                    context = torch.cat([torch.full_like(context[:1], mark), context])
+                    schedules[i] = s._replace(cond={**s.cond, "crossattn": context} if pooled else context)
+
+    def drawn(prompts: list[str], *args: Any, script: bool = True) -> torch.Tensor:
+        def on_step(p: Any, step: int) -> None:
+            if step == 0:
+                marked(p)
+
+        unet.forward = lambda x, t, context, **more: own(unet, x, t, context[:, 1:], **more)
+        try:
+            return webui.draw(prompts, *args, script=script, on_step=on_step, batch_size=len(prompts))
+        finally:
+            del unet.forward
+
+    prompts = ["a star", "a red house"]
+    stock = drawn(prompts, script=False)
+    assert torch.equal(stock, webui.draw(prompts, script=False, batch_size=2))  # marked and unmarked
+    erased = drawn(prompts, True, ["star"])
+    assert torch.equal(erased, webui.erase("star", prompt=prompts, batch_size=2))
+    assert torch.equal(erased[1], stock[1])
+    mixed = drawn(["a star <erase:star>", "a star"])
+    assert torch.equal(mixed[1], drawn(["a star", "a star"], script=False)[1])
+    assert not torch.equal(mixed[0], stock[0])
+    assert not webui.last.comments
+
+
+def make_delta(webui: Any) -> Any:
+    """A delta of the star for the model that is loaded, in the delta folder."""
+    host, train = webui.part("scripts.webui.host"), webui.part("sepme.train")
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
     with host.loaded_model() as model:
         planner = webui.part("sepme.nullspace").Planner(model, book)
         delta = train.make_delta(planner, "star", model, train.TrainOptions(objective="closed-form"))
-    assert delta.pooled is not None
     host.library.save(delta)
+    return delta
+
+
+def test_sdxl_pooled_vector(webui: Any, tmp_path: Any) -> None:
+    modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=24)
+    modules.paths.models_path = str(tmp_path)
+    host, delta = webui.part("scripts.webui.host"), make_delta(webui)
+    assert delta.pooled is not None
     stock = webui.draw(script=False)
     erased = webui.erase("star")
     assert not torch.equal(erased, stock)
@@ -320,6 +375,24 @@ def test_backends_agree(webui: Any) -> None:
     drawn = [webui.draw("a star", True, ["star"], "", True, backend, negative_prompt="a star") for backend in ("exact", "fused", "eager")]
     for one, other in itertools.combinations(drawn, 2):
         assert torch.allclose(one, other, atol=1e-3)
+
+
+def test_fused_says_once_why_it_is_something_else(webui: Any) -> None:
+    def comments(*args: Any) -> list[str]:
+        webui.draw("a star", True, ["star"], "", True, *args, n_iter=2)
+        return [c for c in webui.last.comments if "fused" in c]
+
+    assert comments("auto") == comments("exact") == []
+    assert comments("fused") == ["SepME: backend fused: there is no kernel for cpu; plain PyTorch does the same here."]
+    layer = webui.model.unet.middle_block[1].transformer_blocks[0].attn2.to_v
+    own = type(layer).forward
+    layer.forward = lambda x: own(layer, x)
+    try:
+        (said,) = comments("fused")
+        assert "cast, patched or offloaded" in said
+        assert "exact is used instead" in said
+    finally:
+        del layer.forward
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,26 @@ class StableDiffusionProcessing:
             self.hr_uc = prompt_parser.get_learned_conditioning(self.sd_model, self.hr_negative_prompts, self.steps)
             self.hr_c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.hr_prompts, self.steps)
 
+    def sample(self, conditioning, unconditional_conditioning, seeds, prompts):
+        """Other extensions put their own in place of it."""
+        x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        if self.init_latent is not None:
+            x = self.init_latent + 0.5 * x
+        _reset_forge(self)
+        _before_sampling(self, x)
+        x = _sample(self, x, self.steps)
+        if self.enable_hr:
+            self.is_hr_pass = True
+            x = torch.nn.functional.interpolate(x, scale_factor=2)
+            extra_networks.activate(self, self.hr_extra_network_data)
+            if hasattr(self.sd_model, "forge_objects"):
+                _before_sampling(self, x)
+            _reset_forge(self)
+            _before_sampling(self, x)
+            x = _sample(self, x, self.steps)
+            self.is_hr_pass = False
+        return x
+
     def get_conds(self):
         return (self.hr_c, self.hr_uc) if self.is_hr_pass else (self.c, self.uc)
 
@@ -180,22 +200,7 @@ def process_images(p):
         if p.scripts is not None:
             p.scripts.call("process_batch", p, **(given | {"prompts": p.prompts}))
         p.setup_conds()
-        x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in p.seeds])
-        if p.init_latent is not None:
-            x = p.init_latent + 0.5 * x
-        _reset_forge(p)
-        _before_sampling(p, x)
-        x = _sample(p, x, p.steps)
-        if p.enable_hr:
-            p.is_hr_pass = True
-            x = torch.nn.functional.interpolate(x, scale_factor=2)
-            extra_networks.activate(p, p.hr_extra_network_data)
-            if hasattr(p.sd_model, "forge_objects"):
-                _before_sampling(p, x)
-            _reset_forge(p)
-            _before_sampling(p, x)
-            x = _sample(p, x, p.steps)
-            p.is_hr_pass = False
+        x = p.sample(conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds, prompts=p.prompts)
         if p.scripts is not None:
             p.scripts.call("postprocess_batch", p, images=x, batch_number=n)
         results.append(x)

@@ -4,8 +4,12 @@ import re
 from collections import namedtuple
 
 ScheduledPromptConditioning = namedtuple("ScheduledPromptConditioning", ["end_at_step", "cond"])
-ComposableScheduledPromptConditioning = namedtuple("ComposableScheduledPromptConditioning", ["schedules", "weight"])
 _EDIT = re.compile(r"\[([^:\[\]]*):([^:\[\]]*):(\d+)\]")
+
+
+class ComposableScheduledPromptConditioning:
+    def __init__(self, schedules, weight=1.0):
+        self.schedules, self.weight = schedules, weight
 
 
 class MulticondLearnedConditioning:
@@ -33,6 +37,10 @@ def _schedules(model, text, steps):
 def _one(model, text):
     cond = model.get_learned_conditioning(SdConditioning([text]))
     return {k: v[0] for k, v in cond.items()} if isinstance(cond, dict) else cond[0]
+
+
+def get_learned_conditioning_prompt_schedules(prompts, base_steps):
+    return [[[base_steps, p]] for p in prompts]  # no editing: for those that read prompts themselves
 
 
 def get_learned_conditioning(model, prompts, steps):

@@ -23,3 +23,8 @@ def on_ui_tabs(callback):
 def clear_callbacks():
     for registered in callbacks.values():
         registered.clear()
+
+
+def remove_callbacks_for_function(callback_func):
+    for registered in callbacks.values():
+        registered[:] = [c for c in registered if c != callback_func]

@@ -4,10 +4,14 @@ import re
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+
+from . import script_callbacks
 
 AlwaysVisible = object()
 ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
 scripts_data = []
+scripts_txt2img = SimpleNamespace(alwayson_scripts=[])
 
 
 class Script:
@@ -48,8 +52,6 @@ class Script:
 
 def load_scripts(folder):
     """Every .py file of a folder; what a module holds of Script's subclasses is a script."""
-    from . import script_callbacks
-
     scripts_data.clear()
     script_callbacks.clear_callbacks()
     basedir = str(Path(folder).parent)
