@@ -110,7 +110,7 @@ class SepMETrain(io.ComfyNode):
 
                 def on_step(step: Progress, losses: list[float] = losses) -> None:
                     losses.append(step.loss)
-                    job.show(step.step / step.steps)
+                    job.show(share_done(step, losses[0], options))
                     live.step(step, book[step.concept].prompts[0])
 
                 delta = make_delta(planner, name, denoiser, options, on_step=on_step, check=host.check_interrupted)
@@ -138,6 +138,15 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     new = tuple(c for c in concepts.concepts if normalised(c.name) not in erased)
     book = join(ConceptBook(tuple(d.concept for d in known)) if known else None, ConceptBook(new, concepts.preserve))
     return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
+
+
+def share_done(step: Progress, first: float, options: TrainOptions) -> float:
+    """Of the steps; or, for G-CiRs, which rarely needs them all, of its momentum's way from the first loss to the threshold."""
+    steps = step.step / step.steps
+    if options.objective != "gcirs" or first <= options.threshold:
+        return steps
+    way = (first - step.momentum) / (first - options.threshold)
+    return max(steps, min(way, step.step / options.min_steps))
 
 
 def report(book: ConceptBook, made: Sequence[ConceptDelta]) -> str:

@@ -83,14 +83,14 @@ def save_single_file(pipe: Any, kind: str, path: Path, metadata: dict[str, str] 
         attention = value.ndim == 2 and ".attentions." in name
         tensors[f"first_stage_model.{_vae_name(name)}"] = value[:, :, None, None] if attention else value
     if kind == "sd2":
-        tensors |= _open_clip(pipe.text_encoder, "cond_stage_model.model.", spare_layer=True)
+        tensors |= open_clip(pipe.text_encoder, "cond_stage_model.model.", spare_layer=True)
     else:
         prefix = "cond_stage_model.transformer." if kind == "sd1" else "conditioner.embedders.0.transformer."
         state = {k.removeprefix("text_model."): v for k, v in pipe.text_encoder.state_dict().items()}
         tensors |= {f"{prefix}text_model.{k}": v for k, v in state.items()}
         tensors[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
     if kind == "sdxl":
-        tensors |= _open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+        tensors |= open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
     tensors["alphas_cumprod"] = pipe.scheduler.alphas_cumprod
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata)
     return path
@@ -130,7 +130,7 @@ def _vae_name(name: str) -> str:
     return re.sub(r"down_blocks\.(\d)", r"down.\1", name)
 
 
-def _open_clip(encoder: Any, prefix: str, spare_layer: bool = False) -> dict[str, Tensor]:
+def open_clip(encoder: Any, prefix: str, spare_layer: bool = False) -> dict[str, Tensor]:
     state = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
     out = {
         "positional_embedding": state["embeddings.position_embedding.weight"],

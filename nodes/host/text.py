@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ...sepme.errors import SepMEError
+from ...sepme.gate import ordinary_prompts
 from ...sepme.protocols import Encoding
 from .jobs import check_interrupted
 
 BATCH = 32  # prompts encoded between two looks at the interrupt button
 
 Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks of (id, weight)
+
+# Ordinary prompts as a text encoder reads them with these patches and this clip skip, for as long as it lives: every training and
+# every verification needs them, and a CPU takes a minute.
+_ORDINARY: WeakKeyDictionary[Any, tuple[Any, dict[tuple[str, ...], Encoding]]] = WeakKeyDictionary()
 
 
 class ClipEncoder:
@@ -40,6 +46,23 @@ class ClipEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.protocols.TextEncoder`; prompts of fewer chunks are repeated to a common length, as ComfyUI does."""
+        kept, asked = self._kept(), tuple(prompts)
+        if asked not in kept:
+            encoding = self._read(asked)
+            if not set(ordinary_prompts()).issuperset(asked):
+                return encoding
+            kept[asked] = encoding
+        return kept[asked]
+
+    def _kept(self) -> dict[tuple[str, ...], Encoding]:
+        """By whole lists: a row's last bits depend on the rows that it is read with."""
+        state = (self.clip.patcher.patches_uuid, self.clip.layer_idx)
+        known = _ORDINARY.get(self.clip.cond_stage_model)
+        if known is None or known[0] != state:
+            known = _ORDINARY[self.clip.cond_stage_model] = (state, {})
+        return known[1]
+
+    def _read(self, prompts: tuple[str, ...]) -> Encoding:
         tokens = [self._tokens(p) for p in prompts]
         with torch.inference_mode():
             rows = [row for part in self._groups(tokens) for row in self._encode(part)]
@@ -52,10 +75,10 @@ class ClipEncoder:
         )
 
     def _groups(self, tokens: list[Tokens]) -> Iterator[list[Tokens]]:
-        """Consecutive prompts that can be encoded at once: of one chunk each, where the pooled vectors do not matter."""
+        """Consecutive prompts that can be encoded at once: of one chunk each."""
         group: list[Tokens] = []
         for one in tokens:
-            single = not self.has_pooled and all(len(chunks) == 1 for chunks in one.values())
+            single = all(len(chunks) == 1 for chunks in one.values())
             if group and (not single or len(group) == BATCH):
                 yield group
                 group = []
@@ -67,11 +90,22 @@ class ClipEncoder:
             yield group
 
     def _encode(self, group: list[Tokens]) -> list[tuple[Tensor, Tensor | None]]:
-        """Context ``(tokens, d_in)`` and pooled vector of each prompt: several short prompts go as the chunks of one long prompt."""
+        """Context ``(tokens, d_in)`` and pooled vector of each prompt: several short prompts go as the chunks of one long prompt.
+
+        Of a long prompt ComfyUI hands out the first chunk's pooled vector only, so those of all chunks are caught on their way.
+        """
         check_interrupted()
         joined = {key: [chunk for one in group for chunk in one[key]] for key in group[0]}
-        context, pooled = self.clip.encode_from_tokens(joined, return_pooled=True)
-        return [(c, pooled[0] if self.has_pooled else None) for c in context[0].chunk(len(group))]
+        if not self.has_pooled:
+            return [(c, None) for c in self.clip.encode_from_tokens(joined)[0].chunk(len(group))]
+        caught: list[Tensor] = []
+        hook = self.clip.cond_stage_model.clip_g.register_forward_hook(lambda *call: caught.append(call[-1][1]))
+        try:
+            context = self.clip.encode_from_tokens(joined)[0]
+        finally:
+            hook.remove()
+        pooled = caught[0].to(context.device)  # by chunk; of several chunks of one prompt the first counts
+        return list(zip(context.chunk(len(group)), pooled, strict=False))
 
     def _mask(self, tokens: Tokens) -> Tensor:
         """True up to and including the end token of each chunk; a chunk's padding repeats its end token or is 0."""

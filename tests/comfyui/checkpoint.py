@@ -1,4 +1,7 @@
-"""A seeded checkpoint in the layout of SD1.5: its text encoder at full size, its UNet narrow where detection allows, a tiny VAE."""
+"""Seeded checkpoints in the layouts of SD1.5, SD2 (v) and SDXL.
+
+Text encoders have their full width, UNets are narrow where detection allows, the VAE is a tiny one.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,71 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from ldm_files import DEPTHS, unet_name
+from ldm_files import DEPTHS, open_clip, unet_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import sepme
 
 TAESD = Path(sepme.__file__).parent / "demo" / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+CONTEXT = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
+LAYERS = {768: 12, 1024: 24, 1280: 32}  # of CLIP-L, OpenCLIP-H, OpenCLIP-G, by width
+POOLED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1280 + 6 * 256}
 
 
-def save_sd15(path: Path) -> Path:
-    """Write the checkpoint, float16; ComfyUI takes it for SD1.5 by ``model_channels`` 320 and ``context_dim`` 768."""
+def save_checkpoint(kind: str, path: Path, layers: int | None = None) -> Path:
+    """Write a checkpoint, float16, that ComfyUI takes for ``sd1``, ``sd2`` or ``sdxl``.
+
+    Args:
+        layers: of each text encoder; all that it has by default. A host must be told of fewer.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(15)
-        tensors = _unet() | _text_encoder() | _vae()
+        tensors = _unet(kind) | _vae()
+        if kind == "sd1":
+            tensors |= _transformers(_encoder(768, layers, "quick_gelu"), "cond_stage_model.transformer.")
+        if kind == "sd2":
+            tensors |= open_clip(_encoder(1024, layers, "gelu"), "cond_stage_model.model.")
+        if kind == "sdxl":
+            tensors |= _transformers(_encoder(768, layers, "quick_gelu"), "conditioner.embedders.0.transformer.")
+            tensors |= open_clip(_encoder(1280, layers, "gelu", CLIPTextModelWithProjection), "conditioner.embedders.1.model.")
     save_file({k: v.half().contiguous() for k, v in tensors.items()}, path)
     return path
 
 
-def _unet() -> dict[str, Tensor]:
-    depths = DEPTHS["sd1"]
+def _unet(kind: str) -> dict[str, Tensor]:
+    depths = DEPTHS[kind]
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(320,) * 4, cross_attention_dim=768, attention_head_dim=8,
+        sample_size=8, block_out_channels=(320,) * len(depths), cross_attention_dim=CONTEXT[kind],
+        attention_head_dim=8 if kind == "sd1" else 5,
         down_block_types=["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
         up_block_types=["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(depths)],
+        transformer_layers_per_block=[d or 1 for d in depths], use_linear_projection=kind != "sd1", **(POOLED if kind == "sdxl" else {}),
     )  # fmt: skip
+    for name, weight in unet.named_parameters():  # text counts, as after training
+        if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight")):
+            weight.data *= 6
     bare = {i for i, depth in enumerate(reversed(depths)) if depth == 0}
-    return {f"model.diffusion_model.{unet_name(k, bare)}": v for k, v in unet.state_dict().items()}
+    tensors = {f"model.diffusion_model.{unet_name(k, bare)}": v for k, v in unet.state_dict().items()}
+    if kind == "sd2":  # by which ComfyUI knows that v is predicted
+        torch.nn.init.normal_(tensors["model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"], std=0.2)
+    return tensors
 
 
-def _text_encoder() -> dict[str, Tensor]:
+def _encoder(width: int, layers: int | None, act: str, kind: Any = CLIPTextModel) -> Any:
     config: Any = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu"
-    )
-    encoder = CLIPTextModel(config)
+        vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers or LAYERS[width],
+        num_attention_heads=width // 64, hidden_act=act, projection_dim=width,
+    )  # fmt: skip
+    encoder = kind(config)
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)  # far apart tokens, as training makes them
+    return encoder
+
+
+def _transformers(encoder: Any, prefix: str) -> dict[str, Tensor]:
     state = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items() if not k.endswith("position_ids")}
-    return {f"cond_stage_model.transformer.text_model.{k}": v for k, v in state.items()}
+    return {f"{prefix}text_model.{k}": v for k, v in state.items()}
 
 
 def _vae() -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui.checkpoint import save_sd15
+from comfyui.checkpoint import save_checkpoint
 from comfyui.graph import Graph, Node, from_workflow
 from comfyui.server import ROOT, Server, serving
 
@@ -32,7 +32,7 @@ def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
     path = base / "models" / "checkpoints" / NAME
     path.parent.mkdir(parents=True)
-    save_sd15(path)
+    save_checkpoint("sd1", path)
     with serving(base, pack=pack, without=("triton", "diffusers")) as running:
         yield running
 
