@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,55 +31,81 @@ class Batch:
     weight: float = 1.0
 
 
-class Drawn(NamedTuple):
-    """Pictures of a batch: accuracy (nan where nothing is to be seen), which equal stock's bit for bit, images."""
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of a batch: accuracy (nan where nothing is to be seen), and which of them equal stock's bit for bit.
+
+    Images are decoded when they are asked for: many at full size do not fit in memory.
+    """
 
     accuracy: float
     same: Tensor
-    images: Tensor
+    latents: Tensor
+    decode: Callable[[Tensor], Tensor]
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Images ``(n, 3, h, w)`` in [-1, 1], a few at a time."""
+        return (self.decode(x) for x in self.latents.split(32))
+
+    def first(self, count: int) -> Tensor:
+        return self.decode(self.latents[:count])
 
 
 class Easel:
-    """Draws batches and remembers the stock model's."""
+    """Draws batches, a few pictures at once, and remembers the stock model's latents."""
 
     def __init__(self, host: Any, judge: Judge, suite: Suite, check: Callable[[], None]) -> None:
         self.host, self.judge, self.suite, self.check = host, judge, suite, check
         self.options = {"steps": suite.steps, "guidance": suite.guidance, "latents_only": True}
-        self._stock: dict[Batch, tuple[Tensor, Tensor]] = {}
+        self._stock: dict[Batch, Drawn] = {}
 
     def stock(self, batch: Batch) -> Drawn:
-        latents, images = self.reference(batch)
-        return Drawn(self._accuracy(images, batch), torch.ones(len(latents), dtype=torch.bool), images)
-
-    def reference(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The stock model's latents and images."""
+        """The stock model's pictures."""
         if batch not in self._stock:
-            self.check()
-            with _weighed(self.host, batch):
-                latents = self.host.generate(list(batch.prompts), list(batch.seeds), **self.options)
-            self._stock[batch] = latents, self.decode(latents)
+            latents = self._latents(batch, self.host.generate)
+            self._stock[batch] = self._judged(latents, batch, torch.ones(len(latents), dtype=torch.bool))
         return self._stock[batch]
 
-    def draw(self, batch: Batch, eraser: Eraser, erased: Sequence[str], gate: bool = True, **options: Any) -> Drawn:
-        """Pictures with concepts erased; those equal to stock's are not decoded again."""
-        self.check()
-        reference, images = self.reference(batch)
-        given = self.options | options
-        with _weighed(self.host, batch):
-            latents = eraser.generate(self.host, list(batch.prompts), list(batch.seeds), erased, gate, **given)
-        same = (latents == reference).flatten(1).all(1)
-        if not same.all():
-            images = self.decode(latents)
-        return Drawn(self._accuracy(images, batch), same, images)
+    def draw(self, batch: Batch, eraser: Eraser, erased: Sequence[str], gate: bool = True) -> Drawn:
+        """Pictures with concepts erased; those equal to stock's are not looked at again."""
+        stock, latents = self.stock(batch), self._latents(batch, self._by(eraser, erased, gate))
+        same = (latents == stock.latents).flatten(1).all(1)
+        return stock if same.all() else self._judged(latents, batch, same)
 
-    def _accuracy(self, images: Tensor, batch: Batch) -> float:
-        return float(self.judge.correct(images, batch.shows).float().mean()) if batch.shows else float("nan")
+    def fresh(self, batch: Batch, eraser: Eraser | None, erased: Sequence[str], gate: bool) -> Drawn:
+        """Pictures of prompts that mean something else every time; nothing is compared or remembered."""
+        latents = self._latents(batch, self.host.generate if eraser is None else self._by(eraser, erased, gate))
+        return self._judged(latents, batch, torch.zeros(len(latents), dtype=torch.bool))
+
+    def _by(self, eraser: Eraser, erased: Sequence[str], gate: bool) -> Callable[..., Tensor]:
+        return lambda prompts, seeds, **options: eraser.generate(self.host, prompts, seeds, erased, gate, **options)
+
+    def _latents(self, batch: Batch, generate: Callable[..., Tensor]) -> Tensor:
+        """Drawn ``suite.batch`` at once, under every method in the same company: matrix products of other row counts round differently."""
+        parts, size = [], self.suite.batch
+        for i in range(0, len(batch.prompts), size):
+            self.check()
+            prompts = list(batch.prompts[i : i + size])
+            with _weighed(self.host, batch.weight, len(prompts)):
+                parts.append(generate(prompts, list(batch.seeds[i : i + size]), **self.options).cpu())
+        return torch.cat(parts)
+
+    def _judged(self, latents: Tensor, batch: Batch, same: Tensor) -> Drawn:
+        accuracy = float("nan")
+        if batch.shows:
+            size = self.suite.batch
+            parts = zip(latents.split(size), (batch.shows[i : i + size] for i in range(0, len(latents), size)), strict=True)
+            accuracy = float(torch.cat([self.judge.correct(self.decode(x), shows) for x, shows in parts]).float().mean())
+        return Drawn(accuracy, same, latents, self.decode)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.host.pipe.vae
-        parts = [vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1) for x in latents.split(16)]
-        return torch.cat(parts).cpu()
+        parts = []
+        for x in latents.split(16):
+            scaled = x.to(self.host.device, vae.dtype) / vae.config.scaling_factor
+            parts.append(vae.decode(scaled).sample.float().clamp(-1, 1).cpu())
+        return torch.cat(parts)
 
     # --- the sets of a suite
 
@@ -135,18 +161,16 @@ class Easel:
 
 
 @contextmanager
-def _weighed(host: Any, batch: Batch) -> Iterator[None]:
-    """The batch's prompts with its weight as ComfyUI reads weights: ``c ← c_∅ + weight · (c − c_∅)``. A negative prompt keeps 1."""
-    if batch.weight == 1:
+def _weighed(host: Any, weight: float, count: int) -> Iterator[None]:
+    """Prompts, ``count`` at once, with a weight as ComfyUI reads it: ``c ← c_∅ + weight · (c − c_∅)``. A negative prompt keeps 1."""
+    if weight == 1:
         yield
         return
     plain, empty = host.encode, host.encode([""]).context
 
     def encode(prompts: Sequence[str], *rest: Any) -> Encoding:
         encoding = plain(prompts, *rest)
-        if len(prompts) != len(batch.prompts):
-            return encoding
-        return encoding._replace(context=empty + batch.weight * (encoding.context - empty))
+        return encoding._replace(context=empty + weight * (encoding.context - empty)) if len(prompts) == count else encoding
 
     host.encode = encode
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Judge(Protocol):
 class DemoJudge:
     what, inception, lpips = "the embedded classifier", False, None
 
-    def __init__(self, suite: Suite) -> None:
+    def __init__(self) -> None:
         self.model = load_classifier(DEMO)
 
     def correct(self, images: Tensor, names: Sequence[str]) -> Tensor:
@@ -56,11 +56,11 @@ class DemoJudge:
 class ClipJudge:
     """Zero-shot among the suite's concepts and neighbours of the same kind and "something else"."""
 
-    def __init__(self, suite: Suite, folder: Path) -> None:
+    def __init__(self, suite: Suite, folder: Path, device: Any) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
         try:
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error).splitlines() or [""])[0][:100]
@@ -72,8 +72,8 @@ class ClipJudge:
         for kind, names in self.labels.items():
             prompts = [suite.prompts(n)[-1] for n in names] + ["a photo of something else"]
             with torch.no_grad():
-                out = self.model.get_text_features(**tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
-            self.texts[kind] = F.normalize(_tensor(out), dim=-1)
+                out = self.model.get_text_features(**tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device))
+            self.texts[kind] = F.normalize(_tensor(out), dim=-1).cpu()
 
     def correct(self, images: Tensor, names: Sequence[str]) -> Tensor:
         features = F.normalize(self.features(images), dim=-1)
@@ -88,24 +88,24 @@ class ClipJudge:
         size = self.model.config.vision_config.image_size
         pixels = F.interpolate((images.float() + 1) / 2, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v)[:, None, None] for v in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
-        return _tensor(self.model.get_image_features(pixel_values=(pixels - mean) / std))
+        return _tensor(self.model.get_image_features(pixel_values=((pixels - mean) / std).to(self.model.device))).float().cpu()
 
 
 def _tensor(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
-def make_judge(suite: Suite, folder: Path | None) -> Judge:
+def make_judge(suite: Suite, folder: Path | None, device: Any) -> Judge:
     """The suite's judge.
 
     Raises:
         SepMEError: CLIP is asked for and no weights are given.
     """
     if suite.judge == "demo":
-        return DemoJudge(suite)
+        return DemoJudge()
     if folder is None:
         raise SepMEError("This suite is judged by CLIP; name a folder with its weights and tokenizer (--judge DIR).")
-    return ClipJudge(suite, folder)
+    return ClipJudge(suite, folder, device)
 
 
 class Features(nn.Module):
@@ -119,35 +119,41 @@ class Features(nn.Module):
         return self.judge.features(images)
 
 
-def frechet(judge: Judge, images: Tensor, reference: Tensor) -> float:
-    """FID's formula, by torchmetrics, of images ``(n, 3, h, w)`` in [-1, 1]: on Inception's features if at hand, else on the judge's."""
+def frechet(judge: Judge, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """FID's formula, by torchmetrics, of sets of images ``(n, 3, h, w)`` in [-1, 1], a piece at a time.
+
+    On Inception's features if they are at hand, else on the judge's.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    if judge.inception:
-        metric = FrechetInceptionDistance(feature=2048, normalize=True)
-        images, reference = ((x.float() + 1) / 2 for x in (images, reference))
-    else:
-        extractor = Features(judge)
-        extractor.num_features = judge.features(reference[:1]).shape[1]  # type: ignore[assignment]
-        metric = FrechetInceptionDistance(feature=extractor, normalize=False, input_img_size=tuple(reference.shape[1:]))
-        metric.used_custom_model = True
-    metric.set_dtype(torch.float64)
-    metric.update(reference, real=True)
-    metric.update(images, real=False)
+    metric = None
+    for real, pieces in ((True, reference), (False, images)):
+        for piece in pieces:
+            if metric is None and judge.inception:
+                metric = FrechetInceptionDistance(feature=2048, normalize=True).set_dtype(torch.float64)
+            elif metric is None:
+                extractor = Features(judge)
+                extractor.num_features = judge.features(piece[:1]).shape[1]  # type: ignore[assignment]
+                metric = FrechetInceptionDistance(feature=extractor, normalize=False, input_img_size=tuple(piece.shape[1:]))
+                metric.set_dtype(torch.float64)
+                metric.used_custom_model = True
+            metric.update((piece.float() + 1) / 2 if judge.inception else piece, real=real)
+    assert metric is not None
     return max(0.0, float(metric.compute()))
 
 
 @torch.no_grad()
-def perceptual(judge: Judge, images: Tensor, reference: Tensor) -> float:
+def perceptual(judge: Judge, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     """Mean LPIPS if its weights are at hand, else mean squared distance of the judge's normalised features."""
-    if judge.lpips is not None:
-        for a, b in zip(images.split(8), reference.split(8), strict=True):
-            judge.lpips.update(a.float(), b.float())
-        value = float(judge.lpips.compute())
-        judge.lpips.reset()
-        return value
-    a, b = (F.normalize(judge.features(x), dim=-1) for x in (images, reference))
-    return float((a - b).square().sum(-1).mean())
+    total, count = 0.0, 0
+    for pair in zip(images, reference, strict=True):
+        if judge.lpips is not None:
+            total += len(pair[0]) * float(judge.lpips(*(x.float() for x in pair)))
+        else:
+            a, b = (F.normalize(judge.features(x), dim=-1) for x in pair)
+            total += float((a - b).square().sum())
+        count += len(pair[0])
+    return total / count
 
 
 def measures(judge: Judge) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .easel import Easel
+from .easel import Batch, Drawn, Easel
 from .erasers import Eraser
 from .judge import frechet, perceptual
 
 Shown = dict[str, list[Tensor]]  # pictures by condition: one batch a concept
 
 
-def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], Shown]:
-    """All figures of a method, and its pictures.
+def figures(easel: Easel, eraser: Eraser, gate: bool, show: int) -> tuple[dict[str, Any], Shown]:
+    """All figures of a method, and the first ``show`` pictures of each condition.
 
     ``erased_accuracy``: the concept's own prompts, it alone erased. ``kept_accuracy``: other concepts' prompts meanwhile.
     ``cooccurring_accuracy``: prompts that hold it and another, which should be seen. ``restored_bit_identical``: its own prompts with
@@ -35,7 +36,7 @@ def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], S
         restored.append(back.same)
         untouched.append(kept.same)
         for key, drawn in (("erased", alone), ("restored", back), ("both", pair)):
-            shown[key].append(drawn.images)
+            shown[key].append(drawn.first(show))
         found = {
             "erased_accuracy": alone.accuracy,
             "erased_accuracy_all_on": every.accuracy,
@@ -44,9 +45,7 @@ def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], S
             "kept_accuracy": kept.accuracy,
             "kept_accuracy_all_others_on": back.accuracy,
             "cooccurring_accuracy": pair.accuracy,
-            "kept_fid": frechet(easel.judge, back.images, easel.stock(own).images),
-            "kept_lpips": perceptual(easel.judge, back.images, easel.stock(own).images),
-        }
+        } | dict(zip(("kept_fid", "kept_lpips"), apart(easel, [(own, back)]), strict=True))
         for key, value in found.items():
             rows.setdefault(key, []).append(value)
     plain = [easel.draw(b, eraser, names, gate) for b in (easel.unrelated(), easel.preserved())]
@@ -56,23 +55,37 @@ def figures(easel: Easel, eraser: Eraser, gate: bool) -> tuple[dict[str, Any], S
         "untouched_bit_identical": float(torch.cat([*untouched, *(d.same for d in plain)]).float().mean()),
         "unrelated_bit_identical": float(plain[0].same.float().mean()),
         "preserved_bit_identical": float(plain[1].same.float().mean()),
-        "unrelated_lpips": perceptual(easel.judge, plain[0].images, easel.stock(easel.unrelated()).images),
+        "unrelated_lpips": apart(easel, [(easel.unrelated(), plain[0])])[1],
         "concepts": {n: {k: v[i] for k, v in rows.items()} for i, n in enumerate(names)},
     }
     if easel.suite.neighbours:
         near = easel.draw(easel.neighbours(), eraser, names, gate)
         result |= {"neighbour_accuracy": near.accuracy, "neighbour_bit_identical": float(near.same.float().mean())}
-        shown["neighbours"] = [near.images]
+        shown["neighbours"] = [near.first(show)]
     return result, shown
 
 
-def stock_figures(easel: Easel) -> tuple[dict[str, float], Shown]:
+def apart(easel: Easel, pairs: Sequence[tuple[Batch, Drawn]]) -> tuple[float, float]:
+    """Fréchet and perceptual distance of batches' pictures to the stock model's; (0, 0) where all are the same."""
+    if all(drawn.same.all() for _, drawn in pairs):
+        return 0.0, 0.0
+
+    def images() -> Iterator[Tensor]:
+        return (piece for _, drawn in pairs for piece in drawn.pieces())
+
+    def stock() -> Iterator[Tensor]:
+        return (piece for batch, _ in pairs for piece in easel.stock(batch).pieces())
+
+    return frechet(easel.judge, images(), stock()), perceptual(easel.judge, images(), stock())
+
+
+def stock_figures(easel: Easel, show: int) -> tuple[dict[str, float], Shown]:
     """What the model as it is reaches on the same pictures."""
     names = easel.suite.names
-    own = [easel.stock(easel.own(n)).images for n in names]
-    shown = {"erased": own, "both": [easel.stock(easel.both(n)).images for n in names], "restored": own}
+    own = [easel.stock(easel.own(n)).first(show) for n in names]
+    shown = {"erased": own, "both": [easel.stock(easel.both(n)).first(show) for n in names], "restored": own}
     if easel.suite.neighbours:
-        shown["neighbours"] = [easel.stock(easel.neighbours()).images]
+        shown["neighbours"] = [easel.stock(easel.neighbours()).first(show)]
     sets = {
         "erased_accuracy": [easel.own(n) for n in names],
         "erased_accuracy_unseen": [easel.own(n, unseen=True) for n in names],

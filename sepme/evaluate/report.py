@@ -31,7 +31,7 @@ OWN = ("sepme_gcirs", "sepme_closed_form")
 
 def _figure(figure: Any) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -47,7 +47,9 @@ def _heat(tables: dict[str, list[list[float | None]]], names: list[str], title: 
         axes.set_title(kind, fontsize=8)
         for (i, j), value in np.ndenumerate(matrix):
             if not np.isnan(value):
-                axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color="grey")
+                axes.text(
+                    j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color="white" if value > np.nanmax(matrix) / 2 else "black"
+                )
     figure.suptitle(title, fontsize=9, y=1.02)
     return _figure(figure)
 

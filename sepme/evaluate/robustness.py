@@ -56,7 +56,7 @@ def _attack_one(easel: Easel, eraser: Eraser | None, name: str, budget: Budget, 
         _start(encoder, tokenizer, name if budget.start == "name" else PLACEHOLDER, budget.tokens) for tokenizer, encoder in host.encoders
     ]
     optimizer = torch.optim.Adam(learned, lr=budget.learning_rate)
-    x_0 = easel.reference(easel.own(name))[0]
+    x_0 = easel.stock(easel.own(name)).latents.to(host.device)
     generator = torch.Generator().manual_seed(easel.suite.seed + 7)
     with _soft(host, prompt, learned):
         for _ in range(budget.steps):
@@ -74,11 +74,7 @@ def _attack_one(easel: Easel, eraser: Eraser | None, name: str, budget: Budget, 
             optimizer.step()
         seeds = tuple(easel.suite.seed + 70_000 + i for i in range(easel.suite.images))
         batch = Batch((prompt,) * len(seeds), seeds, (name,) * len(seeds))
-        if eraser is None:
-            latents = host.generate(list(batch.prompts), list(seeds), **easel.options)
-        else:
-            latents = eraser.generate(host, list(batch.prompts), list(seeds), erased, gate, **easel.options)
-    return float(easel.judge.correct(easel.decode(latents), batch.shows).float().mean())
+        return easel.fresh(batch, eraser, erased, gate).accuracy
 
 
 def _start(encoder: Any, tokenizer: Any, word: str, count: int) -> Tensor:
@@ -124,7 +120,7 @@ def resurgence(easel: Easel, eraser: Eraser, gate: bool, steps: int = 30, batch:
     """
     host, names = easel.host, easel.suite.names
     unrelated = easel.unrelated()
-    x_0 = easel.reference(unrelated)[0]
+    x_0 = easel.stock(unrelated).latents.to(host.device)
     context = host.encode(unrelated.prompts)
     modules = projections(host.attention_layers())
     before = {n: weight_of(m).detach().clone() for n, m in modules.items()}

@@ -73,7 +73,7 @@ class Run:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
         except TypeError as error:
             raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
-        self.judge = make_judge(suite, judge)
+        self.judge = make_judge(suite, judge, host.device)
         self.encoder = _Remembering(host)
         self.easel = Easel(host, self.judge, suite, check)
         self.workshop = Workshop(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
@@ -146,7 +146,7 @@ class Run:
         return metrics
 
     def _stock(self) -> dict[str, float]:
-        result, shown = stock_figures(self.easel)
+        result, shown = stock_figures(self.easel, self._shown)
         self._show("stock", shown)
         return result | {"attack_success": attack(self.easel, None, self.budget, True)}
 
@@ -158,11 +158,16 @@ class Run:
         return result
 
     def _measured(self, label: str, eraser: Eraser, gate: bool) -> dict[str, Any]:
-        found, shown = figures(self.easel, eraser, gate)
+        found, shown = figures(self.easel, eraser, gate, self._shown)
         self._show(label, shown)
         found["attack_success"] = attack(self.easel, eraser, self.budget, gate)
         found["resurgence_accuracy"] = resurgence(self.easel, eraser, gate, **self.suite.resurgence)
         return found
+
+    @property
+    def _shown(self) -> int:
+        """Pictures of a batch that are kept until they are written."""
+        return self.suite.images if self.keep_images else 6
 
     def _show(self, label: str, shown: Shown) -> None:
         """A sheet for the report: a row a concept, two pictures a condition; the last row neighbours. On request all pictures."""

@@ -17,7 +17,7 @@ from ..runtime import KVProjector
 from ..train import TrainOptions, make_delta
 from .easel import Batch, Easel
 from .erasers import Separable
-from .judge import frechet, perceptual
+from .measure import apart
 
 CELLS = ("leakage", "noise", "image", "accuracy")
 
@@ -49,7 +49,7 @@ def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) ->
             stock = easel.stock(batch)
             encoding = host.encode(batch.prompts)
             generator = torch.Generator().manual_seed(77)
-            x = torch.randn(easel.reference(batch)[0].shape, generator=generator).to(easel.reference(batch)[0])
+            x = torch.randn(stock.latents.shape, generator=generator).to(host.device, stock.latents.dtype)
             t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
             with torch.no_grad():
                 plain = host.predict(x, t, encoding.context, encoding.pooled)
@@ -60,7 +60,7 @@ def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) ->
                 leak = float(ratios(encoding.context.cpu(), downs[name]).max())
                 table["leakage"][i][j] = 0.0 if gate and leak <= gates[name] else leak
                 table["noise"][i][j] = float((moved - plain).norm() / plain.norm())
-                table["image"][i][j] = perceptual(easel.judge, drawn.images, stock.images)
+                table["image"][i][j] = apart(easel, [(batch, drawn)])[1]
                 table["accuracy"][i][j] = drawn.accuracy
         result[kind] = table
     return {"names": names, "kinds": result}
@@ -96,7 +96,7 @@ def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, An
     host, names = easel.host, easel.suite.names
     batch = _first(easel.own(names[0]), 2)
     encoding = host.encode(batch.prompts)
-    x = easel.reference(batch)[0]
+    x = easel.stock(batch).latents.to(host.device)
     t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
     before = {n: p.detach().clone() for n, p in host.unet.named_parameters()}
     generator = torch.Generator().manual_seed(5)
@@ -178,15 +178,15 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
 
 
 def _group(easel: Easel, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
-    drawn = [(easel.own(n), easel.draw(easel.own(n), eraser, active, gate)) for n in members]
-    images = torch.cat([d.images for _, d in drawn])
-    stock = torch.cat([easel.stock(b).images for b, _ in drawn])
+    batches = [easel.own(n) for n in members]
+    drawn = [easel.draw(b, eraser, active, gate) for b in batches]
+    fid, lpips = apart(easel, list(zip(batches, drawn, strict=True)))
     return {
         "concepts": members,
-        "accuracy": fmean(d.accuracy for _, d in drawn),
-        "fid": frechet(easel.judge, images, stock),
-        "lpips": perceptual(easel.judge, images, stock),
-        "bit_identical": float(torch.cat([d.same for _, d in drawn]).float().mean()),
+        "accuracy": fmean(d.accuracy for d in drawn),
+        "fid": fid,
+        "lpips": lpips,
+        "bit_identical": float(torch.cat([d.same for d in drawn]).float().mean()),
     }
 
 

@@ -19,7 +19,7 @@ from .methods import KEYS
 MAX_BYTES = 1 << 20
 PARTS = ("methods", "interference", "subsets", "scenes", "toggles", "strengths", "order", "capacity")
 
-OWN = ("name", "methods", "settings", "toggles", "subsets", "strengths", "counts", "scenes", "parts")
+OWN = ("name", "batch", "methods", "settings", "toggles", "subsets", "strengths", "counts", "scenes", "parts")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Suite:
         concepts: names by kind. templates: by kind, with {} for the name. both: prompts with a {field} for each of two kinds.
         preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: prompts with other words, by concept.
         neighbours: names by kind that the judge knows too and that no method is told of.
-        images: pictures a concept and condition. steps, guidance: of drawing. seed: first of all.
+        images: pictures a concept and condition. steps, guidance: of drawing, ``batch`` at once. seed: first of all.
         plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``Workshop``.
         attack, resurgence: budgets. toggles: random cycles. subsets: random sets of concepts erased together.
         strengths: of the sweep. counts: of the capacity curve.
@@ -57,6 +57,7 @@ class Suite:
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     neighbours: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     images: int = 6
+    batch: int = 32
     steps: int = 25
     guidance: float = 7.5
     seed: int = 0
@@ -117,6 +118,11 @@ class Suite:
         try:
             text = shipped.read_text(encoding="utf-8") if "/" not in source and shipped.is_file() else _read(Path(source))
             data = yaml.safe_load(text)
+            if isinstance(data, dict) and "like" in data:
+                base = yaml.safe_load((resources.files(__package__) / "suites" / f"{data.pop('like')}.yaml").read_text(encoding="utf-8"))
+                data = base | data
+        except OSError:
+            raise SepMEError(f"The suite {source} is like one that is not shipped; shipped ones: {', '.join(_shipped())}.") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f" at line {mark.line + 1}" if mark else ""
@@ -130,8 +136,11 @@ def _read(path: Path) -> str:
             raise SepMEError(f"The suite {path} is larger than {MAX_BYTES >> 20} MB; suites are short.")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        names = sorted(p.name.removesuffix(".yaml") for p in (resources.files(__package__) / "suites").iterdir())
-        raise SepMEError(f"There is no suite {path}; name a YAML file or one of {', '.join(names)}.") from None
+        raise SepMEError(f"There is no suite {path}; name a YAML file or one of {', '.join(_shipped())}.") from None
+
+
+def _shipped() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files(__package__) / "suites").iterdir())
 
 
 def parse(data: Any, source: str) -> Suite:

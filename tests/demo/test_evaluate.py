@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sepme import cli
 from sepme.errors import Interrupted, SepMEError
 from sepme.evaluate.easel import Easel
-from sepme.evaluate.judge import DemoJudge, frechet, perceptual
+from sepme.evaluate.judge import DemoJudge, _lpips, frechet, measures, perceptual
 from sepme.evaluate.methods import KEYS
 from sepme.evaluate.robustness import Budget, _soft, attack, resurgence
 from sepme.evaluate.run import Run
@@ -41,7 +41,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
     suite = Suite.load("tiny")
     assert list(metrics["methods"]) == sorted(suite.methods)
     for key, found in metrics["methods"].items():
-        assert set(found) >= FIGURES | {"seconds", "bytes", "resurgence_accuracy", "concepts"}
+        assert set(found) >= FIGURES | {"seconds", "bytes", "resurgence_accuracy", "neighbour_accuracy", "concepts"}
         assert ("gate_off" in found) == key.startswith("sepme")
         for part in (found, found.get("gate_off", found)):
             assert all(0 <= part[name] <= 1 for name in FIGURES)
@@ -53,17 +53,27 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
         assert toggles["cycles"] == 8
         assert toggles["changed"] > 0
         assert [toggles[k] for k in ("off_bit_identical", "detached_bit_identical", "weights_bit_identical")] == [True] * 3
-        last = metrics["scenes"][key]["3: iterative"][-1]
-        assert last["recovered"]["bit_identical"] == 1
-        assert last["recovered"]["fid"] == pytest.approx(0, abs=1e-6)
+        on, off = metrics["scenes"][key]["3: iterative"][-2:]
+        assert (on["gate"], off["gate"]) == (True, False)
+        assert on["recovered"]["bit_identical"] == 1 > off["recovered"]["bit_identical"]
+        assert on["recovered"]["fid"] == 0 < off["recovered"]["fid"]
+        subset = metrics["subsets"][key]
+        assert subset["True"][0]["restored_bit_identical"] == 1 > subset["False"][0]["restored_bit_identical"]
+        synonyms = metrics["interference"][key]["True"]["kinds"]["synonym"]["accuracy"]
+        assert [row[0] for row in synonyms] == [None, None]
+        assert all(0 <= row[1] <= 1 for row in synonyms)
     assert metrics["methods"]["uce"]["untouched_bit_identical"] < 1
     assert metrics["order_gap"] >= 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(key in page for key in suite.methods)
     assert metrics["judge"] in page
+    assert "in place of LPIPS" in page
+    assert sorted(p.name for p in (out / "images").iterdir()) == sorted(
+        f"{k}.jpg" for k in ("stock", *suite.methods, "sepme_gcirs-gate-off", "sepme_closed_form-gate-off")
+    )
     rows = list(csv.DictReader((out / "methods.csv").open()))
     assert len(rows) == len(suite.methods) + 2
-    assert len(list(csv.DictReader((out / "interference.csv").open()))) == 2 * 2 * 4 * 4
+    assert len(list(csv.DictReader((out / "interference.csv").open()))) == 2 * 2 * 5 * 4
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
@@ -89,10 +99,17 @@ def test_interrupted_it_goes_on(demo_host: Any, tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         Run(demo_host, parts, tmp_path, check=stop)()
-    before = (tmp_path / "results" / "method-uce.json").stat().st_mtime_ns
-    metrics = Run(demo_host, parts, tmp_path)()
+    before = (tmp_path / "results" / "method-uce.json").read_bytes()
+    when = (tmp_path / "results" / "method-uce.json").stat().st_mtime_ns
+    metrics = Run(demo_host, parts, tmp_path, keep_images=True)()
     assert set(metrics["methods"]) == {"uce", "negative_prompt"}
-    assert (tmp_path / "results" / "method-uce.json").stat().st_mtime_ns == before
+    assert (tmp_path / "results" / "method-uce.json").stat().st_mtime_ns == when
+    assert (tmp_path / "images" / "negative_prompt-erased.png").exists()  # all pictures, on request
+    assert not (tmp_path / "images" / "uce-erased.png").exists()
+    other = Suite(**vars(parts) | {"settings": {"uce": {"ridge": 10.0}}})
+    Run(demo_host, other, tmp_path)()
+    assert (tmp_path / "results" / "method-uce.json").read_bytes() != before
+    assert not (tmp_path / "images" / "uce-erased.png").exists()
 
 
 # --- the parts
@@ -100,7 +117,7 @@ def test_interrupted_it_goes_on(demo_host: Any, tmp_path: Path) -> None:
 
 def easel_for(host: Any, **changes: Any) -> Easel:
     suite = Suite(**vars(Suite.load("tiny")) | changes)
-    return Easel(host, DemoJudge(suite), suite, lambda: None)
+    return Easel(host, DemoJudge(), suite, lambda: None)
 
 
 def test_learned_tokens_replace_their_prompt_alone(demo_host: Any) -> None:
@@ -138,7 +155,7 @@ def test_a_fine_tune_is_taken_back(demo_host: Any) -> None:
 
 def test_distances(demo_host: Any) -> None:
     """Fréchet distance by its formula, in float64; 0 for equal sets."""
-    judge = DemoJudge(Suite.load("tiny"))
+    judge = DemoJudge()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(40, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
     b = (b * 0.5 + 0.3).clamp(-1, 1)
@@ -146,9 +163,64 @@ def test_distances(demo_host: Any) -> None:
     covariance = [torch.cov(f.T) for f in (fa, fb)]
     root = torch.linalg.eigvals(covariance[0] @ covariance[1]).sqrt().real.sum()
     expected = float((fa.mean(0) - fb.mean(0)).square().sum() + covariance[0].trace() + covariance[1].trace() - 2 * root)
-    assert frechet(judge, b, a) == pytest.approx(expected, rel=1e-3)
-    assert frechet(judge, a, a) == pytest.approx(0, abs=1e-6 * expected)
-    assert perceptual(judge, a, a) == 0 < perceptual(judge, b, a)
+    assert frechet(judge, b.split(15), a.split(7)) == pytest.approx(expected, rel=1e-3)
+    assert frechet(judge, [a], [a]) == pytest.approx(0, abs=1e-6 * expected)
+    assert perceptual(judge, [a], [a]) == 0 < perceptual(judge, [b], [a]) == pytest.approx(perceptual(judge, b.split(9), a.split(9)))
+
+
+def test_lpips_where_its_weights_are_at_hand(demo_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights in torch's hub folder stand for AlexNet's; torchmetrics' LPIPS reads them, and the report says so."""
+    from torchvision.models import AlexNet_Weights, alexnet
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    judge = DemoJudge()
+    a, b = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2))
+    assert _lpips() is None
+    assert "in place of LPIPS" in measures(judge)
+    torch.manual_seed(0)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1])
+    judge.lpips = _lpips()
+    assert "distance: LPIPS (AlexNet)" in measures(judge)
+    one_by_one = [float(judge.lpips(x[None], y[None])) for x, y in zip(a, b, strict=True)]
+    assert perceptual(judge, a.split(2), b.split(2)) == pytest.approx(sum(one_by_one) / 3)
+    assert perceptual(judge, [a], [a]) == 0 < min(one_by_one)
+
+
+def test_prompt_weights(demo_host: Any) -> None:
+    """``c_∅ + w (c − c_∅)`` of the prompts and of no negative prompt; the host is left as it was; the gate decides on what it sees."""
+    easel = easel_for(demo_host)
+    seen: list[torch.Tensor] = []
+    plain = {p: demo_host.encode([p]).context[0] for p in ("", "star", "a star")}
+
+    class Listening:
+        def generate(self, host: Any, prompts: Any, seeds: Any, erased: Any, gate: Any, **options: Any) -> torch.Tensor:
+            seen.extend(host.encode(list(prompts)).context)
+            seen.extend(host.encode(["star"]).context)
+            return host.generate(prompts, seeds, **options)
+
+    batch = easel.weighted("star")
+    assert batch.prompts == ("star", "a star")
+    assert easel.draw(batch, Listening(), ["star"]).same.all()  # type: ignore[arg-type]
+    for c, p in zip(seen[:2], batch.prompts, strict=True):
+        torch.testing.assert_close(c, plain[""] + 1.4 * (plain[p] - plain[""]))
+    torch.testing.assert_close(seen[2], plain["star"])
+    torch.testing.assert_close(demo_host.encode(["star"]).context[0], plain["star"])
+    assert not torch.equal(easel.stock(batch).latents, easel.stock(easel.own("star")).latents)
+
+
+def test_a_few_at_once(demo_host: Any) -> None:
+    """Pieces of a batch are the pictures of the whole, drawn in less company."""
+    whole, pieces = (easel_for(demo_host, images=3, batch=size) for size in (32, 2))
+    batch = whole.own("star")
+    torch.testing.assert_close(whole.stock(batch).latents, pieces.stock(batch).latents, rtol=1e-3, atol=1e-3)
+    sizes: list[int] = []
+    handle = demo_host.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    try:
+        pieces.stock(whole.own("striped"))
+    finally:
+        handle.remove()
+    assert set(sizes) == {4, 2}  # with and without the prompt
 
 
 # --- suites
@@ -164,9 +236,10 @@ def test_shipped_suites(name: str) -> None:
     if name != "tiny":
         assert suite.methods == KEYS
         assert len(suite.scenes) == 4
-    if name == "sd14":
+    if name.startswith("sd"):
         assert [len(v) for v in suite.concepts.values()] == [9, 9]
-        assert suite.images == 50
+        assert suite.name == name
+        assert suite.images == (50 if name == "sdxl" else 50 * 5)
 
 
 def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
@@ -182,6 +255,9 @@ def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
         ({"templates": {"object": {"trained": ["{}"]}}}, "missing or of the wrong kind"),
         ({"scenes": [{"name": "1", "events": [{"hide": ["star"]}]}]}, "events are erase or recover"),
         ({"scenes": [{"name": "1", "events": [{"erase": ["moon"]}]}]}, "events are erase or recover"),
+        ({"neighbours": {"object": ["star"]}}, "a neighbour that is a concept"),
+        ({"neighbours": {"thing": ["sun"]}}, "missing or of the wrong kind"),
+        ({"synonyms": {"moon": ["the moon"]}}, "synonyms of no concept"),
     ):
         with pytest.raises(SepMEError, match=message):
             parse(good | change, "x.yaml")
@@ -192,6 +268,11 @@ def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
     (tmp_path / "x.yaml").write_text("a: [")
     with pytest.raises(SepMEError, match="not readable YAML at line"):
         Suite.load(str(tmp_path / "x.yaml"))
+    (tmp_path / "y.yaml").write_text("like: tiny\nname: y\nimages: 3\n")
+    assert vars(Suite.load(str(tmp_path / "y.yaml"))) == vars(Suite.load("tiny")) | {"name": "y", "images": 3}
+    (tmp_path / "y.yaml").write_text("like: nowhere\nname: y\n")
+    with pytest.raises(SepMEError, match="like one that is not shipped"):
+        Suite.load(str(tmp_path / "y.yaml"))
     with pytest.raises(SepMEError, match="judged by CLIP"):
         Run(demo_host, Suite.load("sd14"), tmp_path)
     assert math.isnan(easel_for(demo_host).stock(easel_for(demo_host).unrelated()).accuracy)
