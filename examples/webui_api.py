@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,22 @@ def request(prompt: str, strengths: dict[str, float], gate: bool = True, backend
     """The body of ``/sdapi/v1/txt2img``. The arguments are positional: enabled, concepts, strengths (JSON), gate, backend."""
     args = [bool(strengths), list(strengths), json.dumps(strengths), gate, backend]
     return {"prompt": prompt, "steps": 20, "alwayson_scripts": {"sepme concepts": {"args": args}}} | more
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The server's answer.
+
+    Raises:
+        SystemExit: it cannot be reached, or refuses.
+    """
+    call = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(call) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+    except urllib.error.HTTPError as error:  # 422 where the extension is not installed, 404 without --api
+        raise SystemExit(f"{url} refuses: {error.code} {error.read().decode(errors='replace')[:300]}") from None
+    except urllib.error.URLError as error:
+        raise SystemExit(f"{url} cannot be reached ({error.reason}); start the WebUI with --api.") from None
 
 
 def main() -> None:
@@ -31,12 +49,13 @@ def main() -> None:
     for item in given.erase:
         name, _, strength = item.partition(":")
         strengths[name] = float(strength or 1)
-    body = json.dumps(request(given.prompt, strengths, seed=given.seed)).encode()
-    call = urllib.request.Request(f"{given.url}/sdapi/v1/txt2img", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(call) as answer:
-        data = json.load(answer)
-    given.out.write_bytes(base64.b64decode(data["images"][0]))
-    print(json.loads(data["info"])["infotexts"][0])
+    answer = post(f"{given.url}/sdapi/v1/txt2img", request(given.prompt, strengths, seed=given.seed))
+    given.out.write_bytes(base64.b64decode(answer["images"][0]))
+    info = json.loads(answer["info"])
+    print(info["infotexts"][0])
+    note = info["extra_generation_params"].get("SepME note")  # what went wrong, if anything did
+    if note:
+        print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

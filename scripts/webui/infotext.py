@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-CONCEPTS, GATE, TAGS = "SepME concepts", "SepME gate", "SepME tags"
+KEYS = CONCEPTS, GATE, TAGS, NOTE = "SepME concepts", "SepME gate", "SepME tags", "SepME note"
 HASH_LENGTH = 10
 _RECORD = re.compile(rf"(.+?) \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e-?[0-9]+)?)(?:, |$)")
 ANY_TAG = re.compile(r"<(?:erase|keep):[^>]*>", re.IGNORECASE)

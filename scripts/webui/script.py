@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...sepme.composition import Composition
@@ -36,7 +36,6 @@ class Run:
     deltas: dict[str, ConceptDelta]
     batch: Batch | None = None
     attached: host.Attached | None = None
-    said: set[str] = field(default_factory=set)
 
     @property
     def panel(self) -> dict[str, float]:
@@ -47,13 +46,14 @@ class Run:
 _runs: list[Run] = []  # the one whose deltas are on the model, if any
 
 
-def _say(p: Any, run: Run | None, text: str) -> None:
-    """Show a sentence below the picture and in the log, once."""
-    if run is None or text not in run.said:
+def _say(p: Any, text: str) -> None:
+    """Show a sentence below the picture, in its infotext (all that the API returns) and in the log, once a run."""
+    text = text.replace(str(host.library.folder), "models/sepme")  # pictures are shared
+    said = p.extra_generation_params.get(infotext.NOTE, "")
+    if text not in said:
+        p.extra_generation_params[infotext.NOTE] = f"{said} {text}".strip()
         p.comment(f"SepME: {text}")
         print(f"SepME: {text}")
-    if run is not None:
-        run.said.add(text)
 
 
 def _release() -> None:
@@ -95,10 +95,10 @@ def _attach(p: Any, run: Run) -> None:
         tables = Tables.make(Composition(tuple(deltas.values())), run.panel, positive, negative)
         if tables.idle:
             return
-        run.attached = host.Attached(p, tables, run.settings, lambda text: _say(p, run, text))
+        run.attached = host.Attached(p, tables, run.settings, lambda text: _say(p, text))
         _runs.append(run)
     except SepMEError as error:
-        _say(p, run, f"nothing is erased. {error}")
+        _say(p, f"nothing is erased. {error}")
 
 
 def _of_tags(p: Any, run: Run, rows: Sequence[Tags]) -> dict[str, ConceptDelta]:
@@ -110,7 +110,7 @@ def _of_tags(p: Any, run: Run, rows: Sequence[Tags]) -> dict[str, ConceptDelta]:
             continue
         entry = _for_tag(p, name)
         if entry is None:
-            _say(p, run, f"there is no delta of {name!r} for this checkpoint in {host.library.folder}; its tag does nothing.")
+            _say(p, f"there is no delta of {name[:60]!r} for this checkpoint in models/sepme; its tag does nothing.")
             continue
         delta = load(entry)
         found[normalised(delta.concept.name)] = delta
@@ -138,13 +138,15 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
     def ui(self, is_img2img: bool) -> list[Any]:
         panel = Panel(host.library, self.elem_id)
         self.infotext_fields = panel.infotext_fields
-        self.paste_field_names = [infotext.CONCEPTS, infotext.GATE, infotext.TAGS]
+        self.paste_field_names = list(infotext.KEYS)
         return panel.controls
 
     def process(self, p: Any, *args: Any) -> None:
         """Read the panel, load what it names, and record it in the infotext."""
         _release()
         p.sepme_run = None
+        for key in infotext.KEYS:  # the cells of an X/Y/Z plot share them
+            p.extra_generation_params.pop(key, None)
         try:
             settings = _override(p, Settings.parse(*args))
             entries = host.library.entries()
@@ -155,7 +157,7 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
             p.sepme_run = Run(settings, deltas)
             _record(p, p.sepme_run, chosen)
         except SepMEError as error:
-            _say(p, None, f"nothing is erased. {error}")
+            _say(p, f"nothing is erased. {error}")
 
     def before_process_batch(self, p: Any, *args: Any, prompts: list[str], **kwargs: Any) -> None:
         """Take the tags out of prompts and negative prompts, before the host reads its own tags and encodes them."""
@@ -165,14 +167,14 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
             texts, positive = take_tags(prompts)
             negative_texts, negative = take_tags(negatives)
         except SepMEError as error:
-            _say(p, run, f"the tags are left out. {error}")
+            _say(p, f"the tags are left out. {error}")
             texts, positive = [_without(t) for t in prompts], [{} for _ in prompts]
             negative_texts, negative = [_without(t) for t in negatives], [{} for _ in negatives]
         prompts[:], negatives[:] = texts, negative_texts
         if run is not None:
-            run.batch = Batch(positive, negative, self._hires_tags(p, run, len(prompts)))
+            run.batch = Batch(positive, negative, self._hires_tags(p, len(prompts)))
 
-    def _hires_tags(self, p: Any, run: Run, count: int) -> tuple[list[Tags], list[Tags]] | None:
+    def _hires_tags(self, p: Any, count: int) -> tuple[list[Tags], list[Tags]] | None:
         """The hires pass has prompts of its own, by default the same; the host cuts them into batches after this."""
         if not getattr(p, "enable_hr", False):
             return None
@@ -180,7 +182,7 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
         try:
             return take_tags(p.all_hr_prompts[part])[1], take_tags(p.all_hr_negative_prompts[part])[1]
         except SepMEError as error:
-            _say(p, run, f"the tags of the hires prompts are left out. {error}")
+            _say(p, f"the tags of the hires prompts are left out. {error}")
             return [{} for _ in range(count)], [{} for _ in range(count)]
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -215,7 +217,7 @@ def _record(p: Any, run: Run, chosen: Sequence[Entry]) -> None:
         records_and_tags = [*records, *(infotext.Record(n, "", s) for n, s in tags.items())]
         odd = sorted({r.name for r in records_and_tags if not 0 <= r.strength <= 1})
         if odd:
-            _say(p, run, f"the strength of {', '.join(odd)} lies outside 0 to 1; negative ones amplify, larger ones overshoot.")
+            _say(p, f"the strength of {', '.join(odd)} lies outside 0 to 1; negative ones amplify, larger ones overshoot.")
     if records:
         p.extra_generation_params[infotext.CONCEPTS] = infotext.write(records)
     if not run.settings.gate:
@@ -247,7 +249,9 @@ def _panel_entries(p: Any, settings: Settings, entries: Sequence[Entry]) -> list
     for label in settings.concepts if settings.enabled else ():
         entry = choose(label, entries, host.architecture_of(p.sd_model))
         if entry is None:
-            raise SepMEError(f"There is no delta {label!r} for this checkpoint in {host.library.folder}; put its file there and refresh.")
+            raise SepMEError(
+                f"There is no delta {label[:60]!r} for this checkpoint in {host.library.folder}; put its file there and refresh."
+            )
         chosen.append(entry)
     return chosen
 

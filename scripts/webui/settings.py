@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,20 +41,16 @@ class Settings:
             SepMEError: a value that no control would give.
         """
         given = dict(zip(("enabled", "concepts", "strengths", "gate", "backend"), args, strict=False))
-        concepts, table = given.get("concepts") or (), given.get("strengths") or {}
+        enabled, gate = _switch(given.get("enabled"), False, "first"), _switch(given.get("gate"), True, "fourth")
+        concepts, table, backend = given.get("concepts") or (), given.get("strengths") or "", given.get("backend") or "auto"
         if isinstance(concepts, str):
             concepts = [concepts]
         if not isinstance(concepts, (list, tuple)) or not all(isinstance(c, str) for c in concepts):
             raise SepMEError("SepME's second argument is a list of concepts, like ['van gogh'].")
-        if isinstance(table, Mapping):
-            table = {str(k): v for k, v in table.items()}
-            table = merge(*(parse_tags(f"<erase:{name}:{value}>")[1] for name, value in table.items()))
-        else:
-            table = parse_json(str(table))
-        backend = given.get("backend") or "auto"
+        table = parse_json(table if isinstance(table, str) else json.dumps(table, default=str))
         if backend not in BACKENDS:
-            raise SepMEError(f"SepME has no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
-        return Settings(bool(given.get("enabled")), tuple(dict.fromkeys(concepts)), table, bool(given.get("gate", True)), backend)
+            raise SepMEError(f"SepME has no backend {str(backend)[:40]!r}; choose one of {', '.join(BACKENDS)}.")
+        return Settings(enabled, tuple(dict.fromkeys(concepts)), table, gate, backend)
 
     def at(self, strength: float) -> Settings:
         """The same with every concept at this strength."""
@@ -63,6 +60,12 @@ class Settings:
         """Of a concept chosen in the panel."""
         table = {normalised(k): v for k, v in self.strengths.items()}
         return table.get(normalised(name), table.get("*", 1.0))
+
+
+def _switch(value: Any, default: bool, place: str) -> bool:
+    if value is not None and value not in (0, 1):
+        raise SepMEError(f"SepME's {place} argument is true or false, not {str(value)[:40]!r}.")
+    return default if value is None else bool(value)
 
 
 def take_tags(prompts: Sequence[str]) -> tuple[list[str], list[Tags]]:

@@ -34,6 +34,9 @@ USED = {
     "shared_state.py": ("State.begin", "State.end", "State.interrupt"),
     "infotext_utils.py": ("quote", "unquote"),
     "ui_components.py": ("InputAccordion",),
+    "api/api.py": (
+        "Api.__init__", "Api.get_script", "Api.init_default_script_args", "Api.init_script_args", "Api.text2imgapi", "encode_pil_to_base64",
+    ),
 }  # fmt: skip
 DOUBLES = {"shared_state.py": "shared.py"}
 NAMES = {  # plain names that the adapter reads

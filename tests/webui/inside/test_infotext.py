@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import modules.infotext_utils
@@ -75,7 +74,15 @@ def test_plot_axes(webui: Any) -> None:
     assert drawn(concepts, "star + heart").equal(webui.erase("star", "heart"))
     assert drawn(concepts, "none", *panel).equal(stock)
     assert drawn(concepts, "star").equal(erased)
-    assert json.loads(json.dumps(webui.last.extra_generation_params))["SepME concepts"].startswith("star (")
+    assert webui.last.extra_generation_params["SepME concepts"].startswith("star (")
+
+
+def test_cells_of_a_plot_share_what_the_infotext_is_made_of(webui: Any) -> None:
+    shared: dict[str, str] = {}
+    webui.draw("a star <erase:moon>", True, ["star"], '{"star": 2}', False, "auto", extra_generation_params=shared)
+    assert {k for k in shared if k.startswith("SepME")} == {"SepME concepts", "SepME gate", "SepME tags", "SepME note"}
+    webui.draw("a star", extra_generation_params=shared)
+    assert not [k for k in shared if k.startswith("SepME")]
 
 
 def test_only_text_files_of_the_delta_folder_are_read(webui: Any) -> None:
@@ -98,15 +105,3 @@ def test_our_packages_are_not_found_by_others(webui: Any) -> None:
     for name in ("kernels", "nodes"):
         spec = importlib.util.find_spec(name)
         assert spec is None or str(ROOT) not in str(spec.origin)
-
-
-def test_the_api_example_says_what_the_panel_takes(webui: Any) -> None:
-    import runpy
-
-    from webui.conftest import ROOT
-
-    body = runpy.run_path(str(ROOT / "examples" / "webui_api.py"))["request"]("a star", {"star": 0.5})
-    (script,) = webui.runner.alwayson_scripts
-    assert list(body["alwayson_scripts"]) == [script.title().lower()]
-    assert webui.draw("a star", *body["alwayson_scripts"]["sepme concepts"]["args"]).equal(webui.erase("star", strengths='{"star": 0.5}'))
-    assert webui.draw("a star", True, ["star"]).equal(webui.erase("star"))  # arguments left out at the end take their defaults

@@ -208,6 +208,5 @@ def process_images(p):
         last = ", ".join(f"{k}: {infotext_utils.quote(v)}" for k, v in params.items())
         infotexts += [f"{prompt}\n{last}" for prompt in p.all_prompts[part]]
     if p.scripts is not None:
-        for script in p.scripts.alwayson_scripts:
-            script.postprocess(p, None, *p.script_args)
+        p.scripts.call("postprocess", p, None)
     return torch.cat(results), infotexts

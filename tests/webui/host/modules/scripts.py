@@ -17,6 +17,7 @@ scripts_txt2img = SimpleNamespace(alwayson_scripts=[])
 class Script:
     infotext_fields = paste_field_names = None
     is_txt2img = is_img2img = False
+    args_from = args_to = None
 
     def title(self):
         raise NotImplementedError
@@ -75,11 +76,11 @@ class ScriptRunner:
     """The scripts of one tab. Errors of scripts are raised here; the real one prints them and goes on."""
 
     def __init__(self, is_img2img=False):
-        self.alwayson_scripts = [data.script_class() for data in scripts_data]
+        self.scripts = self.alwayson_scripts = [data.script_class() for data in scripts_data]
         for script in self.alwayson_scripts:
             script.is_img2img, script.is_txt2img = is_img2img, not is_img2img
             assert script.show(is_img2img) is AlwaysVisible
 
     def call(self, name, p, *args, **kwargs):
         for script in self.alwayson_scripts:
-            getattr(script, name)(p, *args, *p.script_args, **kwargs)
+            getattr(script, name)(p, *args, *p.script_args[script.args_from : script.args_to], **kwargs)
