@@ -41,8 +41,8 @@ class SepMEConcept(io.ComfyNode):
                 ),
                 io.String.Input(
                     "anchor", default="", optional=True,
-                    tooltip="What takes its place where there is a choice (closed form): 'a painting' for a painter. "
-                    "Empty: nothing in particular.",
+                    tooltip="What takes its place: 'a painting' for a painter. The closed form leads there, and G-CiRs starts from it. "
+                    "Empty: nothing in particular, which erases less surely.",
                 ),
                 Concepts.Input("concepts", optional=True, tooltip=CHAIN_TIP),
             ],

@@ -1,4 +1,4 @@
-"""A checkpoint in SD1.5's layout, on a server that has neither triton nor diffusers, with the pack as a plain copy of its files."""
+"""A checkpoint in SD1.5's layout, on a server that has neither triton nor diffusers, with the pack as the registry's zip holds it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ CORPUS = 24  # ordinary prompts that calibrate gates here: the text encoder has 
 def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("sd15")
     pack = tmp_path_factory.mktemp("pack") / "comfyui-sepme"
-    shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".*", "tests", "demo", "build", "runs", "*.egg-info", "__pycache__"))
-    shutil.copytree(ROOT / "sepme" / "demo", pack / "sepme" / "demo")
+    left_out = {line.strip("/") for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()}
+    others = shutil.ignore_patterns(".*", "demo", "build", "runs", "*.egg-info")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        """What the registry's zip does not hold, and what lies about in a checkout."""
+        return ({n for n in names if n in left_out} | others(folder, names) if Path(folder) == ROOT else set()) | {"__pycache__"}
+
+    shutil.copytree(ROOT, pack, ignore=ignore)
     corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
     corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
     path = base / "models" / "checkpoints" / NAME
