@@ -15,6 +15,7 @@ from .delta_format import read_header
 from .errors import SepMEError
 
 MAX_EMBEDDED = 4 << 20  # bytes of a delta that travels inside a workflow
+MAX_NAME = 200  # bytes of a file or folder name; file systems take 255
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,14 @@ class DeltaLibrary:
         """The path of a new file of this name in the first folder.
 
         Raises:
-            SepMEError: it lies outside.
+            SepMEError: it lies outside, or is too long.
         """
         parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
-            raise SepMEError(f"The file name {name[:60]!r} leads out of {self.folder}; give a plain name, with / for subfolders.")
+        if any(len(part.encode(errors="replace")) > MAX_NAME for part in parts.parts):
+            raise SepMEError(f"The file name {name[:60]!r}... has more than {MAX_NAME} bytes; give a shorter one.")
         path = self.folder / parts
-        if not path.resolve().is_relative_to(self.folder.resolve()):  # a linked subfolder
+        strange = parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name
+        if strange or not path.resolve().is_relative_to(self.folder.resolve()):  # a linked subfolder
             raise SepMEError(f"The file name {name[:60]!r} leads out of {self.folder}; give a plain name, with / for subfolders.")
         return path
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
+from safetensors import SafetensorError
 
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
@@ -38,13 +39,16 @@ def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of a ``.safetensors`` checkpoint.
 
     Raises:
-        SepMEError: a pickle, or a file without one of the three.
+        SepMEError: a pickle, a damaged file, or one without one of the three.
     """
     refuse_pickle(Path(name))
     path = folder_paths.get_full_path_or_raise("checkpoints", name)
-    out = comfy.sd.load_checkpoint_guess_config(
-        path, output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
-    )
+    try:
+        out = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")
+        )
+    except SafetensorError:
+        raise SepMEError(f"{name} is no safetensors file or is cut short; get it again.") from None
     model, clip, vae = out[:3]
     if model is None or clip is None or vae is None:
         raise SepMEError(f"{name} holds no complete model; load UNet, CLIP and VAE with ComfyUI's own loaders, they work just as well.")

@@ -370,6 +370,13 @@ def prompt_only(server: Server, text: str, toggles: str = "{}") -> Run:
     return server.run(scene.prompt)
 
 
+def checkpoint_only(server: Server) -> Run:
+    (server.base / "models/checkpoints/junk.safetensors").write_bytes(b"junk" * 100)
+    graph = Graph()
+    graph.add("PreviewAny", source=graph.add("SepMELoadCheckpoint", ckpt_name="junk.safetensors")[3])
+    return server.run(graph.prompt)
+
+
 BAD: dict[str, tuple[Callable[[Server], Run], str]] = {
     "toggles no JSON": (lambda s: apply_only(s, toggles="{star"), "The toggles are not JSON"),
     "toggles a list": (lambda s: apply_only(s, toggles="[1]"), "must be one JSON object"),
@@ -397,6 +404,8 @@ BAD: dict[str, tuple[Callable[[Server], Run], str]] = {
     "size that the model cannot draw": (lambda s: train_only(s, size=72), "multiples of 16 pixels"),
     "prefix out of the folder": (lambda s: train_only(s, save={"filename_prefix": "../../x"}), "leads out of"),
     "prefix from the root": (lambda s: train_only(s, save={"filename_prefix": "/tmp/x"}), "leads out of"),
+    "prefix too long": (lambda s: train_only(s, save={"filename_prefix": "x" * 300}), "has more than 200 bytes"),
+    "checkpoint that is none": (checkpoint_only, "is no safetensors file or is cut short"),
     "no delta": (lambda s: load_only(s, ""), "No delta is chosen"),
     "missing delta": (lambda s: load_only(s, "moon.safetensors"), "is not in models/sepme. Put its file there"),
     "delta out of the folder": (lambda s: load_only(s, "../checkpoints/x.safetensors"), "is not in models/sepme"),
