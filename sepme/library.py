@@ -15,7 +15,7 @@ from .delta_format import read_header
 from .errors import SepMEError
 
 MAX_EMBEDDED = 4 << 20  # bytes of a delta that travels inside a workflow
-MAX_NAME = 200  # bytes of a file or folder name; file systems take 255
+MAX_NAME = 220  # bytes of a name; file systems take 255, endings included
 
 
 @dataclass(frozen=True)

@@ -404,7 +404,7 @@ BAD: dict[str, tuple[Callable[[Server], Run], str]] = {
     "size that the model cannot draw": (lambda s: train_only(s, size=72), "multiples of 16 pixels"),
     "prefix out of the folder": (lambda s: train_only(s, save={"filename_prefix": "../../x"}), "leads out of"),
     "prefix from the root": (lambda s: train_only(s, save={"filename_prefix": "/tmp/x"}), "leads out of"),
-    "prefix too long": (lambda s: train_only(s, save={"filename_prefix": "x" * 300}), "has more than 200 bytes"),
+    "prefix too long": (lambda s: train_only(s, save={"filename_prefix": "x" * 300}), "has more than 220 bytes"),
     "checkpoint that is none": (checkpoint_only, "is no safetensors file or is cut short"),
     "no delta": (lambda s: load_only(s, ""), "No delta is chosen"),
     "missing delta": (lambda s: load_only(s, "moon.safetensors"), "is not in models/sepme. Put its file there"),
@@ -517,6 +517,19 @@ def test_workflow_carries_recipe_and_delta(server: Server, trained: Run) -> None
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
+
+
+def test_a_bare_prompts_history_holds_the_delta(server: Server, trained: Run) -> None:
+    """Recipe and file, for programs that queue prompts in API format and have no workflow."""
+    for embed in (False, True):
+        graph = Graph()
+        loaded = graph.add("SepMELoadDelta", delta="star.safetensors")
+        kept = graph.add("SepMESaveDeltas", deltas=loaded[0], embed=embed)
+        ((content_hash, record),) = server.run(graph.prompt).outputs[kept]["sepme"][0].items()
+        assert record["concept"] == "star"
+        assert content_hash == ConceptDelta.load(files(server) / "star.safetensors").content_hash()
+        assert ("data" in record) is embed
+    assert base64.b64decode(record["data"]) == (files(server) / "star.safetensors").read_bytes()
 
 
 def test_export(server: Server, trained: Run) -> None:
