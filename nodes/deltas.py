@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -158,12 +159,7 @@ class SepMEExport(io.ComfyNode):
         return io.NodeOutput(ui={"text": ("\n".join(map(str, paths)),)})
 
 
-def lora_path(deltas: Sequence[ConceptDelta], prefix: str) -> Any:
+def lora_path(deltas: Sequence[ConceptDelta], prefix: str) -> Path:
     """A file name in models/loras that is not taken."""
-    library = DeltaLibrary(lambda: [host.lora_folder()])
-    stem = library.place(f"{prefix}{file_name('-'.join(d.concept.name for d in deltas))[:80]}-lora")
-    numbers = (f"{stem.name}{'' if n == 1 else f'-{n}'}.safetensors" for n in range(1, 10_000))
-    for name in numbers:
-        if not stem.with_name(name).exists():
-            return stem.with_name(name)
-    raise SepMEError(f"{stem.parent} holds ten thousand files of this name; choose another prefix.")
+    name = f"{prefix}{file_name('-'.join(d.concept.name for d in deltas))[:80]}-lora"
+    return next(path for path in DeltaLibrary(lambda: [host.lora_folder()]).numbered(name) if not path.exists())

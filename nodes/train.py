@@ -101,7 +101,7 @@ class SepMETrain(io.ComfyNode):
             delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
         live = Live(cls.hidden.unique_id, encoder, denoiser)
         with host.trainable(model, (RUNS, *denoiser.latents)):
-            planner = Planner(encoder, book, plan, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
+            planner = Planner(encoder, book, plan, on_progress=job.stage)
             if mode == "subspace":
                 planner.plan_all(names)
             for name in names:

@@ -43,7 +43,7 @@ class SepMEVerify(io.ComfyNode):
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
         composition = Composition(tuple(deltas))
         job = host.Job(1)
-        result = verify(host.ClipEncoder(clip), deltas, on_progress=lambda what, done, total: job.show(done / max(total, 1)))
+        result = verify(host.ClipEncoder(clip), deltas, on_progress=job.stage)
         job.next()
         image = heat_map(result.matrix, composition.names, composition.names, composition.gates.tolist())
         text = report(result)

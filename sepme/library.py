@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -102,13 +102,23 @@ class DeltaLibrary:
         Raises:
             SepMEError: the prefix leads out of the folder, or the file cannot be written.
         """
-        data, stem = delta.to_bytes(), self.place(f"{prefix}{file_name(delta.concept.name)}")
-        for number in range(1, 10_000):
-            path = stem.with_name(f"{stem.name}{'' if number == 1 else f'-{number}'}.safetensors")
+        data = delta.to_bytes()
+        for path in self.numbered(f"{prefix}{file_name(delta.concept.name)}"):
             if not path.exists():
                 return delta.save(path)
             if path.stat().st_size == len(data) and path.read_bytes() == data:
-                return path
+                break
+        return path
+
+    def numbered(self, name: str) -> Iterator[Path]:
+        """Paths for a new file of this name, best first: itself, ``-2``, ``-3`` ...
+
+        Raises:
+            SepMEError: see :meth:`place`; or ten thousand were not enough.
+        """
+        stem = self.place(name)
+        for number in range(1, 10_000):
+            yield stem.with_name(f"{stem.name}{'' if number == 1 else f'-{number}'}.safetensors")
         raise SepMEError(f"{stem.parent} holds ten thousand files of this name; choose another prefix.")
 
     def place(self, name: str) -> Path:

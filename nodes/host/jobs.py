@@ -29,6 +29,10 @@ class Job:
         self.reached = max(self.reached, round(1000 * (self.part + min(done, 1.0)) / self.parts))  # a part may have several stages
         self.bar.update_absolute(self.reached, 1000)
 
+    def stage(self, what: str, done: int, total: int) -> None:
+        """The same, as planning and verifying report it (:data:`~sepme.tokens.OnProgress`)."""
+        self.show(done / max(total, 1))
+
     def next(self) -> None:
         """The current part is done."""
         self.part += 1
