@@ -15,7 +15,7 @@ from ...sepme.gate import ordinary_prompts
 from ...sepme.protocols import Encoding
 from .jobs import check_interrupted
 
-BATCH = 32  # prompts encoded between two looks at the interrupt button
+BATCH = 8  # prompts encoded between two looks at the interrupt button; a CPU is no faster with more
 
 Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks of (id, weight)
 
