@@ -47,7 +47,8 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "objective", options=[*OBJECTIVES, "closed-form"], default="gcirs", optional=True,
-                    tooltip="gcirs: trained, erases most (SepME). closed-form: solved in seconds, the anchor takes the concept's place.",
+                    tooltip="gcirs: trained, erases most (SepME). closed-form: solved in seconds, the anchor takes the concept's place. "
+                    "esd, sdd, ablation, fmn: other published methods, trained within the same directions.",
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="subspace", optional=True,

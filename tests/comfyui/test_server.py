@@ -284,6 +284,28 @@ def test_the_same_seed_gives_the_same_file(server: Server, trained: Run) -> None
     assert train(2, "seeds/c-") != first
 
 
+def test_other_objectives(server: Server) -> None:
+    """Each makes a delta of its own that acts on its concept's prompt alone."""
+    graph, deltas, shown = Graph(), {}, {}
+    model = graph.add("SepMEDemoModel")
+    concept = graph.add("SepMEConcept", name="star", prompts="a star\na red star", anchor="a circle")
+    for objective in ("esd", "sdd", "ablation", "fmn"):
+        made = graph.add(
+            "SepMETrain", model=model[0], clip=model[1], concepts=concept[0], objective=objective, steps=10, preserve="a heart\nred"
+        )  # fmt: skip
+        deltas[objective] = graph.add("SepMESaveDeltas", deltas=made[0], filename_prefix=f"objectives/{objective}-")
+        unet = graph.add("SepMEApply", model=model[0], deltas=made[0])
+        texts = [graph.text(model[1], text)[0] for text in ("a star", "a heart")]
+        shown[objective] = [graph.show(graph.sample(unet[0], t, graph.text(model[1], "")[0], batch=2)[0], model[2]) for t in texts]
+    run = server.run(graph.prompt)
+    assert run.error is None, run.error
+    assert len({next(iter(run.outputs[node]["sepme"][0])) for node in deltas.values()}) == 4
+    stock = [draw(server, text, batch=2) for text in ("a star", "a heart")]
+    for star, heart in shown.values():
+        assert not same(run.images[star], stock[0])
+        assert same(run.images[heart], stock[1])
+
+
 # --- interrupt
 
 
