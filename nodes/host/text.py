@@ -31,7 +31,7 @@ class ClipEncoder:
         clip: a CLIP of SD1.x, SD2.x or SDXL; its LoRAs and clip skip are in effect.
 
     Raises:
-        SepMEError: None.
+        SepMEError: there is none.
     """
 
     def __init__(self, clip: Any) -> None:
