@@ -22,7 +22,8 @@ HELP = (
     "Delta files are read from <code>models/sepme</code>. In prompts and negative prompts: <code>&lt;erase:name&gt;</code>, "
     "<code>&lt;erase:name:0.7&gt;</code>, <code>&lt;keep:name&gt;</code>; a prompt's own tags go before what is set here."
 )
-GATE_INFO = "Only prompts that carry a concept are changed; all others stay as they are, bit for bit."
+GATE = "Gate: prompts that carry no chosen concept stay as they are, bit for bit"
+STRENGTH = "0 keeps, 1 erases, more overshoots, less than 0 amplifies"
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 
@@ -42,16 +43,16 @@ class Panel:
                 concepts = delta_choice(library, "Concepts to erase", elem_id("concepts"))
                 refresh = gr.Button("\u21bb", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
             rows = gr.HTML(self._rows([], ""), elem_id=elem_id("rows"))
-            with gr.Row():
-                gate = gr.Checkbox(True, label="Gate", info=GATE_INFO, elem_id=elem_id("gate"))
+            gate = gr.Checkbox(True, label=GATE, elem_id=elem_id("gate"))
+            with gr.Accordion("Backend, strengths as text", open=False), gr.Row():
                 backend = gr.Dropdown(list(BACKENDS), value="auto", label="Backend", info=BACKEND_INFO, elem_id=elem_id("backend"))
-            strengths = gr.Textbox(
-                "", label="Strengths by concept, 1 where not given", placeholder='{"van gogh": 0.7}', lines=1, max_lines=1,
-                elem_id=elem_id("strengths"),
-            )  # fmt: skip
+                strengths = gr.Textbox(
+                    "", label="Strengths", info="by concept, 1 where not given", placeholder='{"van gogh": 0.7}', lines=1, max_lines=1,
+                    elem_id=elem_id("strengths"), scale=2,
+                )  # fmt: skip
             gr.HTML(f'<p class="sepme-help">{HELP}</p>')
-        for control in (concepts, strengths):
-            control.change(self._rows, [concepts, strengths], [rows], show_progress=False, api_name=elem_id("rows"))
+        for control, api_name in ((concepts, elem_id("rows")), (strengths, False)):
+            control.change(self._rows, [concepts, strengths], [rows], show_progress=False, api_name=api_name)
         refresh.click(self._refresh, [concepts], [concepts], show_progress=False, api_name=elem_id("refresh"))
         self.controls = [enabled, concepts, strengths, gate, backend]
         self.infotext_fields = [
@@ -80,15 +81,17 @@ class Panel:
     def _row(label: str, entry: Any, settings: Settings) -> str:
         name = entry.concept if entry is not None else label
         strength = settings.strength(name)
-        facts = f"{entry.architecture}, {entry.bytes / 1000:.0f} kB" if entry is not None else "no such file; refresh, or take it out"
+        facts = f"{entry.bytes / 1000:.0f} kB, {entry.architecture}" if entry is not None else "no such file; refresh, or take it out"
         quoted = html.escape(name, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
             f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
             f"{html.escape(label)}</label>"
             f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" '
-            f'aria-label="Strength of {quoted}" title="0 keeps, 1 erases, more overshoots"><output>{strength:g}</output>'
-            f'<span class="sepme-facts">{html.escape(facts)}</span></div>'
+            f'aria-label="Strength of {quoted}" title="{STRENGTH}">'
+            f'<input type="number" class="sepme-number" min="-100" max="100" step="0.05" value="{strength:g}" '
+            f'aria-label="Strength of {quoted} as a number" title="{STRENGTH}">'
+            f'<span class="sepme-facts" title="{html.escape(facts, quote=True)}">{html.escape(facts)}</span></div>'
         )
 
     def _read_enabled(self, params: Mapping[str, str]) -> bool | None:

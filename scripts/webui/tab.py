@@ -57,7 +57,7 @@ def _train_page() -> None:
         "accordion afterwards. Concepts that are to be switched independently belong in one book.</p>"
     )
     with gr.Row():
-        book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=10, elem_id="sepme_book", scale=3)
+        book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=18, elem_id="sepme_book", scale=3)
         with gr.Column(scale=2):
             objective = gr.Dropdown(
                 [*OBJECTIVES, "closed-form"], value="gcirs", label="Objective", elem_id="sepme_objective",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ import modules.script_callbacks
 import modules.scripts
 import modules.shared
 import modules.toy
+
+from .page import build
 
 CONCEPTS = ("star", "heart", "moon")
 
@@ -92,6 +95,18 @@ def delta_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             delta = train.make_delta(planner, name, model, train.TrainOptions(objective="closed-form"))
             host.library.save(delta)
     return models
+
+
+@pytest.fixture(scope="module")
+def page(make_webui: Callable[..., WebUI], delta_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The page on a real gradio server: ``ui``, ``url``, and the folder ``models``."""
+    models = tmp_path_factory.mktemp("page")
+    shutil.copytree(delta_files / "sepme", models / "sepme")
+    ui = make_webui("a1111", models)
+    blocks = build(ui)
+    _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=True)
+    yield SimpleNamespace(ui=ui, url=url, models=models)
+    blocks.close(verbose=False)
 
 
 @pytest.fixture

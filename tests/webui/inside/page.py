@@ -13,6 +13,16 @@ from typing import Any
 import gradio as gr
 from webui.conftest import ROOT
 
+# what javascript/inputAccordion.js of the hosts does: an accordion that is open is a checkbox that is on
+OPEN_IS_ON = """<script>document.addEventListener("click", (event) => {
+    const wrap = event.target.closest?.(".label-wrap"), accordion = wrap?.closest("[id$=_enabled]");
+    if (accordion) setTimeout(() => {
+        const box = document.querySelector(`#${accordion.id}-checkbox input`);
+        box.checked = wrap.classList.contains("open");
+        for (const type of ["input", "change"]) box.dispatchEvent(new Event(type, { bubbles: true }));
+    }, 50);
+});</script>"""
+
 
 def build(ui: Any) -> Any:
     """Blocks whose events have names: ``<tab>_generate`` (latents' sum and infotext) and ``<tab>_paste``."""
@@ -22,7 +32,7 @@ def build(ui: Any) -> Any:
     import modules.scripts
 
     extra_tabs = [tab for callback in modules.script_callbacks.callbacks["ui_tabs"] for tab in callback()]
-    script = "".join(f"<script>{p.read_text(encoding='utf-8')}</script>" for p in sorted((ROOT / "javascript").glob("*.js")))
+    script = OPEN_IS_ON + "".join(f"<script>{p.read_text(encoding='utf-8')}</script>" for p in sorted((ROOT / "javascript").glob("*.js")))
     head = {"head": script} if gr.__version__.startswith("4") else {}
     with gr.Blocks(css=(ROOT / "style.css").read_text(encoding="utf-8"), analytics_enabled=False, title="WebUI", **head) as page, gr.Tabs():
         for tab in ("txt2img", "img2img"):
@@ -41,8 +51,11 @@ def build(ui: Any) -> Any:
                     return modules.infotext_utils.paste(fields, text)
 
                 with gr.Row():
-                    button, paste_button = gr.Button("Generate", variant="primary"), gr.Button("Paste infotext")
-                result, info = gr.Textbox(label="Result"), gr.Textbox(label="Infotext", elem_id=f"{tab}_infotext")
+                    button, paste_button = (
+                        gr.Button("Generate", variant="primary", elem_id=f"{tab}_generate"),
+                        gr.Button("Paste infotext", elem_id=f"{tab}_paste"),
+                    )
+                result, info = gr.Textbox(label="Result", elem_id=f"{tab}_result"), gr.Textbox(label="Infotext", elem_id=f"{tab}_infotext")
                 button.click(generate, [prompt, *controls], [result, info], api_name=f"{tab}_generate")
                 paste_button.click(paste, [info], [field for field, _ in extension.infotext_fields], api_name=f"{tab}_paste")
         for blocks, title, elem_id in extra_tabs:

@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,22 +15,19 @@ import modules.infotext_utils
 import pytest
 from gradio_client import Client
 
-from .page import build
-
 OLD = gr.__version__.startswith("3.")
 
 
 @pytest.fixture(scope="module")
-def page(make_webui: Any, delta_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    models = tmp_path_factory.mktemp("page")
-    shutil.copytree(delta_files / "sepme", models / "sepme")
-    ui = make_webui("a1111", models)
-    blocks = build(ui)
-    _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=True)
-    client = Client(url, **({"output_dir": str(models)} if OLD else {"download_files": str(models), "verbose": False}))
-    yield SimpleNamespace(ui=ui, blocks=blocks, client=client, models=models)
-    client.close() if hasattr(client, "close") else None
-    blocks.close(verbose=False)
+def client(page: SimpleNamespace) -> Iterator[Client]:
+    made = Client(page.url, **({"output_dir": str(page.models)} if OLD else {"download_files": str(page.models), "verbose": False}))
+    yield made
+    made.close() if hasattr(made, "close") else None
+
+
+@pytest.fixture(autouse=True)
+def with_client(page: SimpleNamespace, client: Client) -> None:
+    page.client = client
 
 
 def call(page: SimpleNamespace, name: str, *args: Any) -> Any:
@@ -92,7 +88,7 @@ def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
     with gr.Blocks():
         controls = panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name).controls
     assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown"]
-    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths by concept, 1 where not given", "Gate", "Backend"]
+    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend"]
 
 
 def test_train_verify_export(page: SimpleNamespace) -> None:
