@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +82,7 @@ class Planner:
         on_progress: OnProgress = silent,
     ) -> None:
         self.book, self.options, self.encoder, self.on_progress = book, options or PlanOptions(), encoder, on_progress
-        self.ordinary = tuple(ordinary_prompts() if ordinary is None else ordinary)
+        ordinary = ordinary_prompts() if ordinary is None else ordinary
         self.names = [c.name for c in book.concepts]
         self.empty = encode(encoder, [""])
         anchors = {a: encode(encoder, [a]) for a in dict.fromkeys(c.anchor for c in book.concepts)}
@@ -92,7 +91,8 @@ class Planner:
         for i, concept in enumerate(book.concepts):
             on_progress("Reading concepts", i, len(book.concepts))
             self.encodings[concept.name] = encode(encoder, concept.prompts)
-        self.ordinary_context = encode(encoder, self.ordinary).context if self.ordinary else None
+        # what gates are calibrated on, and what is held out, which verification reads too
+        self._ordinary = [(half, encode(encoder, half).context if half else None) for half in (tuple(ordinary[::2]), tuple(ordinary[1::2]))]
         self._plans: dict[str, Subspace] = {}
         self._found: dict[tuple[Mode, str], Found] = {}
         mode, rtol = self.options.mode, self.options.rtol(self.options.mode)
@@ -349,9 +349,9 @@ class Planner:
         for _, encoding in self.preserved.batches("Preserve file: gates"):
             values = extremes(encoding.context, abreast, measured)[0].amax(dim=0)
             worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
-        ordinary = torch.zeros(0, len(downs)) if self.ordinary_context is None else extremes(self.ordinary_context, abreast, measured)[0]
+        halves = [([], []) if c is None else (half, extremes(c, abreast, measured)[0].T.tolist()) for half, c in self._ordinary]
         result = {}
-        table, ordinary = {n: v.tolist() for n, v in worst.items()}, ordinary.cpu()
+        table = {n: v.tolist() for n, v in worst.items()}
         for i, (name, one, down) in enumerate(zip(names, found, downs, strict=True)):
             leakage = {n: v[i] for n, v in table.items() if n != name}
             for other, free in self._carriers(name).items():
@@ -359,8 +359,10 @@ class Planner:
                 if any(free):
                     values = extremes(self.encodings[other].context[free], down[:, None], measured)[0]
                     leakage[other] = float(values.max())
-            column, stranger = ordinary[:, i].tolist(), [not mentions(p, name) for p in self.ordinary]
-            calibration, held_out = (list(compress(column[k::2], stranger[k::2])) for k in (0, 1))
+            calibration, held_out = (
+                [value for prompt, value in zip(half, values[i], strict=True) if not mentions(prompt, name)] if half else []
+                for half, values in halves
+            )
             high = float(least[name][i])
             own, certificate = certify(leakage, high, calibration, held_out, one.kept, len(down), one.null_dims, self.mode, gate)
             pooled, facts = self.pooled(name)

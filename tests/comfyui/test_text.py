@@ -40,6 +40,19 @@ def test_ordinary_prompts_are_read_once(inside: Inside, monkeypatch: pytest.Monk
         assert read(clip, "a star of my own")[1] == 1
 
 
+def test_verification_reads_what_training_has_read(inside: Inside) -> None:
+    """And the other way round: the ordinary prompts that gates are not calibrated on."""
+    sepme, clip = inside.sepme, inside.host.demo_model()[1]
+    verify = import_module(f"{sepme.__name__}.verify").verify
+    rows: list[int] = []
+    clip.cond_stage_model.clip_l.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    sepme.Planner(inside.host.ClipEncoder(clip), sepme.ConceptBook((sepme.Concept("star", ("star",)),)))
+    assert sum(rows) > 500
+    rows.clear()
+    assert verify(inside.host.ClipEncoder(clip), inside.deltas).checks[0].false_touch_rate < 1
+    assert 0 < sum(rows) < 100
+
+
 def test_a_freed_text_encoder_takes_its_prompts_along(inside: Inside) -> None:
     text = import_module(f"{inside.host.__name__}.text")
     ordinary = import_module(f"{inside.sepme.__name__}.gate").ordinary_prompts()
