@@ -1,6 +1,7 @@
 """The host adapter on Forge's own ``backend/``: its UNet, patcher, LoRAs, memory management and sampling function, on a tiny model.
 
-Run with a Forge checkout as working folder: ``python real_forge.py``; asserts, and says what it did.
+Run with a Forge checkout as working folder: ``python real_forge.py [NEGPIP]``, the checkout of an extension that is run beside ours;
+asserts, and says what it did.
 """
 
 # ruff: noqa: E402 (what is imported depends on paths set here)
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+NEGPIP = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 NEO = not Path("packages_3rdparty").is_dir()
 sys.argv = [sys.argv[0], *(["--cpu"] if NEO else ["--always-cpu", "--disable-xformers"])]
 sys.path[:0] = [
@@ -52,7 +54,8 @@ D_IN = 192
 class Engine:
     """A Forge engine around a tiny UNet."""
 
-    is_inpaint = False
+    is_inpaint = is_sdxl = False
+    text_processing_engine = SimpleNamespace(tokenize_line=lambda text: (words(text), len(words(text))))
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -92,17 +95,19 @@ class Engine:
 
 
 @torch.inference_mode()
-def draw(engine: Engine, prompts: list[str], negative: str = "", parts: int = 1, steps: int = 3, x: Any = None) -> torch.Tensor:
+def draw(engine: Engine, prompts: list[str], negative: str = "", parts: int = 1, steps: int = 3, on_step: Any = None) -> torch.Tensor:
     """Denoised latents by Forge's own sampling function."""
     unet = engine.forge_objects.unet
-    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1)) if x is None else x
+    x = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1))
     cond = torch.cat([engine.get_learned_conditioning([p]) for p in prompts for _ in range(parts)])
     uncond = torch.cat([engine.get_learned_conditioning([negative])] * len(prompts))
     weights = [[(i * parts + j, 1.0 / parts) for j in range(parts)] for i in range(len(prompts))]
     denoiser = SimpleNamespace(inner_model=SimpleNamespace(inner_model=engine), p=SimpleNamespace(seeds=[0]))
     sampling_prepare(unet, x=x)
-    for sigma in torch.linspace(8, 0.5, steps):
-        params = SimpleNamespace(x=x, sigma=sigma.expand(len(x)), text_cond=cond, text_uncond=uncond, image_cond=None)
+    for step, sigma in enumerate(torch.linspace(8, 0.5, steps)):
+        params = SimpleNamespace(x=x, sigma=sigma.expand(len(x)), text_cond=cond, text_uncond=uncond, image_cond=None, sampling_step=step)
+        if on_step is not None:
+            on_step(params)
         denoised, _, _ = sampling_function(denoiser, params, cond_scale=4.0, cond_composition=weights)
         x = x + (denoised - x) * 0.3
     sampling_cleanup(unet)
@@ -178,6 +183,8 @@ def main() -> None:
         assert torch.allclose(draw(engine, pair), stock, atol=1e-5)
         print(f"with a LoRA ({'at run time' if online else 'merged'}): bit-identical in the other row")
 
+    if NEGPIP is not None:
+        beside_negpip(engine, NEGPIP, attached)
     drawn = []
     for backend in ("exact", "fused"):
         erasing = attached([{"star": 1.0}, {"star": 1.0}], {"star": 1.0}, backend=backend)
@@ -194,6 +201,42 @@ def main() -> None:
         "backend fused: there is no kernel for cpu; plain PyTorch does the same here.",
     }, said
     print("unpatched: no forward of ours is left; rows were always known")
+
+
+def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:
+    """Rows and a negative prompt with tags of their own, while NegPip splits the batch and turns values round."""
+    import negpip
+
+    module = negpip.load(checkout)
+    assert module.forge
+    script = module.Script()
+
+    def drawn(prompts: list[str], negative: str = "", tags: Any = None) -> torch.Tensor:
+        p = SimpleNamespace(
+            sd_model=engine, batch_size=len(prompts), sampler_name="Euler", steps=3, width=64, height=64, extra_generation_params={},
+            prompts=[f"{prompt} {negpip.PART}" for prompt in prompts], negative_prompts=[negative] * len(prompts),
+        )  # fmt: skip
+        with torch.inference_mode():
+            script.process_batch(p, True)
+        erasing = attached(*tags) if tags else None
+        try:
+            return draw(engine, p.prompts, negative, on_step=script.denoiser_callback)
+        finally:
+            script.postprocess(p, None)
+            if erasing is not None:
+                erasing.detach()
+
+    pair = ["a star", "a star"]
+    stock = drawn(pair, "a house")
+    assert not torch.equal(stock, draw(engine, pair, "a house")), "NegPip does nothing"
+    for erased, kept in ((0, 1), (1, 0)):
+        mixed = drawn(pair, "a house", ([{"star": 1.0} if i == erased else {"star": 0.0} for i in range(2)],))
+        assert torch.equal(mixed[kept], stock[kept])
+        assert not torch.equal(mixed[erased], stock[erased])
+    plain, negative = drawn(["a house"], "a star"), drawn(["a house"], "a star", ([{}], {"star": 1.0}))
+    assert not torch.equal(negative, plain)
+    assert torch.equal(drawn(pair, "a house"), stock)
+    print("beside NegPip: bit-identical in the other row")
 
 
 def draw_stock(engine: Engine, erasing: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

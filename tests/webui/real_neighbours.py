@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import negpip
 import real_a1111  # makes the others importable
 import torch
 
@@ -34,7 +33,6 @@ UNET = {
     "in_channels": 4, "model_channels": 32, "num_res_blocks": 2, "attention_resolutions": [1, 2, 4], "channel_mult": (1, 1, 1, 1),
     "num_heads": 2, "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": toy.D_IN, "legacy": False,
 }  # fmt: skip
-NEGATIVE_PART = "(ugly:-1.0)"
 
 
 def randomised(module: torch.nn.Module) -> Any:
@@ -115,24 +113,6 @@ def check(model: Any, delta: Any, part: str = "", **more: Any) -> None:
     assert leftovers(model) == []
 
 
-def negpip() -> Any:
-    config = Path(tempfile.mkdtemp()) / "ui-config.json"
-    config.write_text("{}")
-    modules.shared.cmd_opts.ui_config_file = str(config)
-    ui = ModuleType("modules.ui")
-    ui.versions_html = lambda: "version: 1.10.1"  # type: ignore[attr-defined]
-    sys.modules["modules.ui"] = modules.ui = ui  # type: ignore[attr-defined]
-    sys.modules["gradio"] = SimpleNamespace(Checkbox=object, __version__="3.41.2")  # type: ignore[assignment]
-    modules.script_callbacks.on_ui_settings = lambda callback: None  # type: ignore[attr-defined]
-    spec = importlib.util.spec_from_file_location("negpip", NEGPIP / "scripts" / "negpip.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert not module.forge
-    return module.Script()
-
-
 class ControlNet:
     """ControlNet's own hook on a run, with its own control model or its attention injection."""
 
@@ -177,15 +157,17 @@ class ControlNet:
 def main() -> None:
     model = checkpoint()
     delta = real_a1111.trained(model)
-    neighbour = negpip()
-    check(model, delta, NEGATIVE_PART, neighbour=neighbour)
+    script = negpip.load(NEGPIP)
+    assert not script.forge
+    neighbour = script.Script()
+    check(model, delta, negpip.PART, neighbour=neighbour)
     print("NegPip: rows of a batch, restored: bit-identical")
     controlled = ControlNet(model)
     check(model, delta, controlled=controlled)
     print("ControlNet: rows of a batch, restored: bit-identical")
     check(model, delta, controlled=controlled.reference)
     print("ControlNet's reference_only: the same")
-    check(model, delta, NEGATIVE_PART, controlled=controlled, neighbour=neighbour)
+    check(model, delta, negpip.PART, controlled=controlled, neighbour=neighbour)
     print("both at once: the same")
 
 

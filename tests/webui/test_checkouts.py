@@ -124,7 +124,7 @@ def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
 def test_forges_own_backend(checkout: Path | None) -> None:
     if checkout is None:
         pytest.skip(NO_CHECKOUT)
-    run("real_forge.py", cwd=checkout)
+    run("real_forge.py", *filter(None, [extension("negpip.py")]), cwd=checkout)
 
 
 LDM = "repositories/stable-diffusion-stability-ai/ldm"
