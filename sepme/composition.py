@@ -13,6 +13,7 @@ from torch import Tensor
 from .concepts import normalised
 from .delta import ConceptDelta
 from .errors import SepMEError
+from .ops import no_autocast
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,21 @@ class Composition:
     @cached_property
     def columns(self) -> dict[str, slice]:
         """Where each projection stands in :meth:`factors`."""
-        ends = list(accumulate((len(v) for v in self.deltas[0].up.values()), initial=0))
-        return {name: slice(a, b) for name, a, b in zip(self.deltas[0].up, ends, ends[1:], strict=False)}
-
-    @cached_property
-    def _flat(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of the deltas that were asked for: Yᵀ of all projections side by side, ``(k, Σ d_out)`` float16, and the columns' scales."""
-        return {}
+        names = self.deltas[0].projections
+        ends = list(accumulate((len(self.deltas[0].up[n]) for n in names), initial=0))
+        return {name: slice(a, b) for name, a, b in zip(names, ends, ends[1:], strict=False)}
 
     def factors(self, concepts: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Yᵀ of all projections side by side, ``(R, Σ d_out)`` float32, of the given deltas one below the other."""
         parts = []
         for i in concepts:
-            if i not in self._flat:
-                up, scale = self.deltas[i].up, self.deltas[i].scale
-                scales = [torch.full((len(up[name]),), scale[name]) for name in self.columns]
-                self._flat[i] = torch.cat([up[name].T for name in self.columns], dim=1), torch.cat(scales)
-            half, scale_row = (t.to(device) for t in self._flat[i])
-            parts.append(half.float().mul_(scale_row))
-        return torch.cat(parts)
+            half, scale = (t.to(device) for t in self.deltas[i].side_by_side)
+            parts.append(half.float().mul_(scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def up(self, name: str, concepts: Sequence[int]) -> Tensor:
         """Y ``(d_out, R)`` float32 of a projection, of the given deltas side by side."""
-        with torch.autocast("cpu", enabled=False):
+        with no_autocast(torch.device("cpu")):
             return torch.cat([self.deltas[i].up_factor(name) for i in concepts], dim=1)
 
     def touch(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Touch:
@@ -146,7 +139,7 @@ class Composition:
                 f"Strengths of shape {tuple(strengths.shape)} do not fit {context.shape[0]} prompts and {len(self.deltas)} deltas."
             )
         c = context.detach().float()
-        with torch.autocast(c.device.type, enabled=False):  # gates are calibrated in float32
+        with no_autocast(c.device):  # gates are calibrated in float32
             h = c @ self.down.to(c.device).T
         relative = torch.zeros(*h.shape[:2], len(self.deltas), device=c.device)
         relative.index_add_(2, self.owner.to(c.device), h.square())

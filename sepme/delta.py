@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,21 @@ class ConceptDelta:
     def d_in(self) -> int:
         return self.down.shape[1]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
         """``(d_out, d_in)`` by projection name."""
         return {name: (value.shape[0], self.d_in) for name, value in self.up.items()}
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        """Their names, in the one order that all deltas of an architecture have."""
+        return tuple(sorted(self.up))
+
+    @cached_property
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """Yᵀ of all projections in that order, ``(k, Σ d_out)`` float16, and what each column is to be multiplied by, float32."""
+        scales = [torch.full((len(self.up[n]),), self.scale[n]) for n in self.projections]
+        return torch.cat([self.up[n].T for n in self.projections], dim=1), torch.cat(scales)
 
     @property
     def architecture(self) -> str:
@@ -118,7 +130,7 @@ class ConceptDelta:
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], what: str = "the model") -> None:
         """Raise :class:`SepMEError` unless this delta is for a model with these K/V shapes."""
-        if dict(shapes) != self.shapes:
+        if shapes != self.shapes:
             raise SepMEError(
                 f"The delta of {self.concept.name!r} is for {self.architecture} (d_in {self.d_in}, {len(self.up)} projections), "
                 f"but {what} is {architecture(shapes)}; train the concept on this model, or load the checkpoint it was made for."

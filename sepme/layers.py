@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,14 @@ def unet_layers(unet: Any) -> dict[str, AttentionLayer]:
     return {ldm: unet.get_submodule(name) for name, ldm in names.items()}
 
 
+_names: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()  # a walk over all modules would show at every toggle
+
+
 def ldm_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
     """Cross-attention modules of a UNet whose own names are the canonical ones, in the order of the forward pass."""
-    return {name: module for name, module in unet.named_modules() if _LDM.fullmatch(name)}
+    if unet not in _names:
+        _names[unet] = tuple(name for name, _ in unet.named_modules() if _LDM.fullmatch(name))
+    return {name: cast(AttentionLayer, unet.get_submodule(name)) for name in _names[unet]}
 
 
 def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:
@@ -104,3 +110,14 @@ def kv_fingerprint(layers: Mapping[str, AttentionLayer]) -> str:
         digest.update(name.encode())
         digest.update(weight.to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def leave_inference_mode(model: nn.Module) -> None:
+    """Parameters and buffers that were made under inference mode cannot take part in a graph: put equal ones in their place, one by one."""
+    with torch.inference_mode(False):
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    if value is not None and value.is_inference():
+                        plain = value.detach().clone()
+                        held[name] = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain

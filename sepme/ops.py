@@ -7,6 +7,7 @@ Faster ones register themselves for a device type (:func:`accelerate`); :func:`w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -45,18 +46,19 @@ def project_kv(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: Tensor
     return torch.ops.sepme.project_kv(context, list(weights), up, h)
 
 
-def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
+def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor, fresh: bool = False) -> Tensor:
     """Keys or values with ``H Yᵀ`` added in touched rows; the other rows keep their bits.
 
     Args:
-        base: ``(rows, tokens, d_out)``, the host's own projection; left as it is (others may keep it too).
+        base: ``(rows, tokens, d_out)``, the host's own projection.
         h: ``(touched, tokens, R)`` float32. up: Yᵀ ``(R, d_out)`` float32. rows: ``(touched,)`` int64, different indices into base.
+        fresh: nobody else holds base, so it may be written over; else it is left as it is.
 
     Returns:
-        a new tensor, shape and dtype of base. Differentiable.
+        shape and dtype of base. Differentiable.
     """
     if base.device.type not in _accelerators and not torch.is_grad_enabled():
-        return add_to_rows_eager(base, h, up, rows)  # once a layer: what the dispatcher adds would show
+        return add_to_rows_eager(base, h, up, rows, fresh)  # once a layer: what the dispatcher adds would show
     return torch.ops.sepme.add_to_rows(base, h, up, rows)
 
 
@@ -68,7 +70,7 @@ def split(flat: Tensor, weights: Sequence[Tensor], rows: int, tokens: int) -> li
 
 def project_kv_eager(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: Tensor) -> Tensor:
     """The body of :func:`project_kv`: base in the model's dtype, delta in float32, each rounded once."""
-    with torch.autocast(context.device.type, enabled=False):
+    with no_autocast(context.device):
         blocks = []
         for weight, start in zip(weights, _starts(weights), strict=True):
             base = linear(context, weight)
@@ -78,11 +80,18 @@ def project_kv_eager(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: 
         return torch.cat(blocks) if blocks else context.new_empty(0)
 
 
-def add_to_rows_eager(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
+def add_to_rows_eager(base: Tensor, h: Tensor, up: Tensor, rows: Tensor, fresh: bool = False) -> Tensor:
     """The body of :func:`add_to_rows`."""
-    with torch.autocast(base.device.type, enabled=False):
-        touched = (base.index_select(0, rows).float() + h @ up).to(base.dtype)
-        return base.clone(memory_format=torch.contiguous_format).index_copy_(0, rows, touched)
+    out = base if fresh else base.clone(memory_format=torch.contiguous_format)
+    with no_autocast(base.device):
+        for row, delta in zip(rows.tolist(), h @ up, strict=True):
+            out[row].add_(delta)  # summed in float32, rounded once
+    return out
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Float32 stays float32 inside; costs nothing where nothing is cast."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def accelerate(device_type: str, unavailable: Callable[[torch.device], str | None]) -> None:
@@ -146,7 +155,10 @@ def _define() -> list[Any]:
         _project_kv_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[3], inputs[2], *inputs[1])
     )
     second = torch.library.custom_op(
-        "sepme::add_to_rows", add_to_rows_eager, mutates_args=(), schema="(Tensor base, Tensor h, Tensor up, Tensor rows) -> Tensor"
+        "sepme::add_to_rows",
+        lambda base, h, up, rows: add_to_rows_eager(base, h, up, rows),
+        mutates_args=(),
+        schema="(Tensor base, Tensor h, Tensor up, Tensor rows) -> Tensor",
     )
     second.register_fake(lambda base, h, up, rows: torch.empty_like(base, memory_format=torch.contiguous_format))
     second.register_autograd(_add_to_rows_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))

@@ -247,11 +247,13 @@ class KVProjector:
         return weights
 
     def _exact(self, name: str, context: Tensor, touch: Touch) -> Tensor:
-        base = self._sites[name].forward(context)
+        site = self._sites[name]
+        base = site.forward(context)
         if len(touch.rows) == 0:
             return base
         up = self._factors(touch, base.device)[:, self.composition.columns[name]]
-        return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows)
+        fresh = not torch.is_grad_enabled() and site.weight() is not None
+        return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows, fresh)
 
     def _factors(self, touch: Touch, device: torch.device) -> Tensor:
         """Y of the concepts that touch a batch, held until all its projections are there (or as long as nothing is kept)."""

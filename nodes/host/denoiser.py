@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from ...sepme.ddim import SIDES, DDIMDenoiser
 from ...sepme.errors import SepMEError
+from ...sepme.layers import ldm_layers
 from ...sepme.protocols import AttentionLayer
-
-_ATTENTION = re.compile(r"(?:(?:input|output)_blocks\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2")
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:
@@ -24,7 +22,7 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     Raises:
         SepMEError: it is no UNet of Stable Diffusion.
     """
-    layers = {name: module for name, module in model.diffusion_model.named_modules() if _ATTENTION.fullmatch(name)}
+    layers = ldm_layers(model.diffusion_model)
     if not layers:
         raise SepMEError(f"{type(model).__name__} is no SD1.x, SD2.x or SDXL model; SepME edits the text layers of those only.")
     return layers

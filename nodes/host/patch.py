@@ -182,9 +182,9 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
         deltas, toggles = before.composition.deltas + tuple(deltas), merge(before.toggles, toggles)
     if not deltas:
         return clone
-    layers = attention_layers(patcher.model)
-    deltas[0].check_fits({name: (m.out_features, m.in_features) for name, m in projections(layers).items()}, "this MODEL")
-    paths = {name: f"diffusion_model.{name}.forward" for name in projections(layers)} | {"extra_conds": "extra_conds"}
+    modules = projections(attention_layers(patcher.model))
+    deltas[0].check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
+    paths = {name: f"diffusion_model.{name}.forward" for name in modules} | {"extra_conds": "extra_conds"}
     inner = {name: _inner(patcher.get_model_object(path), name, before) for name, path in paths.items()}
     applied = Applied(Composition(tuple(deltas)), toggles, gate, backend, inner)
     for name, path in paths.items():

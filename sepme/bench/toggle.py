@@ -26,7 +26,8 @@ CASES = ((False, False), (True, False), (False, True), (True, True))  # the firs
 
 
 def stubbed(layers: Mapping[str, AttentionLayer], deltas: tuple[ConceptDelta, ...], context: Tensor) -> Callable[[float], None]:
-    """All that a toggle costs in the first forward pass, without the model's own work: its projections return what they did before.
+    """All that a toggle costs in the first forward pass, without the model's own work: its projections return one tensor each, to
+    which deltas are added over and over.
 
     Returns:
         a function of the first concept's strength.
@@ -35,7 +36,7 @@ def stubbed(layers: Mapping[str, AttentionLayer], deltas: tuple[ConceptDelta, ..
     own = {name: module(context) for name, module in projector.modules.items()}
 
     def stub(name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return projector.wrap(name, module, lambda context: own[name])
+        return projector.wrap(name, module, lambda context: own[name], lambda: weight_of(module))
 
     sites = [stub(name, module) for name, module in projector.modules.items()]
 

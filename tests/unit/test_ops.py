@@ -63,6 +63,17 @@ def test_add_to_rows_writes_only_touched_rows(dtype: torch.dtype) -> None:
     assert torch.equal(ops.add_to_rows(base, h[:0], up, torch.tensor([], dtype=torch.int64)), before)
 
 
+def test_a_fresh_base_is_written_over_with_the_same_bits() -> None:
+    base, h, up, rows = torch.randn(3, 7, 48).bfloat16(), torch.randn(2, 7, 5), torch.randn(5, 48), torch.tensor([2, 0])
+    with torch.inference_mode():
+        before, kept = base.clone(), ops.add_to_rows(base, h, up, rows)
+        assert torch.equal(base, before)
+        written = ops.add_to_rows(base, h, up, rows, fresh=True)
+    assert written is base
+    assert torch.equal(written, kept)
+    assert not torch.equal(written, before)
+
+
 def test_autocast_does_not_round_the_delta() -> None:
     base, h, up = torch.randn(2, 3, 5), torch.randn(1, 3, 2), torch.randn(2, 5)
     context, weights, stacked, full = problem()

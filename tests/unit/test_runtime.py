@@ -488,6 +488,25 @@ def test_the_model_is_left_as_found(host: Any, delta: ConceptDelta) -> None:
     assert all(torch.equal(p, weights[n]) for n, p in host.unet.named_parameters())
 
 
+def test_a_tensor_that_another_extension_keeps_is_not_written_to(host: Any, delta: ConceptDelta) -> None:
+    """A host's plain linear makes its output anew, and the delta is added in place; whatever else stands there may hold on to it."""
+    projector = KVProjector(host.attention_layers(), Composition((delta,)), gate=False)
+    name, module = next(iter(projector.modules.items()))
+    context = host.encode(["a star", ""]).context
+    with torch.no_grad():
+        stock = module(context)
+        held = stock.clone()
+        theirs = projector.wrap(name, module, lambda _: held)
+        plain = projector.wrap(name, module, module.forward)
+        with projector.forward_pass(torch.ones(1)):
+            first = theirs(context)
+        with projector.forward_pass(torch.ones(1)):
+            second = plain(context)
+    assert torch.equal(held, stock)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, stock)
+
+
 def test_a_forward_that_was_there_is_put_back(host: Any, delta: ConceptDelta) -> None:
     """Another extension's instance forward (identity and place in __dict__), also when wrapping fails half way."""
     modules = projections(host.attention_layers())
