@@ -9,7 +9,8 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from torch import nn
+
+from ...sepme.layers import leave_inference_mode
 
 
 def check_interrupted() -> None:
@@ -50,7 +51,7 @@ def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
         needed = 3 * patcher.memory_required(list(latents))  # activations are kept for the way back
         comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         model = patcher.model
-        _plain(model)
+        leave_inference_mode(model)
         asked = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         try:
@@ -59,13 +60,3 @@ def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
             for p in asked:
                 p.requires_grad_()
             comfy.model_management.soft_empty_cache()
-
-
-def _plain(model: nn.Module) -> None:
-    """ComfyUI loads under inference mode, and such parameters cannot take part in a graph: put equal ones in their place, one by one."""
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, value in held.items():
-                if value is not None and value.is_inference():
-                    plain = value.detach().clone()
-                    held[name] = nn.Parameter(plain, value.requires_grad) if isinstance(value, nn.Parameter) else plain

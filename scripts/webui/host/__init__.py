@@ -4,8 +4,8 @@ Automatic1111 and its Forges differ in where the UNet is, how it is patched and 
 """
 
 from .attached import Attached
-from .checkpoint import architecture_of, attention_layers, is_forge, unet_of
-from .hook import ClassForward, Hook
+from .checkpoint import architecture_of
+from .hook import Hook
 from .interface import (
     AlwaysVisible,
     ExtraNetwork,
@@ -29,19 +29,16 @@ from .loaded import LoadedModel, loaded_model
 __all__ = [
     "AlwaysVisible",
     "Attached",
-    "ClassForward",
     "ExtraNetwork",
     "Hook",
     "InputAccordion",
     "LoadedModel",
     "Script",
     "architecture_of",
-    "attention_layers",
     "check_interrupted",
     "checkpoint_file",
     "checkpoint_folder",
     "interrupt",
-    "is_forge",
     "job",
     "library",
     "loaded_model",
@@ -51,5 +48,4 @@ __all__ = [
     "on_ui_tabs",
     "register_extra_network",
     "script_modules",
-    "unet_of",
 ]

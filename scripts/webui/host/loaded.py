@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....sepme.ddim import SIDES, DDIMDenoiser
 from ....sepme.errors import SepMEError
-from ....sepme.layers import shapes
+from ....sepme.layers import leave_inference_mode, shapes
 from ....sepme.protocols import AttentionLayer, Encoding
 from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
 
@@ -153,7 +153,7 @@ def loaded_model() -> Iterator[LoadedModel]:
     if is_forge(model):
         model.forge_objects = model.forge_objects_original.shallow_copy()
         load_forge(model.forge_objects.unet, torch.zeros(4, 4, 128, 128))
-        _plain(unet_of(model))
+        leave_inference_mode(unet_of(model))
     with torch.inference_mode(False), torch.enable_grad(), _no_checkpointing(model):
         loaded = LoadedModel(model)
         asked = [p for p in loaded.unet.parameters() if p.requires_grad]
@@ -164,17 +164,6 @@ def loaded_model() -> Iterator[LoadedModel]:
         finally:
             for parameter in asked:
                 parameter.requires_grad_(True)
-
-
-def _plain(unet: nn.Module) -> None:
-    """Forge loads under inference mode, and such parameters cannot take part in a graph: put equal ones in their place."""
-    with torch.inference_mode(False):
-        for module in unet.modules():
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    if value is not None and value.is_inference():
-                        plain = value.detach().clone()
-                        held[name] = nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
 
 
 @contextmanager
