@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from safetensors import SafetensorError, safe_open
-from server import PromptServer
 
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
@@ -22,15 +22,19 @@ _KEY = re.compile(r"(?:model\.diffusion_model\.|diffusion_model\.)?(.+\.transfor
 
 def web_routes() -> Any:
     """The table that routes are added to; None where no server runs (tests, other programs that import the nodes)."""
-    server = getattr(PromptServer, "instance", None)
-    return getattr(server, "routes", None)
+    return getattr(_server(), "routes", None)
 
 
 def tell_page(event: str, data: dict[str, Any]) -> None:
     """Send a message to the page whose prompt is running."""
-    server = getattr(PromptServer, "instance", None)
+    server = _server()
     if server is not None:
         server.send_sync(event, data, server.client_id)
+
+
+def _server() -> Any:
+    """ComfyUI's server; None where none runs. Importing its module where none is would start half of it, so it is only looked up."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def architecture_of(checkpoint: str) -> str:

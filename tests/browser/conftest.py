@@ -1,4 +1,4 @@
-"""A real server with deltas of the embedded model, and a real Chromium that looks at its page."""
+"""A real server with deltas of the embedded model, and a real Chromium that looks at its page; closed after this folder's last test."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser.chromium import FLAGS, chromium
-from browser.page import Page, run_prompt
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
+
+from browser.chromium import FLAGS, chromium
+from browser.page import Page, run_prompt
 
 BOOK = """
 concepts:
@@ -22,7 +23,7 @@ concepts:
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With the deltas of star, heart and striped in models/sepme, made on it."""
     with serving(tmp_path_factory.mktemp("browser")) as running:
@@ -36,14 +37,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Another user's, without deltas."""
     with serving(tmp_path_factory.mktemp("browser-other")) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chrome() -> Iterator[Any]:
     path = chromium()
     if path is None:
@@ -57,7 +58,7 @@ def chrome() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def open_page(chrome: Any) -> Iterator[Callable[..., Page]]:
     """``open_page(server, vue=False, locale="en", size=(1400, 900))``: the page of a server; the same one for the same arguments."""
     pages: dict[Any, Page] = {}

@@ -1,16 +1,20 @@
-"""ComfyUI's page in a real browser, with the gestures of a user."""
+"""ComfyUI's page in a real browser, with the gestures of a user. Nothing waits for a time, all for what is to be seen."""
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from comfyui.server import Run, Server
+from playwright.sync_api import Error, expect
 
-WAIT = 60_000  # milliseconds: two cores, a server and a browser on them
+WAIT = 60_000  # milliseconds until something counts as not happening: two cores, a server and a browser on them
+expect.set_options(timeout=WAIT)
 
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
@@ -23,12 +27,19 @@ window.sepmeTest = {
     a.connect(output, b, b.inputs.findIndex((i) => i.name === input)); },
   value: (id, name) => sepmeTest.node(id).widgets.find((w) => w.name === name).value,
   slot: (id, input, index) => app.canvasPosToClientPos(sepmeTest.node(id).getConnectionPos(input, index)),
-  names: (id) => [...sepmeTest.node(id).sepmePanel.element.querySelectorAll(".sepme-name")].map((e) => e.textContent),
+  ids: (kind) => app.canvas.graph.nodes.filter((n) => !kind || n.type === kind).map((n) => String(n.id)),
   enter: (id) => { const inner = sepmeTest.node(id).subgraph; app.canvas.openSubgraph?.(inner) ?? app.canvas.setGraph(inner); },
   set: (id, name, value) => { const n = sepmeTest.node(id); const w = n.widgets.find((w) => w.name === name);
     w.value = value; w.callback?.(value, app.canvas, n); },
+  part: (id, name) => { const e = sepmeTest.node(id)[name]; (e.element ?? e).dataset.test = `${name}-${id}`; },
+  frames: () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done)))),
+  run: null,
 };
+for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+  app.api.addEventListener(kind, ({ detail }) => { sepmeTest.run = { ...detail, kind }; });
 """
+CONCEPTS = ".sepme-concepts-tab-button"
+EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "extra": {}, "version": 0.4}
 
 
 def run_prompt(server: Server, prompt: dict[str, Any]) -> Run:
@@ -56,19 +67,21 @@ class Page:
         settings = {
             "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Locale": self.locale,
             "Comfy.NodeBadge.NodeSourceBadgeMode": "None", "Comfy.VueNodes.Enabled": self.vue, "Comfy.VueNodes.AutoScaleLayout": False,
-            "Comfy.Workflow.Persist": False,
+            "Comfy.Workflow.Persist": False, "Comfy.Queue.QPOV2": False,
         }  # fmt: skip
         self.server.post("/settings", settings)
         self.tab.goto(self.server.url)
-        self.tab.wait_for_function("window.app?.extensionManager && document.querySelector('.sepme-concepts-tab-button, [class*=side]')")
-        self.tab.wait_for_function("LiteGraph.registered_node_types.SepMEApply && app.canvas?.graph")
+        self.tab.wait_for_selector(CONCEPTS)
+        self.until("window.LiteGraph?.registered_node_types.SepMEApply && window.app?.canvas?.graph && app.extensionManager")
+        self.until("async () => (await import('/extensions/comfyui-sepme/js/library.js')).library.ready")
         self.tab.evaluate(SCRIPT)
-        self.tab.wait_for_timeout(500)
 
     def clear(self) -> Page:
+        """An empty workflow in the tab that is open: no dialog, no sidebar."""
+        self.tab.evaluate("document.querySelectorAll('dialog[open]').forEach((d) => d.close())")
         self.tab.keyboard.press("Escape")
         self.tab.evaluate("app.extensionManager.sidebarTab.activeSidebarTabId = null")
-        self.load_workflow({"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "extra": {}, "version": 0.4})
+        self.load_workflow(EMPTY, here=True)
         self.errors.clear()
         return self
 
@@ -79,10 +92,34 @@ class Page:
         """Errors that name the pack; the front end's attempts to reach the internet, which the test's server forbids, are none."""
         return [e for e in self.errors if "sepme" in e.lower() and "Content Security Policy" not in e]
 
+    # waiting
+    def until(self, script: str, arg: Any = None) -> None:
+        """Wait for an expression of the page to be true."""
+        self.tab.wait_for_function(script, arg=arg)
+
+    def sees(self, read: Callable[[], Any], expected: Any) -> None:
+        """Wait until what is read is what is expected."""
+        for _ in range(WAIT // 100):
+            if read() == expected:
+                return
+            self.tab.wait_for_timeout(100)
+        assert read() == expected
+
+    def frames(self) -> None:
+        """Let the page draw what it has to."""
+        self.tab.evaluate("sepmeTest.frames()")
+
     # graph
-    def load_workflow(self, workflow: dict[str, Any]) -> None:
-        self.tab.evaluate("async (w) => { await app.loadGraphData(w); app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }", workflow)
-        self.settle()
+    def load_workflow(self, workflow: dict[str, Any], here: bool = False) -> None:
+        """Open a workflow, in a tab of its own or in the one that is shown."""
+        self.tab.evaluate(
+            """async ([workflow, here]) => {
+              await app.loadGraphData(workflow, true, true, here ? app.extensionManager.workflow.activeWorkflow : null);
+              app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true);
+            }""",
+            [workflow, here],
+        )
+        self.frames()
 
     def workflow(self) -> dict[str, Any]:
         saved: dict[str, Any] = self.tab.evaluate("JSON.parse(JSON.stringify((app.rootGraph ?? app.graph).serialize()))")
@@ -91,6 +128,11 @@ class Page:
     def api_prompt(self) -> dict[str, Any]:
         prompt: dict[str, Any] = self.tab.evaluate("async () => (await app.graphToPrompt()).output")
         return prompt
+
+    def ids(self, kind: str = "") -> list[str]:
+        """Of the nodes of the graph that is shown."""
+        found: list[str] = self.tab.evaluate("(kind) => sepmeTest.ids(kind)", kind)
+        return found
 
     def add(self, kind: str, x: int = 100, y: int = 100, **values: Any) -> str:
         return str(self.tab.evaluate("([k, x, y, v]) => sepmeTest.add(k, x, y, v)", [kind, x, y, values]))
@@ -105,84 +147,105 @@ class Page:
     def value(self, node: str, name: str) -> Any:
         return self.tab.evaluate("([n, w]) => sepmeTest.value(n, w)", [node, name])
 
-    def toggles(self, node: str) -> dict[str, float]:
-        return dict(json.loads(self.value(node, "toggles")))
+    def wait_toggles(self, node: str, expected: dict[str, float]) -> None:
+        """Wait for the node's value: names and strengths, in this order."""
+        self.sees(lambda: list(json.loads(self.value(node, "toggles")).items()), list(expected.items()))
 
-    def settle(self, milliseconds: int = 250) -> None:
-        """Let timers run and frames be drawn."""
-        self.tab.wait_for_timeout(milliseconds)
+    # what we draw on nodes
+    def part(self, node: str, name: str) -> Any:
+        """The element of a node's ``sepmePanel``, ``sepmeCard`` or ``sepmeTraining``."""
+        self.until("([id, name]) => sepmeTest.node(id)?.[name]", [node, name])
+        self.tab.evaluate("([id, name]) => sepmeTest.part(id, name)", [node, name])
+        return self.tab.locator(f"[data-test='{name}-{node}']")
 
-    # panels
     def panel(self, node: str) -> Any:
-        """The panel of a node."""
-        handle = self.tab.evaluate_handle("(id) => sepmeTest.node(id).sepmePanel.element", node)
-        return handle.as_element()
+        return self.part(node, "sepmePanel")
 
     def row(self, node: str, concept: str) -> Any:
-        for row in self.panel(node).query_selector_all(".sepme-row"):
-            if row.query_selector(".sepme-name").inner_text() == concept:
-                return row
-        raise AssertionError(f"no row {concept!r} in {self.names(node)}")
-
-    def names(self, node: str) -> list[str]:
-        return [e.inner_text() for e in self.panel(node).query_selector_all(".sepme-row:not([hidden]) .sepme-name")]
+        name = self.tab.locator(f".sepme-name:text-is({json.dumps(concept)})")
+        return self.panel(node).locator(".sepme-row").filter(has=name)
 
     def wait_rows(self, node: str, *names: str) -> None:
-        self.tab.wait_for_function(
-            "([id, names]) => JSON.stringify(sepmeTest.names(id)) === JSON.stringify(names)", arg=[node, list(names)]
-        )
-        self.settle()
+        """Wait for the rows that a panel shows."""
+        expect(self.panel(node).locator(".sepme-row:not([hidden]) .sepme-name")).to_have_text(list(names))
 
     def switch(self, node: str, concept: str) -> None:
-        self.row(node, concept).query_selector(".sepme-switch").click()
-        self.settle(100)
+        button = self.row(node, concept).locator(".sepme-switch")
+        before = button.get_attribute("aria-checked")
+        button.click()
+        expect(button).not_to_have_attribute("aria-checked", before)
 
     # the mouse on the canvas
+    def select(self, node: str) -> None:
+        """Click a node's title."""
+        x, y = self.tab.evaluate("(id) => app.canvasPosToClientPos([sepmeTest.node(id).pos[0] + 60, sepmeTest.node(id).pos[1] - 14])", node)
+        self.tab.mouse.click(x, y)
+        self.until("(id) => app.canvas.selectedItems.has(sepmeTest.node(id))", node)
+
     def drag_wire(self, source: str, output: int, target: str, name: str) -> None:
         index = self.tab.evaluate("([id, n]) => sepmeTest.node(id).inputs.findIndex((i) => i.name === n)", [target, name])
-        start = self.tab.evaluate("([id, i]) => sepmeTest.slot(id, false, i)", [source, output])
-        end = self.tab.evaluate("([id, i]) => sepmeTest.slot(id, true, i)", [target, index])
         mouse = self.tab.mouse
-        mouse.move(*start)
-        mouse.down()
-        mouse.move((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, steps=3)
-        mouse.move(*end, steps=3)
-        self.settle(60)
-        mouse.up()
-        self.settle(60)
+        for _ in range(3):  # a frame that is late can swallow a press
+            start = self.tab.evaluate("([id, i]) => sepmeTest.slot(id, false, i)", [source, output])
+            end = self.tab.evaluate("([id, i]) => sepmeTest.slot(id, true, i)", [target, index])
+            mouse.move(*start)
+            self.frames()
+            mouse.down()
+            mouse.move((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, steps=3)
+            mouse.move(*end, steps=3)
+            self.frames()
+            mouse.up()
+            self.frames()
+            if self.tab.evaluate("([id, i]) => sepmeTest.node(id).inputs[i].link != null", [target, index]):
+                return
+        raise AssertionError(f"no wire could be drawn from {source} to {name!r} of {target}")
 
     def search_node(self, words: str, x: int, y: int) -> str:
-        """Double-click the canvas, type, press Enter: the new node's id. It lies at the double-click."""
-        before = set(self.tab.evaluate("app.canvas.graph.nodes.map((n) => String(n.id))"))
-        selector = "input[placeholder*='Search']:visible, .comfy-vue-node-search-container input:visible"
-        for _ in range(5):  # on a busy machine two clicks are not always a double-click
+        """Double-click the canvas, type, choose: the new node's id. It lies at the double-click."""
+        before = set(self.ids())
+        box = self.tab.locator("input[role='combobox']:visible").first
+        for _ in range(8):  # on a busy machine two clicks are not always a double-click
             self.tab.mouse.dblclick(x, y)
-            self.settle(600)
-            if self.tab.query_selector(selector):
+            with suppress(Error):
+                box.wait_for(timeout=3000)
                 break
-        box = self.tab.wait_for_selector(selector)
         box.fill(words)
-        self.settle(400)
-        self.tab.keyboard.press("Enter")
-        self.tab.wait_for_function("(n) => app.canvas.graph.nodes.length > n", arg=len(before))
-        self.settle(100)
-        (new,) = set(self.tab.evaluate("app.canvas.graph.nodes.map((n) => String(n.id))")) - before
-        return str(new)
+        self.tab.locator(f"[role='option']:has-text({json.dumps(words)})").first.click()
+        expect(box).to_have_count(0)
+        self.sees(lambda: len(self.ids()), len(before) + 1)
+        self.tab.mouse.click(x, y)  # newer front ends let the node follow the mouse until then
+        self.frames()
+        (new,) = set(self.ids()) - before
+        return new
 
     def queue(self) -> dict[str, Any]:
         """Press Run and wait until the prompt is done; the outputs by node."""
-        before = set(self.server.get("/history"))
-        self.tab.locator("[data-testid='queue-button'] button, .queue-button-group button, button:has-text('Run')").first.click()
-        for _ in range(WAIT // 200):
-            self.settle(200)
-            new = [run for name, run in self.server.get("/history").items() if name not in before]
-            if new and new[0]["status"]:
-                break
-        (done,) = new
-        assert done["status"]["status_str"] == "success", done["status"]
-        self.settle()
-        outputs: dict[str, Any] = done["outputs"]
+        self.tab.evaluate("sepmeTest.run = null")
+        self.tab.locator("button:visible:has-text('Run')").first.click()
+        self.until("sepmeTest.run")
+        done = self.tab.evaluate("sepmeTest.run")
+        assert done["kind"] == "execution_success", done
+        self.sees(lambda: bool(self.server.get(f"/history/{done['prompt_id']}")), True)  # it is written a moment later
+        self.frames()
+        outputs: dict[str, Any] = self.server.get(f"/history/{done['prompt_id']}")[done["prompt_id"]]["outputs"]
         return outputs
+
+    # the pack's own places
+    def open_concepts(self) -> Any:
+        """The sidebar tab."""
+        sidebar = self.tab.locator(".sepme-sidebar")
+        if not sidebar.is_visible():
+            self.tab.locator(CONCEPTS).click()
+        sidebar.wait_for()
+        return sidebar
+
+    def dialog(self, title: str) -> Any:
+        return self.tab.locator("dialog[open]").filter(has=self.tab.locator(f"h2:text-is({json.dumps(title)})"))
+
+    def answer(self, title: str, button: str) -> None:
+        """Press a dialog's button; it closes."""
+        self.dialog(title).locator(f"button:text-is({json.dumps(button)})").click()
+        expect(self.dialog(title)).to_have_count(0)
 
     # files
     def drop_file(self, name: str, data: bytes, target: str = "#graph-canvas", kind: str = "") -> None:
@@ -200,9 +263,8 @@ class Page:
             }""",
             [name, base64.b64encode(data).decode(), target, kind],
         )
-        self.settle()
 
     def picture(self, path: Path, **options: Any) -> None:
         """A screenshot without toasts."""
-        self.settle(300)
+        self.frames()
         self.tab.screenshot(path=str(path), style=".p-toast { display: none !important }", **options)

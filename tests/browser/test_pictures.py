@@ -31,12 +31,12 @@ def kept(path: Path) -> None:
 def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page], folder: Path) -> None:
     page = open_page(server)
     ids = build(page)
-    page.tab.locator(".sepme-concepts-tab-button").click()
-    page.tab.wait_for_selector(".sepme-delta")
+    page.open_concepts()
     for concept in ("heart", "striped"):
         page.tab.click(f".sepme-delta:has(b:text-is('{concept}')) summary")
         page.tab.click(f".sepme-delta:has(b:text-is('{concept}')) button:text-is('Add to graph')")
-        page.settle(400)
+    page.sees(lambda: len(page.ids("SepMELoadDelta")), 3)
+    page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
     loaders = [str(n["id"]) for n in page.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
     places = {ids["SepMEDemoModel"]: (380, 140), ids["EmptyLatentImage"]: (380, 700), ids["SepMEApply"]: (720, 140)}
     places |= {ids["positive"]: (720, 440), ids["negative"]: (720, 640), ids["KSampler"]: (1130, 140)}
@@ -49,7 +49,6 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     page.tab.evaluate(
         "app.canvas.deselectAll?.(); app.canvas.ds.scale = 0.8; app.canvas.ds.offset = [60, 0]; app.canvas.setDirty(true, true)"
     )
-    page.settle(800)
     page.picture(folder / "comfyui-page.png")
     kept(folder / "comfyui-page.png")
 
@@ -69,7 +68,7 @@ def test_repair(server: Server, open_page: Callable[..., Page], folder: Path) ->
     page.load_workflow(
         {"nodes": nodes, "links": [], "groups": [], "version": 0.4, "last_node_id": 2, "last_link_id": 0, "extra": {"sepme": records}}
     )
-    dialog = page.tab.wait_for_selector("dialog[open]")
+    dialog = page.dialog("Missing concept deltas")
     dialog.screenshot(path=str(folder / "comfyui-repair.png"))
     kept(folder / "comfyui-repair.png")
-    page.tab.keyboard.press("Escape")
+    page.answer("Missing concept deltas", "Close")

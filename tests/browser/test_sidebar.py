@@ -1,92 +1,109 @@
-"""The sidebar tab: listed, filtered, dragged into the graph, installed, renamed, deleted."""
+"""The sidebar tab: listed, filtered, dragged into the graph, installed, renamed, deleted; what other sites may not do; Chinese."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from browser.page import Page
 from comfyui.server import Server
+from playwright.sync_api import expect
+
+from browser.page import Page
 
 pytestmark = pytest.mark.xdist_group("browser")
 
 
-@pytest.fixture
-def tab(server: Server, open_page: Callable[..., Page]) -> Page:
-    """The page with the tab open."""
-    page = open_page(server)
-    if not page.tab.query_selector(".sepme-sidebar"):
-        page.tab.locator(".sepme-concepts-tab-button").click()
-    page.tab.wait_for_selector(".sepme-sidebar .sepme-delta")
-    return page
+def wait_shown(page: Page, *concepts: str) -> None:
+    expect(page.tab.locator(".sepme-sidebar summary b")).to_have_text(list(concepts))
 
 
-def shown(page: Page) -> list[str]:
-    return [e.inner_text() for e in page.tab.query_selector_all(".sepme-sidebar summary b")]
+def item(page: Page, name: str) -> Any:
+    """A delta of the list, opened."""
+    found = page.tab.locator(f".sepme-delta[data-name='{name}']")
+    if found.get_attribute("open") is None:
+        found.locator("summary").click()
+    return found
 
 
-def answer(page: Page, button: str) -> None:
-    page.tab.wait_for_selector("dialog[open]")
-    page.tab.click(f"dialog[open] button:text-is('{button}')")
-    page.settle(400)
-
-
-def test_lists_and_filters(tab: Page) -> None:
-    assert shown(tab) == ["heart", "star", "striped"]
-    search = tab.tab.locator(".sepme-sidebar .sepme-search")
+def test_lists_and_filters(page: Page) -> None:
+    sidebar = page.open_concepts()
+    wait_shown(page, "heart", "star", "striped")
+    search = sidebar.locator(".sepme-search")
     search.fill("drawing of a star")
-    assert shown(tab) == ["star"]
-    tab.tab.click(".sepme-sidebar summary")
-    text = tab.tab.inner_text(".sepme-sidebar dl")
+    wait_shown(page, "star")
+    facts = item(page, "star.safetensors").locator("dl")
     for fact in ("star.safetensors", "unet-192x7", "closed-form", "a picture of a star"):
-        assert fact in text
+        expect(facts).to_contain_text(fact)
     search.fill("")
-    assert shown(tab) == ["heart", "star", "striped"]
+    wait_shown(page, "heart", "star", "striped")
 
 
-def test_dragging_makes_wired_loaders(tab: Page) -> None:
-    apply = tab.add("SepMEApply", 800, 200)
-    for concept in ("star", "heart"):
-        item = tab.tab.locator(f".sepme-delta:has(b:text-is('{concept}')) summary")
-        item.drag_to(tab.tab.locator("#graph-canvas"), target_position={"x": 700, "y": 500})
-        tab.wait_rows(apply, *(("star",) if concept == "star" else ("star", "heart")))
-    loaders = [n for n in tab.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
+def test_dragging_makes_wired_loaders(page: Page) -> None:
+    page.open_concepts()
+    apply = page.add("SepMEApply", 800, 200)
+    for i, concept in enumerate(("star", "heart")):
+        entry = page.tab.locator(f".sepme-delta:has(b:text-is('{concept}')) summary")
+        entry.drag_to(page.tab.locator("#graph-canvas"), target_position={"x": 700, "y": 400 + 250 * i})
+        page.wait_rows(apply, *("star", "heart")[: i + 1])
+    loaders = [n for n in page.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
     assert {n["widgets_values"][0] for n in loaders} == {"star.safetensors", "heart.safetensors"}
     assert all(len(n["widgets_values"][1]) == 64 for n in loaders)
-    assert not [n for n in tab.workflow()["nodes"] if n["type"] not in ("SepMELoadDelta", "SepMEApply")]
+    assert len(page.ids()) == 3
 
 
-def test_install_rename_delete(tab: Page, delta_folder: Path) -> None:
-    data = (delta_folder / "star.safetensors").read_bytes()
-    tab.drop_file("copy.safetensors", data, ".sepme-sidebar")
-    tab.tab.wait_for_function("document.querySelectorAll('.sepme-sidebar .sepme-delta').length === 4")
-    assert (delta_folder / "copy.safetensors").read_bytes() == data
-    tab.drop_file("copy.safetensors", (delta_folder / "heart.safetensors").read_bytes(), ".sepme-sidebar")
-    answer(tab, "Close")  # another file has the name: not replaced
-    assert (delta_folder / "copy.safetensors").read_bytes() == data
-    tab.drop_file("copy.safetensors", (delta_folder / "heart.safetensors").read_bytes(), ".sepme-sidebar")
-    answer(tab, "Replace")
-    assert (delta_folder / "copy.safetensors").read_bytes() == (delta_folder / "heart.safetensors").read_bytes()
-    tab.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
-    tab.tab.wait_for_selector(".p-toast-message-error, .p-toast-message:has-text('not installed')")
+def test_install_rename_delete(page: Page, delta_folder: Path) -> None:
+    page.open_concepts()
+    star, heart = ((delta_folder / f"{name}.safetensors").read_bytes() for name in ("star", "heart"))
+    copy, mine = delta_folder / "copy.safetensors", delta_folder / "styles" / "mine.safetensors"
+    page.drop_file("copy.safetensors", star, ".sepme-sidebar")
+    wait_shown(page, "star", "heart", "star", "striped")
+    assert copy.read_bytes() == star
+    for button, content in (("Close", star), ("Replace", heart)):  # another file has the name: only replaced when told to
+        page.drop_file("copy.safetensors", heart, ".sepme-sidebar")
+        page.answer("Replace the file?", button)
+        page.sees(copy.read_bytes, content)
+    page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
+    page.tab.locator(".p-toast-message:has-text('evil.safetensors is not installed')").wait_for()
     assert sorted(p.stem for p in delta_folder.iterdir()) == ["copy", "heart", "star", "striped"]
 
-    item = tab.tab.locator(".sepme-delta[data-name='copy.safetensors']")
-    item.locator("summary").click()
-    item.locator("button:text-is('Rename')").click()
-    tab.tab.fill("dialog[open] input", "styles/mine")
-    answer(tab, "OK")
-    assert (delta_folder / "styles" / "mine.safetensors").exists()
-    item = tab.tab.locator(".sepme-delta[data-name='styles/mine.safetensors']")
-    item.locator("summary").click()
-    item.locator("button:text-is('Delete')").click()
-    answer(tab, "Close")
-    assert (delta_folder / "styles" / "mine.safetensors").exists()
-    item.locator("button:text-is('Delete')").click()
-    answer(tab, "Delete")
-    assert not (delta_folder / "styles" / "mine.safetensors").exists()
-    assert shown(tab) == ["heart", "star", "striped"]
+    item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
+    page.tab.fill("dialog[open] input", "../mine")
+    page.answer("Rename", "OK")
+    page.tab.locator(".p-toast-message:has-text('Not renamed')").wait_for()
+    item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
+    page.tab.fill("dialog[open] input", "styles/mine")
+    page.tab.keyboard.press("Enter")
+    page.sees(mine.exists, True)
+    for button, stays in (("Close", True), ("Delete", False)):
+        item(page, "styles/mine.safetensors").locator("button:text-is('Delete')").click()
+        page.answer("Delete the delta of heart?", button)
+        page.sees(mine.exists, stays)
+    wait_shown(page, "heart", "star", "striped")
+
+
+def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
+    """A page of another origin, in the same browser: what it sends is refused, what it would read stays hidden."""
+    before = {p.name: p.read_bytes() for p in delta_folder.iterdir()}
+    stranger = page.context.new_page()
+    stranger.set_content("<h1>Somebody else's</h1>")
+    answers = stranger.evaluate(
+        """async (url) => {
+          const send = (path, options) => fetch(url + path, options).then((a) => `${a.type} ${a.status}`, (e) => e.name);
+          const body = "x";
+          return [
+            await send("/sepme/deltas"),
+            await send("/sepme/deltas?name=evil.safetensors", { method: "POST", mode: "no-cors", body }),
+            await send("/sepme/deltas?name=star.safetensors", { method: "DELETE" }),
+            await send("/sepme/deltas/rename", { method: "POST", body, headers: { "Content-Type": "application/json" } }),
+          ];
+        }""",
+        page.server.url,
+    )
+    assert answers == ["TypeError", "opaque 0", "TypeError", "TypeError"]
+    assert {p.name: p.read_bytes() for p in delta_folder.iterdir()} == before
+    stranger.close()
 
 
 def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
@@ -95,7 +112,7 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     loader = page.add("SepMELoadDelta", delta="star.safetensors")
     page.wire(loader, 0, apply, "deltas")
     page.wait_rows(apply, "star")
-    assert "已擦除" in page.panel(apply).inner_text()
-    title = page.tab.evaluate("(id) => sepmeTest.node(id).title", apply)
-    assert title == "SepME 应用"
+    expect(page.panel(apply)).to_contain_text("已擦除")
+    assert page.tab.evaluate("(id) => sepmeTest.node(id).title", apply) == "SepME 应用"
+    expect(page.open_concepts().locator("h3")).to_have_text("概念")
     page.server.post("/settings", {"Comfy.Locale": "en"})

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser.page import Page, run_prompt
 from comfyui.graph import Graph
 from comfyui.server import Server
 from PIL import Image
+from playwright.sync_api import expect
+
+from browser.page import Page, run_prompt
+from sepme.delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("browser")
 
 PROMPT = "a star"
 SETTINGS = {"seed": 3, "steps": 8, "cfg": 3.0, "sampler_name": "ddim", "scheduler": "normal"}
+MISSING = "Missing concept deltas"
 
 
 def pixels(server: Server, image: dict[str, str]) -> np.ndarray:
@@ -46,7 +50,6 @@ def build(page: Page) -> dict[str, str]:
         "KSampler": ("KSampler", 880, 180), "VAEDecode": ("VAE Decode", 880, 560), "SaveImage": ("Save Image", 1120, 560),
     }  # fmt: skip
     ids = {name: page.search_node(words, x, y) for name, (words, x, y) in places.items()}
-    page.settle()
     for source, output, target, name in (
         ("SepMEDemoModel", 0, "SepMEApply", "model"), ("SepMELoadDelta", 0, "SepMEApply", "deltas"),
         ("SepMEDemoModel", 1, "positive", "clip"), ("SepMEDemoModel", 1, "negative", "clip"),
@@ -77,86 +80,89 @@ def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
     erased = page.queue()[save]["images"][0]
     page.switch(apply, "star")
     kept = page.queue()[save]["images"][0]
-    page.switch(apply, "star")
-    page.tab.mouse.click(700, 840)
-    again = page.queue()[save]["images"][0] if page.toggles(apply) != {"star": 1} else erased
-    card = page.tab.evaluate_handle("(id) => sepmeTest.node(id).sepmeCard", ids["SepMELoadDelta"]).as_element()
-    card.query_selector("input[type=checkbox]").click()
-    page.tab.wait_for_function("Object.values((app.rootGraph ?? app.graph).extra.sepme).some((r) => r.data)")
-    page.set(ids["KSampler"], "seed", 4)
+    number = page.row(apply, "star").locator(".sepme-number")
+    number.fill("0.9")
+    number.press("Enter")
+    card = page.part(ids["SepMELoadDelta"], "sepmeCard")
+    card.locator("input[type=checkbox]").check()
+    page.until("Object.values((app.rootGraph ?? app.graph).extra.sepme).some((r) => r.data)")
     travelling = page.queue()[save]["images"][0]
     assert page.own_errors() == []
     return {
-        "erased": pixels(server, erased), "kept": pixels(server, kept), "again": pixels(server, again),
-        "recipe_png": server.view(erased), "delta_png": server.view(travelling), "travelling": pixels(server, travelling),
+        "erased": pixels(server, erased), "kept": pixels(server, kept), "travelling": pixels(server, travelling),
+        "recipe_png": server.view(erased), "delta_png": server.view(travelling), "hash": page.value(ids["SepMELoadDelta"], "content_hash"),
     }  # fmt: skip
 
 
 def test_a_switch_changes_the_picture(shared: dict[str, Any], server: Server) -> None:
     assert not np.array_equal(shared["erased"], shared["kept"])
+    assert not np.array_equal(shared["erased"], shared["travelling"])
     assert np.array_equal(shared["kept"], stock(server))  # given back: bit for bit
-    assert np.array_equal(shared["again"], shared["erased"])
 
 
-def missing(page: Page) -> Any:
-    return page.tab.wait_for_selector("dialog[open]:has-text('Missing concept deltas')")
-
-
-def test_png_with_the_delta_inside(shared: dict[str, Any], empty_server: Server, open_page: Callable[..., Page]) -> None:
-    page = open_page(empty_server)
+@pytest.fixture
+def elsewhere(empty_server: Server, open_page: Callable[..., Page]) -> Iterator[tuple[Page, Path]]:
+    """The page of somebody who has no deltas, and the folder for them."""
     folder = empty_server.base / "models" / "sepme"
     for file in folder.glob("*"):
         file.unlink()
-    page.drop_file("shared.png", shared["delta_png"], kind="image/png")
-    dialog = missing(page)
-    assert "star" in dialog.inner_text()
-    dialog.query_selector("text=Install from this workflow").click()
-    page.tab.wait_for_selector("dialog[open]:has-text('Everything is there now')")
-    page.tab.keyboard.press("Escape")
-    assert [p.name for p in folder.iterdir()] == ["star.safetensors"]
-    (images,) = (o["images"] for o in page.queue().values() if "images" in o)
-    assert np.array_equal(pixels(empty_server, images[0]), shared["travelling"])
+    page = open_page(empty_server)
+    yield page, folder
     assert page.own_errors() == []
 
 
-def test_png_with_the_recipe_alone(shared: dict[str, Any], empty_server: Server, open_page: Callable[..., Page]) -> None:
-    page = open_page(empty_server)
-    folder = empty_server.base / "models" / "sepme"
-    for file in folder.glob("*"):
-        file.unlink()
+def test_png_with_the_delta_inside(shared: dict[str, Any], elsewhere: tuple[Page, Path]) -> None:
+    page, folder = elsewhere
+    page.drop_file("shared.png", shared["delta_png"], kind="image/png")
+    dialog = page.dialog(MISSING)
+    expect(dialog.locator(".sepme-missing")).to_have_count(1)
+    expect(dialog).to_contain_text("star")
+    dialog.locator("text=Install from this workflow").click()
+    expect(dialog).to_have_count(0)  # nothing is missing any more: it closes by itself
+    assert [p.name for p in folder.iterdir()] == ["star.safetensors"]
+    (apply,) = page.ids("SepMEApply")
+    page.wait_toggles(apply, {"star": 0.9})
+    (images,) = (o["images"] for o in page.queue().values() if "images" in o)
+    assert np.array_equal(pixels(page.server, images[0]), shared["travelling"])
+
+
+def test_png_with_the_recipe_alone(shared: dict[str, Any], elsewhere: tuple[Page, Path]) -> None:
+    page, folder = elsewhere
     page.drop_file("shared.png", shared["recipe_png"], kind="image/png")
-    missing(page).query_selector("text=Train it again from its recipe").click()
-    page.settle(500)
-    page.tab.keyboard.press("Escape")
+    page.dialog(MISSING).locator("text=Train it again from its recipe").click()
+    expect(page.dialog(MISSING)).to_have_count(0)
     kinds = [n["type"] for n in page.workflow()["nodes"]]
     assert "SepMELoadDelta" not in kinds
     assert {"SepMEConceptBook", "SepMETrain", "SepMESaveDeltas"} <= set(kinds)
     page.queue()
-    assert [p.name for p in folder.iterdir()] == ["star.safetensors"]
-    assert page.own_errors() == []
+    (file,) = folder.iterdir()
+    assert ConceptDelta.load(file).content_hash() == shared["hash"]  # the very same delta
 
 
-def test_renamed_and_other_deltas(server: Server, open_page: Callable[..., Page], delta_folder: Path) -> None:
-    page = open_page(server)
+def test_renamed_and_other_deltas(page: Page, delta_folder: Path) -> None:
     loader = page.add("SepMELoadDelta", 200, 200, delta="star.safetensors")
-    page.tab.wait_for_function("(id) => sepmeTest.value(id, 'content_hash').length === 64", arg=loader)
-    saved = page.workflow()
+    other = page.add("SepMELoadDelta", 600, 200, delta="heart.safetensors")
+    for node in (loader, other):
+        page.sees(lambda node=node: len(page.value(node, "content_hash")), 64)
+    page.until("Object.keys((app.rootGraph ?? app.graph).extra.sepme ?? {}).length === 2")
+    saved, content_hash = page.workflow(), page.value(loader, "content_hash")
     (delta_folder / "star.safetensors").rename(delta_folder / "my-star.safetensors")
     page.load_workflow(saved)
-    page.settle(500)
-    assert not page.tab.query_selector("dialog[open]")  # the server finds it by its hash: no reason to ask
-    assert "now my-star.safetensors" in page.tab.evaluate("(id) => sepmeTest.node(id).sepmeCard.innerText", loader)
+    expect(page.part(loader, "sepmeCard")).to_contain_text("now my-star.safetensors")
+    expect(page.dialog(MISSING)).to_have_count(0)  # the server finds it by its hash: no reason to ask
     page.clear()
-    other = json.loads(json.dumps(saved).replace(page_hash(saved), "0" * 64))
-    page.load_workflow(other)
-    missing(page).query_selector("text=my-star.safetensors").click()
-    page.tab.wait_for_selector("dialog[open]:has-text('Everything is there now')")
-    page.tab.keyboard.press("Escape")
-    assert page.value(loader, "delta") == "my-star.safetensors"
-    assert page.value(loader, "content_hash") == page_hash(saved)
+    page.load_workflow(json.loads(json.dumps(saved).replace(page_hash(saved, other), "0" * 64)))
+    dialog = page.dialog(MISSING)
+    expect(dialog.locator(".sepme-missing")).to_have_count(2)
+    dialog.locator("text=Use my-star.safetensors").click()
+    expect(dialog.locator(".sepme-missing")).to_have_count(1)
+    dialog.locator("text=Use another delta of this concept: heart.safetensors").click()
+    expect(dialog).to_have_count(0)
+    assert (page.value(loader, "delta"), page.value(loader, "content_hash")) == ("my-star.safetensors", content_hash)
+    assert page.value(other, "content_hash") == page_hash(saved, other)
 
 
-def page_hash(workflow: dict[str, Any]) -> str:
-    (loader,) = (n for n in workflow["nodes"] if n["type"] == "SepMELoadDelta")
-    content_hash: str = loader["widgets_values"][1]
+def page_hash(workflow: dict[str, Any], loader: str) -> str:
+    (node,) = (n for n in workflow["nodes"] if str(n["id"]) == loader)
+    content_hash: str = node["widgets_values"][1]
     return content_hash

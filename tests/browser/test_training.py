@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from typing import Any
 
 import pytest
+from playwright.sync_api import expect
+
 from browser.page import Page
-from comfyui.server import Server
 
 pytestmark = pytest.mark.xdist_group("browser")
+
+DRAWN = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((value) => value)"
 
 
 @pytest.mark.usefixtures("delta_folder")
@@ -24,7 +28,7 @@ def test_curve_picture_certificates(page: Page) -> None:
     ):  # fmt: skip
         page.wire(source, output, target, name)
     page.wait_rows(apply, "circle")
-    assert "Not trained yet" in page.row(apply, "circle").query_selector(".sepme-dot").get_attribute("title")
+    assert "Not trained yet" in page.row(apply, "circle").locator(".sepme-dot").get_attribute("title")
     steps = page.tab.evaluate_handle(
         "() => { const seen = []; app.api.addEventListener('sepme.train', ({ detail }) => seen.push(detail)); return seen; }"
     )
@@ -32,51 +36,50 @@ def test_curve_picture_certificates(page: Page) -> None:
     seen = steps.json_value()
     assert [s["step"] for s in seen] == list(range(1, len(seen) + 1))
     assert seen[0]["sample"].startswith("data:image/png")
-    shown = page.tab.evaluate_handle("(id) => sepmeTest.node(id).sepmeTraining.element", train).as_element()
-    assert "1 deltas made" in shown.inner_text()
-    assert shown.query_selector("img").evaluate("(i) => i.naturalWidth") == 128
-    drawn = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((value) => value)"
-    assert shown.query_selector("canvas").evaluate(drawn)
-    cells = shown.query_selector_all(".sepme-heat td[title]")
-    assert any("circle → neon" in c.get_attribute("title") for c in cells)
-    page.tab.wait_for_function("(id) => !sepmeTest.node(id).sepmePanel.element.querySelector('.sepme-unknown')", arg=apply)
-    assert "leakage into known prompts" in page.row(apply, "circle").query_selector(".sepme-dot").get_attribute("title")
+    shown = page.part(train, "sepmeTraining")
+    expect(shown).to_contain_text("Deltas made: 1")
+    page.sees(lambda: shown.locator("img").evaluate("(i) => i.naturalWidth"), 128)
+    assert shown.locator("canvas").evaluate(DRAWN)
+    cells = shown.locator(".sepme-heat td[title]")
+    assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
+    certificate = page.row(apply, "circle").locator(".sepme-dot")
+    expect(certificate).to_have_attribute("title", re.compile("leakage into known prompts"))
 
 
 def test_completion(page: Page) -> None:
     encode = page.add("SepMETextEncode", 300, 200)
-    page.settle(400)
-    if page.vue:
-        field = page.tab.wait_for_selector(f"[data-node-id='{encode}'] textarea")
-    else:
-        field = page.tab.evaluate_handle("(id) => sepmeTest.node(id).widgets[0].element", encode).as_element()
-    field.click()
+    field(page, encode).click()
     page.tab.keyboard.type("a city <")
-    choices = ".sepme-completion [role=option]"
-    page.tab.wait_for_selector(choices)
-    assert [c.inner_text().split()[0] for c in page.tab.query_selector_all(choices)] == ["erase:", "keep:"]
+    choices = page.tab.locator(".sepme-completion [role=option]")
+    expect(choices).to_contain_text(["erase:", "keep:"])
     page.tab.keyboard.press("Enter")
     page.tab.keyboard.type("ST")
-    page.tab.wait_for_function("(c) => document.querySelectorAll(c).length === 2", arg=choices)
-    assert [c.inner_text() for c in page.tab.query_selector_all(choices)] == ["star", "striped"]
+    expect(choices).to_have_text(["star", "striped"])
     page.tab.keyboard.press("ArrowDown")
     page.tab.keyboard.press("Tab")
-    page.settle()
-    assert page.value(encode, "text") == "a city <erase:striped>"
+    page.sees(lambda: page.value(encode, "text"), "a city <erase:striped>")
     page.tab.keyboard.type(" <keep:he")
-    page.tab.wait_for_selector(choices)
+    expect(choices).to_have_text(["heart"])
     page.tab.keyboard.press("Escape")
-    assert page.tab.query_selector(choices) is None
+    expect(choices).to_have_count(0)
     page.tab.keyboard.type("art>")
-    page.settle()
-    assert page.api_prompt()[encode]["inputs"]["text"] == "a city <erase:striped> <keep:heart>"
+    page.sees(lambda: page.api_prompt()[encode]["inputs"]["text"], "a city <erase:striped> <keep:heart>")
 
 
-def test_nothing_is_completed_elsewhere(server: Server, open_page: Callable[..., Page]) -> None:
-    page = open_page(server)
+def test_nothing_is_completed_elsewhere(page: Page) -> None:
     encode = page.add("CLIPTextEncode", 300, 200)
-    page.settle(400)
-    page.tab.evaluate_handle("(id) => sepmeTest.node(id).widgets[0].element", encode).as_element().click()
+    field(page, encode).click()
     page.tab.keyboard.type("<erase:s")
-    page.settle(500)
-    assert page.tab.query_selector(".sepme-completion") is None
+    page.sees(lambda: page.value(encode, "text"), "<erase:s")
+    ours = page.add("SepMETextEncode", 300, 500)  # where it is looked up, the list comes; what was asked before has been answered
+    field(page, ours).click()
+    page.tab.keyboard.type("<erase:st")
+    expect(page.tab.locator(".sepme-completion")).to_have_count(1)
+    expect(page.tab.locator(".sepme-completion [role=option]")).to_have_text(["star", "striped"])
+
+
+def field(page: Page, node: str) -> Any:
+    """The text of an encode node."""
+    if page.vue:
+        return page.tab.locator(f"[data-node-id='{node}'] textarea")
+    return page.tab.evaluate_handle("(id) => sepmeTest.node(id).widgets[0].element", node).as_element()

@@ -29,7 +29,11 @@ export function ask(title, label, value) {
   return new Promise((resolve) => {
     const input = el("input.sepme-text", { type: "text", value });
     const dialog = openDialog(title, el("label", {}, label, input), [[t("dialog.ok"), () => resolve(input.value.trim())]]);
-    input.addEventListener("keydown", (event) => event.key === "Enter" && dialog.querySelector(".sepme-main").click());
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault(); // or it would press the button that gets the focus back
+      dialog.querySelector(".sepme-main").click();
+    });
     dialog.addEventListener("close", () => resolve(null));
     input.focus();
     input.select();

@@ -37,6 +37,13 @@ export function changed() {
   rootGraph()?.setDirtyCanvas?.(true, true);
 }
 
+/** Let a node be at least as high as what is in it: the host does so when it loads a node, and a size that changes then is a step of undo. */
+export function grow(node) {
+  const height = node.computeSize()[1];
+  if (node.size[1] < height) node.setSize([node.size[0], height]);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
 export function toast(severity, summary, detail) {
   app.extensionManager?.toast?.add({ severity, summary, detail, life: severity === "error" ? 12000 : 5000 });
 }

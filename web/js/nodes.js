@@ -1,5 +1,5 @@
 // Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
-import { api, app, changed, nodes, rootGraph, set, toast, widget } from "./host.js";
+import { api, app, changed, grow, nodes, rootGraph, set, toast, widget } from "./host.js";
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
@@ -52,6 +52,7 @@ function addCard(node) {
   const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: 6 });
   made.serialize = false;
   node.sepmeCard = element;
+  grow(node);
   const chosen = widget(node, "delta");
   const before = chosen.callback;
   chosen.callback = function (value, ...rest) {

@@ -33,18 +33,24 @@ export async function checkWorkflow() {
 }
 
 export function openRepair() {
-  dialog?.close();
   const content = el("div.sepme-repair");
   const draw = () => {
     const rows = broken();
-    content.replaceChildren(el("p", {}, t(rows.length ? "repair.text" : "repair.done")), ...rows.map((row) => entry(row, draw)));
-    content.closest("dialog")?.focus(); // the button that had the focus is gone; outside, the host takes Escape for itself
+    if (dialog && !rows.length) {
+      dialog.close();
+      toast("success", t("repair.done"));
+    }
+    content.replaceChildren(el("p", {}, t("repair.text")), ...rows.map((row) => entry(row, draw)));
+    dialog?.focus(); // the button that had the focus is gone; outside, the host takes Escape for itself
   };
+  dialog?.close();
   draw();
-  const again = () => draw();
-  library.addEventListener("change", again);
-  dialog = openDialog(t("repair.title"), content);
-  dialog.addEventListener("close", () => library.removeEventListener("change", again));
+  library.addEventListener("change", draw);
+  const mine = (dialog = openDialog(t("repair.title"), content));
+  mine.addEventListener("close", () => {
+    library.removeEventListener("change", draw);
+    if (dialog === mine) dialog = null;
+  });
 }
 
 function entry({ node, delta }, draw) {

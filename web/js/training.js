@@ -1,5 +1,5 @@
 // Training as it runs: loss curve and current picture on the node; afterwards certificates and who disturbs whom.
-import { api, nodes } from "./host.js";
+import { api, grow, nodes } from "./host.js";
 import { el, figure } from "./dom.js";
 import { refresh } from "./nodes.js";
 import { t } from "./text.js";
@@ -17,6 +17,7 @@ export function trainingNode(node) {
   const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight), hideOnZoom: false, margin: 6 });
   made.serialize = false;
   node.sepmeTraining = { element, canvas, picture, state, result, losses: new Map() };
+  grow(node);
 }
 
 export function watchTraining() {
@@ -107,10 +108,4 @@ function heatMap(made) {
   const head = el("tr", {}, el("th"), ...columns.map((name) => el("th", { title: name }, el("span", {}, name))));
   const body = made.map((delta) => el("tr", {}, el("th", { title: delta.concept }, delta.concept), ...columns.map((name) => cell(delta, name))));
   return el("table.sepme-heat", {}, el("caption", {}, t("training.heat")), head, ...body);
-}
-
-function grow(node) {
-  const height = node.computeSize()[1];
-  if (node.size[1] < height) node.setSize([node.size[0], height]);
-  node.graph?.setDirtyCanvas?.(true, true);
 }
