@@ -5,6 +5,7 @@ It stands in ``workflow.extra.sepme`` by content hash, where the front end keeps
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..sepme.delta import ConceptDelta
 from ..sepme.library import embed, unembed
 
 KEY = "sepme"
+MAX_KNOWN = 32 << 10  # characters: beyond, a record keeps the known concepts' names without their prompts
 Record = dict[str, Any]
 
 
@@ -20,7 +22,9 @@ def record(delta: ConceptDelta, file: str, embedded: bool) -> Record:
     recipe = delta.info.get("recipe", {})
     facts: Record = {"concept": delta.concept.name, "prompts": list(delta.concept.prompts), "anchor": delta.concept.anchor, "file": file}
     facts["train"] = {k: v for k, v in recipe.get("train", {}).items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
-    facts["known"] = [c.get("name", "") for c in delta.info.get("known", [])]
+    known = delta.info.get("known", [])
+    facts["known"] = known if len(json.dumps(known)) <= MAX_KNOWN else [c.get("name", "") for c in known]
+    facts["preserve"] = delta.info.get("preserve", {}).get("prompts", [])
     return facts | ({"data": embed(delta)} if embedded else {})
 
 
