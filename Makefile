@@ -15,6 +15,7 @@ TORCH ?= torch>=2.4 torchvision
 .venv/.test-ready: .venv/.ready
 	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[cli,test]"
 	$(BIN)/python tests/comfyui/environment.py
+	$(BIN)/python tests/browser/chromium.py
 	touch $@
 
 demo: .venv/.ready
@@ -24,9 +25,8 @@ demo: .venv/.ready
 test: .venv/.test-ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# the page in Chromium: not all of these hold yet, so they are no part of `make test`
+# the page in Chromium alone
 browser: .venv/.test-ready
-	$(BIN)/python tests/browser/chromium.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: .venv/.test-ready

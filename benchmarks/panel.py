@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", type=int, default=200)
     parser.add_argument("--clicks", type=int, default=40)
+    parser.add_argument("--out", type=Path, help="a file that the figures are written to")
     arguments = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "base") as server, sync_playwright() as playwright:
@@ -61,7 +63,11 @@ def main() -> None:
             results[name] = measure(page, arguments.concepts, arguments.clicks)
             page.close()
         browser.close()
-    print(json.dumps({"concepts": arguments.concepts, **results}, indent=1))
+    load = round(os.getloadavg()[0], 1)  # other jobs on the machine tell in the figures
+    text = json.dumps({"concepts": arguments.concepts, "clicks": arguments.clicks, "load": load, **results}, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ class Page:
         """Press Run and wait until the prompt is done; the outputs by node."""
         self.tab.evaluate("sepmeTest.run = null")
         self.tab.locator("button:visible:has-text('Run')").first.click()
-        self.until("sepmeTest.run")
+        self.tab.wait_for_function("sepmeTest.run", timeout=5 * WAIT)  # training, on a machine that others use too
         done = self.tab.evaluate("sepmeTest.run")
         assert done["kind"] == "execution_success", done
         self.sees(lambda: bool(self.server.get(f"/history/{done['prompt_id']}")), True)  # it is written a moment later

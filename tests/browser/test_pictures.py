@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser.page import Page
-from browser.test_story import build
 from comfyui.server import Server
 from PIL import Image
+
+from browser.page import Page
+from browser.test_story import build
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -38,10 +39,11 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     page.sees(lambda: len(page.ids("SepMELoadDelta")), 3)
     page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
     loaders = [str(n["id"]) for n in page.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
-    places = {ids["SepMEDemoModel"]: (380, 140), ids["EmptyLatentImage"]: (380, 700), ids["SepMEApply"]: (720, 140)}
-    places |= {ids["positive"]: (720, 440), ids["negative"]: (720, 640), ids["KSampler"]: (1130, 140)}
+    places = {ids["SepMEDemoModel"]: (380, 140), ids["EmptyLatentImage"]: (380, 900), ids["SepMEApply"]: (720, 140)}
+    places |= {ids["positive"]: (720, 440), ids["negative"]: (720, 610), ids["KSampler"]: (1130, 140)}
     places |= {ids["VAEDecode"]: (1130, 480), ids["SaveImage"]: (1130, 600)}
-    places |= dict(zip(loaders, ((380, 270), (380, 470), (380, 870)), strict=True))
+    places |= dict(zip(loaders, ((380, 270), (380, 480), (380, 690)), strict=True))
+    page.tab.evaluate("(ids) => ids.forEach((id) => sepmeTest.node(id).setSize([370, 120]))", [ids["positive"], ids["negative"]])
     page.tab.evaluate("(places) => { for (const [id, at] of Object.entries(places)) sepmeTest.node(id).pos = at; }", places)
     page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
     page.switch(ids["SepMEApply"], "heart")
