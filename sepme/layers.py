@@ -116,7 +116,8 @@ def leave_inference_mode(model: nn.Module) -> None:
     """Parameters and buffers that were made under inference mode cannot take part in a graph: put equal ones in their place, one by one."""
     with torch.inference_mode(False):
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, value in held.items():
                     if value is not None and value.is_inference():
                         plain = value.detach().clone()
