@@ -174,6 +174,8 @@ async function embed(delta, box) {
 export function watch() {
   library.addEventListener("change", refresh);
   api.addEventListener("graphChanged", refresh);
+  // what the host tells nobody at once: a bypass by keyboard, in Nodes 2.0 of front end 1.49
+  for (const kind of ["keyup", "pointerup"]) document.addEventListener(kind, refresh, true);
   api.addEventListener("executed", ({ detail }) => {
     const records = detail?.output?.sepme;
     for (const record of Array.isArray(records) ? records : []) keep(record);

@@ -73,6 +73,7 @@ export class TogglePanel {
 
   draw() {
     const entries = parse(this.text);
+    const focused = this.rows?.find((row) => this.byName.get(row.name).row.contains(document.activeElement))?.name;
     this.rows = rows(entries ?? [], this.concepts, this.earlier);
     this.byName = new Map();
     this.list.replaceChildren(...this.rows.map((row) => this.drawRow(row)));
@@ -85,6 +86,7 @@ export class TogglePanel {
     if (this.search.hidden) this.search.value = "";
     this.filter();
     this.countRows();
+    if (focused) this.focus(focused); // a keyboard's place survives what is drawn anew
   }
 
   drawRow(row) {
