@@ -57,6 +57,7 @@ class Bench:
     """A MODEL, a prompt and its negative, and deltas as random LoRAs."""
 
     def __init__(self, name: str, count: int) -> None:
+        self.name = name
         self.host = importlib.import_module(f"{PACK}.nodes.host")
         self.denoiser = importlib.import_module(f"{PACK}.nodes.host.denoiser")
         self.models = importlib.import_module(f"{PACK}.sepme.bench.models")
@@ -149,11 +150,12 @@ class Bench:
         return overhead.summary(timed, counts, most) | overhead.kept_bytes(self.layers, self.positive[0][0].repeat(2, 1, 1), most)
 
     def toggle(self, pairs: int) -> dict[str, Any]:
-        """One of ten: for LoRAs the last of the chain, so that nine loaders stay cached; all weights are patched again."""
+        """One of ten: for LoRAs the last of the chain, so that nine loaders stay cached; all weights are patched again. They act on a
+        model of their own: else either side would have to undo the other's work."""
         bench = importlib.import_module(f"{PACK}.sepme.bench")
         toggle = importlib.import_module(f"{PACK}.sepme.bench.toggle")
         count = toggle.CONCEPTS
-        nine = self.lora_chain(count - 1)
+        nine = Bench(self.name, count).lora_chain(count - 1)
         context = torch.cat([self.negative[0][0], self.positive[0][0]]).to(self.model.model.get_dtype())
         changes = iter(range(10**9))
 
