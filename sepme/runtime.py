@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class KVProjector:
     Args:
         layers: cross-attention modules by canonical name.
         composition: the deltas. gate: False applies purely linear deltas.
-        keep: keep keys and values across steps (same prompt, strengths and weights). max_bytes: cap on what is kept.
+        keep: keep keys and values across steps (same prompt, strengths and weights); the environment's SEPME_KEEP=0 switches it off in
+            every host. max_bytes: cap on what is kept.
 
     Attributes:
         strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; None outside of the passes of a host that
@@ -125,7 +127,8 @@ class KVProjector:
         if backend not in BACKENDS:
             raise SepMEError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
         self.modules = projections(layers)
-        self.composition, self.gate, self.keep, self.backend = composition, gate, keep, backend
+        self.composition, self.gate, self.backend = composition, gate, backend
+        self.keep = keep and os.environ.get("SEPME_KEEP") != "0"
         for delta in composition.deltas[:1]:
             delta.check_fits(shapes(layers))
         self.strengths: Tensor | None = torch.ones(len(composition.deltas))

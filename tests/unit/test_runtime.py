@@ -273,7 +273,7 @@ def test_an_unknown_backend_is_refused(host: Any, delta: ConceptDelta) -> None:
 # --- keys and values are kept
 
 
-def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta) -> None:
+def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many steps of a pipeline, one call of every to_k and to_v; without keeping, one a step."""
     names = set(projections(host.attention_layers()))
     with counted(host) as calls:
@@ -283,7 +283,11 @@ def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta) -> 
         assert calls == dict.fromkeys(names, 2)  # another run, nothing left of the first
         fresh = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7, keep=False)
         assert calls == dict.fromkeys(names, 2 + 7)
+        monkeypatch.setenv("SEPME_KEEP", "0")
+        switched_off = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
+        assert calls == dict.fromkeys(names, 2 + 7 + 7)
     assert torch.equal(kept, fresh)
+    assert torch.equal(kept, switched_off)
 
 
 def test_equal_content_in_a_new_tensor_is_kept(host: Any, delta: ConceptDelta) -> None:
