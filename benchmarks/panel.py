@@ -1,6 +1,6 @@
 """Latency of ComfyUI's toggle panel: from the click to the next painted frame, in a real browser, beside an empty page's frame.
 
-Run in a checkout whose environment has the test extra: ``PYTHONPATH=tests python benchmarks/panel.py [--concepts 200] [--clicks 40]``.
+Run in a checkout whose environment has the test extra: ``python benchmarks/panel.py [--concepts 200] [--clicks 40]``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from browser.chromium import FLAGS, chromium
-from browser.page import Page
-from comfyui.server import serving
-from playwright.sync_api import sync_playwright
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "tests")  # instead of this folder, whose comfyui.py is another one
+
+from browser.chromium import FLAGS, chromium  # noqa: E402
+from browser.page import Page  # noqa: E402
+from comfyui.server import serving  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
 
 # the time until the frame after the action is painted; nothing: what waiting for a frame takes by itself
 MEASURE = """async ([id, clicks]) => {
