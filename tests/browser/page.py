@@ -67,7 +67,7 @@ class Page:
         settings = {
             "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Locale": self.locale,
             "Comfy.NodeBadge.NodeSourceBadgeMode": "None", "Comfy.VueNodes.Enabled": self.vue, "Comfy.VueNodes.AutoScaleLayout": False,
-            "Comfy.Workflow.Persist": False, "Comfy.Queue.QPOV2": False,
+            "Comfy.Workflow.Persist": False, "Comfy.EnableWorkflowViewRestore": False,
         }  # fmt: skip
         self.server.post("/settings", settings)
         self.tab.goto(self.server.url)
@@ -113,12 +113,15 @@ class Page:
     def load_workflow(self, workflow: dict[str, Any], here: bool = False) -> None:
         """Open a workflow, in a tab of its own or in the one that is shown."""
         self.tab.evaluate(
-            """async ([workflow, here]) => {
-              await app.loadGraphData(workflow, true, true, here ? app.extensionManager.workflow.activeWorkflow : null);
-              app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true);
-            }""",
+            "([workflow, here]) => app.loadGraphData(workflow, true, true, here ? app.extensionManager.workflow.activeWorkflow : null)",
             [workflow, here],
         )
+        self.home()
+
+    def home(self) -> None:
+        """The canvas unmoved and at its own size; newer front ends move it when a workflow is opened or a node is placed."""
+        self.frames()
+        self.tab.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true)")
         self.frames()
 
     def workflow(self) -> dict[str, Any]:
@@ -157,6 +160,12 @@ class Page:
         self.until("([id, name]) => sepmeTest.node(id)?.[name]", [node, name])
         self.tab.evaluate("([id, name]) => sepmeTest.part(id, name)", [node, name])
         return self.tab.locator(f"[data-test='{name}-{node}']")
+
+    def text(self, node: str) -> Any:
+        """The text area of a node's first widget, in canvas."""
+        self.until("(id) => sepmeTest.node(id).widgets[0].element.isConnected", node)
+        self.tab.evaluate("(id) => { sepmeTest.node(id).widgets[0].element.dataset.test = `text-${id}`; }", node)
+        return self.tab.locator(f"[data-test='text-{node}']")
 
     def panel(self, node: str) -> Any:
         return self.part(node, "sepmePanel")
@@ -214,7 +223,7 @@ class Page:
         expect(box).to_have_count(0)
         self.sees(lambda: len(self.ids()), len(before) + 1)
         self.tab.mouse.click(x, y)  # newer front ends let the node follow the mouse until then
-        self.frames()
+        self.home()
         (new,) = set(self.ids()) - before
         return new
 

@@ -46,6 +46,7 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     page.tab.evaluate("(ids) => ids.forEach((id) => sepmeTest.node(id).setSize([370, 120]))", [ids["positive"], ids["negative"]])
     page.tab.evaluate("(places) => { for (const [id, at] of Object.entries(places)) sepmeTest.node(id).pos = at; }", places)
     page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
+    page.home()
     page.switch(ids["SepMEApply"], "heart")
     page.queue()
     page.tab.evaluate(

@@ -63,8 +63,7 @@ def build(page: Page) -> dict[str, str]:
         for name, value in values.items():
             page.set(ids[node], name, value)
     page.set(ids["SepMELoadDelta"], "delta", "star.safetensors")
-    text = page.tab.evaluate_handle("(id) => sepmeTest.node(id).widgets[0].element", ids["positive"]).as_element()
-    text.click()
+    page.text(ids["positive"]).click()
     page.tab.keyboard.type(PROMPT)
     page.tab.mouse.click(700, 840)
     page.wait_rows(ids["SepMEApply"], "star")
