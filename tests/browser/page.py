@@ -225,6 +225,8 @@ class Page:
         self.tab.mouse.click(x, y)  # newer front ends let the node follow the mouse until then
         self.home()
         (new,) = set(self.ids()) - before
+        self.tab.evaluate("([id, at]) => { sepmeTest.node(id).pos = app.clientPosToCanvasPos(at); }", [new, [x, y]])
+        self.frames()
         return new
 
     def queue(self) -> dict[str, Any]:
