@@ -29,9 +29,9 @@ JUDGED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy"
 OWN = ("sepme_gcirs", "sepme_closed_form")
 
 
-def _figure(figure: Any) -> str:
+def _figure(figure: Any, dpi: int = 80) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -48,10 +48,10 @@ def _heat(tables: dict[str, list[list[float | None]]], names: list[str], title: 
         for (i, j), value in np.ndenumerate(matrix):
             if not np.isnan(value):
                 axes.text(
-                    j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color="white" if value > np.nanmax(matrix) / 2 else "black"
+                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > np.nanmax(matrix) / 2 else "black"
                 )
     figure.suptitle(title, fontsize=9, y=1.02)
-    return _figure(figure)
+    return _figure(figure, dpi=60)
 
 
 def _trade_off(metrics: dict[str, Any]) -> str:

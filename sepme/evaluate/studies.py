@@ -182,7 +182,7 @@ def _group(easel: Easel, eraser: Separable, members: list[str], active: list[str
     drawn = [easel.draw(b, eraser, active, gate) for b in batches]
     fid, lpips = apart(easel, list(zip(batches, drawn, strict=True)))
     return {
-        "concepts": members,
+        "concepts": list(members),
         "accuracy": fmean(d.accuracy for d in drawn),
         "fid": fid,
         "lpips": lpips,
