@@ -72,7 +72,7 @@ def test_loss_is_equation_2(planner: Planner, host: Any, make_host: Callable[...
     x, t, context, empty = draws(planner, host, TrainOptions(**QUICK))
     with torch.no_grad():
         frozen, erased = (lambda c, h=h: h.predict(x, t, c) for h in (host, changed))
-        loss = GCiRs().loss(Step(frozen, erased, erased, None, context, empty, empty))
+        loss = GCiRs().loss(Step(frozen, erased, None, context, empty, empty))
         r_changed = changed.predict(x, t, context) - changed.predict(x, t, empty)
         r = host.predict(x, t, context) - host.predict(x, t, empty)
         assert (r_changed - r).abs().max() > 0.1 * r.abs().max()
