@@ -53,9 +53,10 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
         assert toggles["cycles"] == 8
         assert toggles["changed"] > 0
         assert [toggles[k] for k in ("off_bit_identical", "detached_bit_identical", "weights_bit_identical")] == [True] * 3
-        on, off = metrics["scenes"][key]["3: iterative"][-2:]
+        events = metrics["scenes"][key]["3: iterative"]
+        on, off = events[-2:]
         assert (on["gate"], off["gate"]) == (True, False)
-        assert [e["erased"]["concepts"] for e in metrics["scenes"][key]["3: iterative"][::2]] == [["star"], ["star", "striped"], ["striped"]]
+        assert [e["erased"]["concepts"] for e in events[::2]] == [["star"], ["star", "striped"], ["striped"]]
         assert on["recovered"]["bit_identical"] == 1 > off["recovered"]["bit_identical"]
         assert on["recovered"]["fid"] == 0 < off["recovered"]["fid"]
         subset = metrics["subsets"][key]
