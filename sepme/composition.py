@@ -101,11 +101,10 @@ class Composition:
         if not self.deltas:
             return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
         h, weight = self._weigh(context, strengths, gate)
-        owner = self.owner.to(h.device)
-        rows = weight.any(dim=1).nonzero().squeeze(1)
-        concepts = weight.any(dim=0).nonzero().squeeze(1)
-        columns = torch.isin(owner, concepts)
-        scaled = h[rows][:, :, columns] * weight[rows][:, owner[columns]][:, None, :]
+        owner, active = self.owner.to(h.device), weight.any(dim=0)
+        rows, concepts, columns = (mask.nonzero().squeeze(1) for mask in (weight.any(dim=1), active, active[owner]))
+        scale = weight.index_select(0, rows).index_select(1, owner.index_select(0, columns))
+        scaled = h.index_select(0, rows).index_select(2, columns) * scale[:, None, :]
         return Touch(rows, scaled, tuple(concepts.tolist()))
 
     def replace_pooled(self, pooled: Tensor, context: Tensor, strengths: Tensor, gate: bool = True) -> Tensor:
