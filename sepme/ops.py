@@ -84,9 +84,9 @@ def add_to_rows_eager(base: Tensor, h: Tensor, up: Tensor, rows: Tensor, fresh: 
     """The body of :func:`add_to_rows`."""
     out = base if fresh else base.clone(memory_format=torch.contiguous_format)
     with no_autocast(base.device):
-        for row, coordinates in zip(rows.tolist(), h, strict=True):
-            touched = out[row]
-            touched.copy_(touched.float().addmm_(coordinates, up))  # summed in float32, rounded once
+        # the product by itself: summed onto the base, a row's last bit would depend on the other rows' concepts
+        for row, delta in zip(rows.tolist(), h @ up, strict=True):
+            out[row].add_(delta)  # in float32, rounded once
     return out
 
 

@@ -188,10 +188,12 @@ def bench_toggle(
         table = Table("", "LoRA ms", "ours ms", "", title=f"{data['host']}: {model}; LoRA: {data['lora']}")
         for key, what, ratio in (
             ("seconds_work", "work before the first step", "toggle_speedup_vs_lora"),
+            ("seconds_work_last", "the same, the last LoRA of the chain", "toggle_speedup_vs_lora_last"),
             ("seconds_work_all_touch", "the same, the prompt carrying all ten", "toggle_speedup_vs_lora_all_touch"),
             ("seconds_to_first_step", "until the first step is done", "toggle_speedup_end_to_end"),
         ):
-            table.add_row(what, f"{1e3 * data[key]['lora']:.2f}", f"{1e3 * data[key]['ours']:.2f}", f"{data[ratio]:.1f} x")
+            if key in data:
+                table.add_row(what, f"{1e3 * data[key]['lora']:.2f}", f"{1e3 * data[key]['ours']:.2f}", f"{data[ratio]:.1f} x")
         Console(width=max(Console().width, 100)).print(table)
 
     finish(data, as_json, show)
