@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
@@ -20,6 +23,23 @@ def install() -> None:
     if chromium() is None and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(["apt-get", "update", "-q"], check=False)
         subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", "chromium"], check=False)
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """The browser, as Playwright drives it; where there is none the test is skipped, on CI it fails."""
+    import pytest
+
+    path = chromium()
+    if path is None:
+        message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 if __name__ == "__main__":

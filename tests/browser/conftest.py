@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
 
-from browser.chromium import FLAGS, chromium
+from browser.chromium import launched
 from browser.page import Page, run_prompt
 
 BOOK = """
@@ -46,16 +45,8 @@ def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="package")
 def chrome() -> Iterator[Any]:
-    path = chromium()
-    if path is None:
-        message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="package")

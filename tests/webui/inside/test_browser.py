@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from browser.chromium import FLAGS, chromium
+from browser.chromium import launched
 
 NAME = "a \"quoted\" & 'named' \\ &lt;b&gt;"
 BOOK = """concepts:
@@ -25,16 +25,8 @@ preserve: [a star]
 
 @pytest.fixture(scope="module")
 def chrome() -> Iterator[Any]:
-    path = chromium()
-    if path is None:
-        message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 class Panel:
