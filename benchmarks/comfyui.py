@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,11 @@ class Bench:
         theirs = Bench(self.name, count)
         loaded = [theirs.lora_chain(n) for n in range(count)]  # what the loaders before the changed one made stays cached
         context = torch.cat([self.negative[0][0], self.positive[0][0]]).to(self.model.model.get_dtype())
-        changes = iter(range(10**9))
 
-        def lora(steps: int, places: list[int]) -> None:
+        def lora(steps: int, places: list[int], turns: Iterator[int]) -> None:
             import comfy.sd
 
-            n = next(changes)
+            n = next(turns)
             place = places[n % len(places)]
             model = loaded[place]
             for i in range(place, count):
@@ -174,8 +174,8 @@ class Bench:
             if steps:
                 self.sample(model, steps)
 
-        def ours(steps: int, deltas: Any, work: Callable[[float], None]) -> None:
-            strength = 0.5 + next(changes) % 2 / 2
+        def ours(steps: int, deltas: Any, work: Callable[[float], None], turns: Iterator[int]) -> None:
+            strength = 0.5 + next(turns) % 2 / 2
             model = self.host.apply_deltas(self.model, deltas, {deltas[0].concept.name: strength})
             negative = self.host.toggled(self.negative, self.off(count))
             self.load(model)
@@ -186,7 +186,8 @@ class Bench:
 
         def timed(first_step: bool, all_touch: bool, places: list[int]) -> Any:
             steps, deltas = int(first_step), self.deltas[:count] if all_touch else self.models.only(self.deltas[:count], 0)
-            sides = partial(lora, steps, places), partial(ours, steps, deltas, toggle.stubbed(self.layers, deltas, context))
+            work = toggle.stubbed(self.layers, deltas, context)
+            sides = partial(lora, steps, places, itertools.count()), partial(ours, steps, deltas, work, itertools.count())
             for side in sides * 2:
                 side()
             return bench.alternate(*sides, pairs, time.process_time)
