@@ -10,7 +10,7 @@ WEB_DIRECTORY = "./web"
 async def comfy_entrypoint() -> Any:
     from . import kernels
     from .nodes import SepMEExtension
-    from .sepme import ops
+    from .sepme.apply import ops
 
     kernels.register(ops)
     return SepMEExtension()

@@ -23,7 +23,7 @@ def register(ops: ModuleType) -> None:
     """Put the kernels under the operators for CUDA and ROCm tensors. Imports no Triton; doing it again is harmless.
 
     Args:
-        ops: the module ``sepme.ops``.
+        ops: the module ``sepme.apply.ops``.
     """
     for name, limits, checked in (("project_kv", ops.PROJECT_KV, ("context", "weights")), ("add_to_rows", ops.ADD_TO_ROWS, ("base",))):
         torch.library.register_kernel(f"sepme::{name}", "cuda", _guarded(ops, name, limits, checked))

@@ -79,7 +79,7 @@ def project_kv_kernel(
 
 
 def project_kv(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: Tensor, config: Config | None = None) -> Tensor:
-    """The Triton body of ``torch.ops.sepme.project_kv``; see ``sepme/ops.py`` for shapes."""
+    """The Triton body of ``torch.ops.sepme.project_kv``; see ``sepme/apply/ops.py`` for shapes."""
     rows, d_in, rank, columns = h.shape[0] * h.shape[1], context.shape[-1], up.shape[0], sum(len(w) for w in weights)
     out = context.new_empty(rows * columns)
     if out.numel() == 0:

@@ -44,7 +44,7 @@ def add_to_rows_kernel(
 
 
 def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor) -> Tensor:
-    """The Triton body of ``torch.ops.sepme.add_to_rows``; see ``sepme/ops.py`` for shapes."""
+    """The Triton body of ``torch.ops.sepme.add_to_rows``; see ``sepme/apply/ops.py`` for shapes."""
     out = base.clone(memory_format=torch.contiguous_format)
     tokens, d_out, rank = base.shape[1], base.shape[2], up.shape[0]
     if len(rows) == 0 or rank == 0 or out.numel() == 0:

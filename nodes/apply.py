@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sepme.delta import ConceptDelta
-from ..sepme.toggles import parse_json
+from ..sepme.apply.toggles import parse_json
+from ..sepme.delta.concept_delta import ConceptDelta
 from . import host
 from .sockets import CATEGORY, TOGGLES_TIP, Deltas
 

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 
 from ..sepme.concepts import file_name
 from ..sepme.convert import export_lora
-from ..sepme.delta import ConceptDelta
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.library import DeltaLibrary
 from ..sepme.errors import SepMEError
-from ..sepme.library import DeltaLibrary
 from . import host, workflow
 from .sockets import CATEGORY, Deltas
 

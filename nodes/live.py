@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..sepme import ddim
+from ..sepme.model import schedule
 from ..sepme.train import Progress
 from . import host
 
@@ -50,7 +50,7 @@ class Live:
         noise = torch.randn(1, *denoiser.latents, generator=torch.Generator().manual_seed(0)).to(denoiser.device, denoiser.dtype)
         model: Any = SimpleNamespace(predict=step.predict)
         context = encoding.context.to(denoiser.device)
-        for latents in ddim.runs(model, denoiser.alphas, noise, context[1:], context[:1], encoding.pooled, STEPS, GUIDANCE):  # noqa: B007
+        for latents in schedule.runs(model, denoiser.alphas, noise, context[1:], context[:1], encoding.pooled, STEPS, GUIDANCE):  # noqa: B007
             host.check_interrupted()
         file = io.BytesIO()
         assert self.decode is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sepme.layers import architecture, kv_fingerprint, shapes
+from ..sepme.model.layers import architecture, kv_fingerprint, shapes
 from . import host
 from .sockets import CATEGORY
 

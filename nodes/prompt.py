@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..sepme.apply.toggles import parse_json, parse_tags
 from ..sepme.errors import SepMEError
-from ..sepme.toggles import parse_json, parse_tags
 from . import host
 from .sockets import CATEGORY, TOGGLES_TIP
 

@@ -24,8 +24,8 @@ from typing import Any
 from aiohttp import web
 
 from ..sepme.concepts import MAX_BOOK_BYTES, ConceptBook
-from ..sepme.delta import ConceptDelta
-from ..sepme.delta_format import MAX_FILE
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.format import MAX_FILE
 from ..sepme.errors import SepMEError
 from . import host, workflow
 from .shelf import Absent, Shelf, Taken, TooLarge

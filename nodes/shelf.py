@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..sepme.delta import ConceptDelta
-from ..sepme.delta_format import MAX_FILE, plain_json, read_header
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.format import MAX_FILE, plain_json, read_header
+from ..sepme.delta.library import DeltaLibrary, Entry
 from ..sepme.errors import SepMEError
-from ..sepme.library import DeltaLibrary, Entry
 
 Facts = dict[str, Any]
 

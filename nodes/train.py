@@ -7,14 +7,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sepme.closed_form import distance
 from ..sepme.concepts import ConceptBook, normalised
-from ..sepme.delta import ConceptDelta
+from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError
-from ..sepme.layers import shapes, weights
-from ..sepme.nullspace import Planner
-from ..sepme.objectives import OBJECTIVES
+from ..sepme.model.layers import shapes, weights
+from ..sepme.plan.planner import Planner
 from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
+from ..sepme.train.objectives import OBJECTIVES
+from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
 from . import host
 from .concepts import join, lines

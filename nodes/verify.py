@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..sepme.composition import Composition
-from ..sepme.delta import ConceptDelta
+from ..sepme.apply.composition import Composition
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.verify import Verification, verify
 from ..sepme.errors import SepMEError
-from ..sepme.verify import Verification, verify
 from . import host
 from .pictures import heat_map
 from .sockets import CATEGORY, Deltas

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..sepme.delta import ConceptDelta
-from ..sepme.library import embed, unembed
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.library import embed, unembed
 
 KEY = "sepme"
 MAX_KNOWN = 32 << 10  # characters: beyond, a record keeps the known concepts' names without their prompts

@@ -4,12 +4,13 @@ Text decides directions (:class:`Planner`), training fills them (:func:`make_del
 one projection applies them (:class:`KVProjector`).
 """
 
-from .composition import Composition
+from .apply.composition import Composition
+from .apply.projector import KVProjector
 from .concepts import Concept, ConceptBook
-from .delta import ConceptDelta
+from .delta.concept_delta import ConceptDelta
 from .errors import Interrupted, SepMEError
-from .nullspace import Planner, PlanOptions
-from .runtime import KVProjector
+from .plan.directions import PlanOptions
+from .plan.planner import Planner
 from .train import TrainOptions, make_delta
 
 __all__ = [

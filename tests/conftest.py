@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sepme.concepts import Concept
-from sepme.delta import ConceptDelta
-from sepme.protocols import AttentionLayer, Encoding
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.model.protocols import AttentionLayer, Encoding
 
 # words of the tiny tokenizer: each is one token
 WORDS = ("star", "circle", "heart", "moon", "tree", "house", "a", "of", "photo", "picture", "red", "blue", "big", "cat", "dog")
@@ -197,6 +197,6 @@ def make_random_delta() -> Callable[..., ConceptDelta]:
 @pytest.fixture(scope="session")
 def shapes_of() -> Callable[[Any], dict[str, tuple[int, int]]]:
     """K/V shapes of a host's layers."""
-    from sepme.layers import weights
+    from sepme.model.layers import weights
 
     return lambda denoiser: {n: tuple(w.shape) for n, w in weights(denoiser.attention_layers()).items()}

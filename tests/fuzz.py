@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
+from sepme.apply.toggles import merge, parse_json, parse_tags
 from sepme.cli.inspect import summary
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta
-from sepme.delta_format import header_hash
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.format import header_hash
 from sepme.errors import SepMEError
-from sepme.toggles import merge, parse_json, parse_tags
 
 CASE_SECONDS, MEMORY, MAX_MESSAGE = 20, 2 << 30, 1000
 JUNK = (

@@ -10,10 +10,10 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...sepme.ddim import SIDES, DDIMDenoiser
 from ...sepme.errors import SepMEError
-from ...sepme.layers import ldm_layers
-from ...sepme.protocols import AttentionLayer
+from ...sepme.model.layers import ldm_layers
+from ...sepme.model.protocols import AttentionLayer
+from ...sepme.model.schedule import SIDES, DDIMDenoiser
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:
@@ -29,7 +29,7 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
 
 
 class UNetDenoiser(DDIMDenoiser):
-    """A loaded model as :class:`~sepme.protocols.Denoiser`.
+    """A loaded model as :class:`~sepme.model.protocols.Denoiser`.
 
     Args:
         patcher: a MODEL; it must be loaded (:func:`~.jobs.trainable`) when it predicts.

@@ -10,9 +10,9 @@ import comfy.sd
 import folder_paths
 from safetensors import SafetensorError
 
+from ...sepme.delta.library import DeltaLibrary
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
-from ...sepme.library import DeltaLibrary
 
 FOLDER = "sepme"
 

@@ -10,7 +10,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...sepme.layers import leave_inference_mode
+from ...sepme.model.layers import leave_inference_mode
 
 
 def check_interrupted() -> None:
@@ -31,7 +31,7 @@ class Job:
         self.bar.update_absolute(self.reached, 1000)
 
     def stage(self, what: str, done: int, total: int) -> None:
-        """The same, as planning and verifying report it (:data:`~sepme.tokens.OnProgress`)."""
+        """The same, as planning and verifying report it (:data:`~sepme.progress.OnProgress`)."""
         self.show(done / max(total, 1))
 
     def next(self) -> None:

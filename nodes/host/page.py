@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
-from ...sepme.layers import architecture, diffusers_to_ldm
+from ...sepme.model.layers import architecture, diffusers_to_ldm
 from .demo import FOLDER as DEMO
 
 _KEY = re.compile(r"(?:model\.diffusion_model\.|diffusion_model\.)?(.+\.transformer_blocks\.\d+\.attn2\.to_[kv])\.weight")

@@ -15,11 +15,11 @@ from comfy.ops import disable_weight_init
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...sepme.composition import Composition
-from ...sepme.delta import ConceptDelta
-from ...sepme.layers import projections
-from ...sepme.runtime import KVProjector
-from ...sepme.toggles import Toggles, merge, strengths
+from ...sepme.apply.composition import Composition
+from ...sepme.apply.projector import KVProjector
+from ...sepme.apply.toggles import Toggles, merge, strengths
+from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.model.layers import projections
 from .denoiser import attention_layers
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING

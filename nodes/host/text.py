@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...sepme.errors import SepMEError
-from ...sepme.gate import ordinary_prompts
-from ...sepme.protocols import Encoding
+from ...sepme.model.protocols import Encoding
+from ...sepme.plan.gate import ordinary_prompts
 from .jobs import check_interrupted
 
 BATCH = 8  # prompts encoded between two looks at the interrupt button; a CPU is no faster with more
@@ -45,7 +45,7 @@ class ClipEncoder:
         return tokens
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """See :class:`~sepme.protocols.TextEncoder`; prompts of fewer chunks are repeated to a common length, as ComfyUI does."""
+        """See :class:`~sepme.model.protocols.TextEncoder`; prompts of fewer chunks are repeated to a common length, as ComfyUI does."""
         kept, asked = self._kept(), tuple(prompts)
         if asked not in kept:
             encoding = self._read(asked)

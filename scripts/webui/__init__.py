@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ... import kernels
-from ...sepme import ops
+from ...sepme.apply import ops
 from .axes import add_axes
 from .host import on_before_ui, on_cfg_denoiser, on_ui_tabs
 from .networks import register_tags

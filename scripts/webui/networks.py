@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...sepme.apply.toggles import merge, parse_tags
 from ...sepme.errors import SepMEError
-from ...sepme.toggles import merge, parse_tags
 from . import host
 from .script import add_tags
 

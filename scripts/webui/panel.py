@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
+from ...sepme.apply.projector import BACKENDS
+from ...sepme.delta.library import DeltaLibrary
 from ...sepme.errors import SepMEError
-from ...sepme.library import DeltaLibrary
-from ...sepme.runtime import BACKENDS
 from . import infotext
 from .host import InputAccordion
 from .settings import Settings

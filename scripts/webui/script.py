@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...sepme.composition import Composition
+from ...sepme.apply.composition import Composition
+from ...sepme.apply.toggles import merge
 from ...sepme.concepts import normalised
-from ...sepme.delta import ConceptDelta
+from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.library import Entry
 from ...sepme.errors import SepMEError
-from ...sepme.library import Entry
-from ...sepme.toggles import merge
 from . import host, infotext
 from .panel import Panel
 from .settings import Settings, Tables, Tags, take_tags

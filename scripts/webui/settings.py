@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...sepme.composition import Composition
+from ...sepme.apply.composition import Composition
+from ...sepme.apply.projector import BACKENDS
+from ...sepme.apply.toggles import merge, parse_json, parse_tags, strengths
 from ...sepme.concepts import normalised
 from ...sepme.errors import SepMEError
-from ...sepme.runtime import BACKENDS
-from ...sepme.toggles import merge, parse_json, parse_tags, strengths
 
 Tags = dict[str, float]
 

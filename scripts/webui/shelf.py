@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from ...sepme.concepts import normalised
-from ...sepme.delta import ConceptDelta
-from ...sepme.library import Entry
+from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.library import Entry
 from .infotext import HASH_LENGTH
 
 

@@ -10,20 +10,20 @@ from typing import Any
 
 import gradio as gr
 
+from ...sepme.apply.toggles import parse_json
 from ...sepme.concepts import ConceptBook, file_name
 from ...sepme.convert import export_checkpoint, export_lora
-from ...sepme.delta import ConceptDelta
+from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.verify import verify
 from ...sepme.errors import SepMEError
 from ...sepme.files import remove_leftovers
-from ...sepme.layers import kv_fingerprint, shapes
-from ...sepme.nullspace import Planner
-from ...sepme.objectives import OBJECTIVES
-from ...sepme.toggles import parse_json
-from ...sepme.tokens import OnProgress
+from ...sepme.model.layers import kv_fingerprint, shapes
+from ...sepme.plan.planner import Planner
+from ...sepme.progress import OnProgress
 from ...sepme.train import Progress as Step
 from ...sepme.train import TrainOptions, make_deltas, plan_options
+from ...sepme.train.objectives import OBJECTIVES
 from ...sepme.train.options import MODES
-from ...sepme.verify import verify
 from . import host
 from .panel import delta_choice
 from .progress import Progress, follow, table

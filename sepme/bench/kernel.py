@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import ops
+from ..apply import ops
 from ..errors import SepMEError
 
 # d_in and d_out of to_k and to_v of every attn2 layer, in the order of the forward pass

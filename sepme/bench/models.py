@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..concepts import Concept
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..layers import projections, unet_layers, weight_of, weights
-from ..protocols import AttentionLayer
-from ..runtime import patched
+from ..model.layers import projections, unet_layers, weight_of, weights
+from ..model.patch import patched
+from ..model.protocols import AttentionLayer
 
 MODELS = ("demo", "sd15")
 RANK = 8

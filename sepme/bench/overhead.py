@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..composition import Composition
-from ..delta import ConceptDelta
+from ..apply.composition import Composition
+from ..apply.projector import KVProjector
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..layers import weight_of
-from ..protocols import AttentionLayer
-from ..runtime import KVProjector
+from ..model.layers import weight_of
+from ..model.protocols import AttentionLayer
 from . import seconds
 from .counting import count
 from .models import Subject, add_adapters, barely_kept, merge, random_deltas, strengths, subject

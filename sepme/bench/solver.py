@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..closed_form import apply, shift
 from ..concepts import Concept, ConceptBook
-from ..delta import ConceptDelta
-from ..directions import EXACT_RTOL, null_basis
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..layers import diffusers_to_ldm
-from ..nullspace import Planner, PlanOptions
-from ..protocols import Encoding
-from ..tokens import OnProgress, silent
+from ..model.layers import diffusers_to_ldm
+from ..model.protocols import Encoding
+from ..plan.directions import EXACT_RTOL, PlanOptions, null_basis
+from ..plan.planner import Planner
+from ..progress import OnProgress, silent
+from ..train.objectives.closed_form import apply, shift
 from . import alternate, seconds
 
 TOKENS = 77
@@ -127,7 +127,7 @@ def _both(matrix: Tensor, pairs: int) -> dict[str, Any]:
 
 def bench_plan(d_in: int, concepts: int, on_progress: OnProgress = silent) -> dict[str, Any]:
     """Plan that many concepts of one prompt in mode ``auto``, gates on the whole corpus of ordinary prompts included."""
-    from ..gate import ordinary_prompts
+    from ..plan.gate import ordinary_prompts
 
     names = [f"concept {i}" for i in range(concepts)]
     encoder = _Remembered(RandomEncoder(d_in), ["", *names, *ordinary_prompts()])

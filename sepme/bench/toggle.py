@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..composition import Composition
-from ..delta import ConceptDelta
-from ..layers import projections, weight_of
-from ..protocols import AttentionLayer
-from ..runtime import KVProjector
+from ..apply.composition import Composition
+from ..apply.projector import KVProjector
+from ..delta.concept_delta import ConceptDelta
+from ..model.layers import projections, weight_of
+from ..model.protocols import AttentionLayer
 from . import Timing, alternate
 from .models import Subject, add_adapters, only, random_deltas, strengths, subject
 

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..directions import EXACT_RTOL, concept_basis, null_basis
 from ..errors import SepMEError
-from ..layers import projections, unet_layers, weights
-from ..protocols import AttentionLayer, Encoding
-from ..runtime import Forward, patched
+from ..model.layers import projections, unet_layers, weights
+from ..model.patch import Forward, patched
+from ..model.protocols import AttentionLayer, Encoding
+from ..plan.directions import EXACT_RTOL, concept_basis, null_basis
 from ..train import TrainOptions
 from ..train.increment import Increment
 from ..train.loop import Track, Training

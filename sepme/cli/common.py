@@ -30,7 +30,7 @@ Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the m
 
 def register_kernels() -> None:
     """Put the Triton kernels under the operators, where their package is installed; Triton is imported with the first tensor on a GPU."""
-    from .. import ops
+    from ..apply import ops
 
     try:
         importlib.import_module("sepme_kernels").register(ops)

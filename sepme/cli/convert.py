@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..concepts import Concept, ConceptBook, file_name
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
 from .common import Device, DType, Files, Json, Model, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
@@ -33,8 +33,8 @@ def export(
     """Write deltas as a LoRA or merge them into a checkpoint; both act on every prompt, since neither has the gate."""
     import torch
 
+    from ..apply.toggles import merge, parse_tags
     from ..convert import export_checkpoint, export_lora
-    from ..toggles import merge, parse_tags
 
     deltas = [ConceptDelta.load(path) for path in files]
     strengths = merge(*(parse_tags(f"<erase:{item}>")[1] for item in erase or []))
@@ -75,7 +75,7 @@ def import_(
 ) -> None:
     """Make somebody else's eraser a separable delta: projected, factored, certified, and what was lost is stated."""
     from ..convert import import_eraser
-    from ..nullspace import Planner
+    from ..plan.planner import Planner
     from ..train import plan_options
 
     book = ConceptBook.load(against) if against is not None else ConceptBook((Concept(name, tuple(prompt or ())),))
@@ -123,8 +123,9 @@ def reproject(
     """Make older deltas spare concepts that came later, without training: new directions, old response refitted."""
     from ..convert import known_to, order_gap
     from ..convert import reproject as again
-    from ..layers import kv_fingerprint
-    from ..nullspace import Planner, ratios
+    from ..model.layers import kv_fingerprint
+    from ..plan.gate import ratios
+    from ..plan.planner import Planner
     from ..train import plan_options
 
     deltas = [ConceptDelta.load(path) for path in files]

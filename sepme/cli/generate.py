@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
@@ -36,9 +36,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw pictures with concepts erased."""
-    from ..composition import Composition
+    from ..apply.composition import Composition
+    from ..apply.toggles import merge, parse_tags, strengths
     from ..images import save_grid
-    from ..toggles import merge, parse_tags, strengths
 
     composition = Composition(tuple(ConceptDelta.load(p) for p in delta or []))
     toggles: dict[str, float] = {}

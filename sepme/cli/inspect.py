@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from .common import Files, Json, finish
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.progress import Progress
 
 from ..concepts import ConceptBook, file_name
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar

@@ -10,8 +10,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..delta import ConceptDelta
-from .common import Device, DType, Files, Json, Model, Prediction, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from ..delta.concept_delta import ConceptDelta
+from .common import (
+    Device,
+    DType,
+    Files,
+    Json,
+    Model,
+    Prediction,
+    Tokenizer,
+    finish,
+    interruptible,
+    load_host,
+    log,
+    progress,
+    progress_bar,
+)
 
 
 def verify(
@@ -31,8 +45,8 @@ def verify(
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     if capacity:
         return _capacity(lambda: load_host(model, device, dtype, tokenizer, prediction), model, files, count, as_json)
-    from ..layers import kv_fingerprint, shapes
-    from ..verify import verify as measure
+    from ..delta.verify import verify as measure
+    from ..model.layers import kv_fingerprint, shapes
 
     deltas = [ConceptDelta.load(path) for path in files]
     host = load_host(model, device, dtype, tokenizer, prediction)
@@ -62,7 +76,7 @@ def verify(
 
 
 def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
-    from ..capacity import COUNTS, capacity, read_concepts
+    from ..plan.capacity import COUNTS, capacity, read_concepts
 
     book = read_concepts(files)
     with interruptible() as check, progress_bar() as bar:

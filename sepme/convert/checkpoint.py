@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import ConceptDelta
+from ..apply.toggles import Toggles
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import refuse_pickle, write_atomically
-from ..toggles import Toggles
 from .lora import GATE_OFF, weighed
 from .names import diffusers_names
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..composition import Composition
-from ..delta import ConceptDelta
+from ..apply.composition import Composition
+from ..apply.toggles import Toggles
+from ..apply.toggles import strengths as table
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import safetensors_bytes, write_atomically
-from ..toggles import Toggles
-from ..toggles import strengths as table
 from .names import kohya_names
 
 GATE_OFF = "off: a LoRA acts on every prompt, so what the gate keeps bit-identical changes by the linear leakage"

@@ -11,7 +11,7 @@ _CANONICAL = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.tran
 
 
 def diffusers_names(layers: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of attn2 modules by canonical name; the inverse of :func:`sepme.layers.diffusers_to_ldm`.
+    """diffusers' names of attn2 modules by canonical name; the inverse of :func:`sepme.model.layers.diffusers_to_ldm`.
 
     An LDM UNet counts its blocks through, with a downsampler behind every ``r`` input blocks and ``r + 1`` output blocks a level.
     Cross-attention stands behind all resnets of a level or none, so the longest run of input blocks that have it is ``r``.

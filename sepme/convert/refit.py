@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..concepts import Concept, ConceptBook, normalised
-from ..delta import ConceptDelta
-from ..directions import reduce_rows
-from ..layers import kv_fingerprint, shapes, weights
-from ..nullspace import Planner
-from ..protocols import AttentionLayer
+from ..delta.concept_delta import ConceptDelta
+from ..model.layers import kv_fingerprint, shapes, weights
+from ..model.protocols import AttentionLayer
+from ..plan.directions import reduce_rows
+from ..plan.planner import Planner
 from ..train.make import separable_from
 from .foreign import Foreign, read_foreign
 

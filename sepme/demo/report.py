@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..files import write_atomically
 from ..images import grid, png
 

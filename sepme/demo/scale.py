@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..composition import Composition
+from ..apply.composition import Composition
+from ..apply.toggles import parse_tags, strengths
 from ..concepts import Concept, ConceptBook
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import write_atomically
 from ..hosts.diffusers import DiffusersHost
 from ..images import save_grid
-from ..nullspace import Planner, PlanOptions
-from ..toggles import parse_tags, strengths
+from ..plan.directions import PlanOptions
+from ..plan.planner import Planner
 from ..train import TrainOptions, make_delta
 from .classifier import load_classifier
 from .large import FAMILIES, LARGE

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..composition import Composition
+from ..apply.composition import Composition
+from ..apply.toggles import Toggles
 from ..concepts import Concept, ConceptBook, file_name
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..files import write_atomically
 from ..hosts.diffusers import DEMO, DiffusersHost
-from ..nullspace import Planner, ordinary_prompts
-from ..toggles import Toggles
+from ..plan.gate import ordinary_prompts
+from ..plan.planner import Planner
 from ..train import Progress, TrainOptions, make_delta
 from .classifier import Classifier, load_classifier
 from .world import COLOUR_NAMES, OBJECTS, SMALL, STYLES, Scene, World
@@ -228,7 +229,7 @@ class Story:
 
 def interference(host: DiffusersHost, planner: Planner, composition: Composition, gate: bool, count: int = 4) -> Tensor:
     """``(N, N)``: how far delta i alone moves the predicted noise of j's prompts, relative to their representation r (Eq. 2)."""
-    from ..runtime import KVProjector
+    from ..apply.projector import KVProjector
 
     n, generator = len(composition.deltas), torch.Generator().manual_seed(77)
     x = torch.randn(count, 4, 8, 8, generator=generator)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..directions import null_basis
-from ..nullspace import Planner
-from ..tokens import token_rows
+from ..plan.directions import null_basis
+from ..plan.planner import Planner
+from ..plan.tokens import token_rows
 
 Changes = dict[str, Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nullspace import ordinary_prompts
-from ..protocols import Encoding
+from ..model.protocols import Encoding
+from ..plan.gate import ordinary_prompts
 from .erasers import Eraser
 from .judge import Judge
 from .suite import Suite

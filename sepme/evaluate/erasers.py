@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..composition import Composition
-from ..delta import ConceptDelta
-from ..layers import projections, weight_of
-from ..runtime import Forward, patched
-from ..toggles import strengths
+from ..apply.composition import Composition
+from ..apply.toggles import strengths
+from ..delta.concept_delta import ConceptDelta
+from ..model.layers import projections, weight_of
+from ..model.patch import Forward, patched
 
 Changes = Mapping[str, Tensor]
 

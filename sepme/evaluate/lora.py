@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..files import safetensors_bytes, write_atomically
-from ..layers import weights
-from ..nullspace import Planner
-from ..protocols import Denoiser
+from ..model.layers import weights
+from ..model.protocols import Denoiser
+from ..plan.planner import Planner
 from ..train import OnStep, TrainOptions
 from ..train.increment import Increment
 from ..train.loop import Training

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..concepts import Concept, ConceptBook, file_name
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import write_atomically
-from ..layers import weights
-from ..nullspace import Planner, PlanOptions
-from ..tokens import OnProgress, silent
+from ..model.layers import weights
+from ..plan.directions import PlanOptions
+from ..plan.planner import Planner
+from ..progress import OnProgress, silent
 from ..train import Progress, TrainOptions, make_delta
 from .closed import speed, uce
 from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import projections, weight_of
+from ..model.layers import projections, weight_of
 from .easel import Batch, Easel
 from .erasers import Eraser
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from ..capacity import capacity
 from ..concepts import ConceptBook, file_name
 from ..errors import SepMEError
 from ..files import write_atomically
 from ..images import grid, jpeg, save_grid
-from ..layers import kv_fingerprint
-from ..nullspace import Planner, PlanOptions
-from ..protocols import Encoding, TextEncoder
-from ..tokens import OnProgress, silent
+from ..model.layers import kv_fingerprint
+from ..model.protocols import Encoding, TextEncoder
+from ..plan.capacity import capacity
+from ..plan.directions import PlanOptions
+from ..plan.planner import Planner
+from ..progress import OnProgress, silent
 from ..train import TrainOptions
 from .easel import Easel
 from .erasers import Eraser, Separable

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..apply.projector import KVProjector
 from ..concepts import ConceptBook
 from ..convert import order_gap
-from ..delta import ConceptDelta
-from ..gate import ratios
-from ..nullspace import Planner
-from ..runtime import KVProjector
+from ..delta.concept_delta import ConceptDelta
+from ..plan.gate import ratios
+from ..plan.planner import Planner
 from ..train import TrainOptions, make_delta
 from .easel import Batch, Easel
 from .erasers import Separable

@@ -9,12 +9,12 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..composition import Composition
+from ..apply.composition import Composition
+from ..apply.projector import KVProjector
+from ..apply.toggles import Toggles, merge, parse_tags, strengths
 from ..errors import SepMEError
-from ..layers import unet_layers
-from ..protocols import AttentionLayer, Encoding
-from ..runtime import KVProjector
-from ..toggles import Toggles, merge, parse_tags, strengths
+from ..model.layers import unet_layers
+from ..model.protocols import AttentionLayer, Encoding
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 
 __all__ = ["DEMO", "DiffusersHost", "LoadOptions"]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..errors import Interrupted, SepMEError, out_of_memory
 from ..files import write_atomically
-from ..layers import projections
-from ..objectives import OBJECTIVES, Objective
-from ..pooled import Pooled
-from ..protocols import Denoiser, Encoding
+from ..model.layers import projections
+from ..model.protocols import Denoiser, Encoding
+from ..plan.pooled import Pooled
 from .increment import Increment
+from .objectives import OBJECTIVES, Objective
 from .options import OnStep, Progress, TrainOptions
 from .passes import make_step
 from .source import Draw, Source
@@ -140,7 +140,7 @@ class Training:
         return float(loss.detach()), tuple(g / gain for g in gradients)
 
     def predict(self, track: Track, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        """ε with all increments as they are now; shapes as in :meth:`~sepme.protocols.Denoiser.predict`."""
+        """ε with all increments as they are now; shapes as in :meth:`~sepme.model.protocols.Denoiser.predict`."""
         draw = Draw(x_t, t, torch.zeros(len(x_t), dtype=torch.int64))
         step = make_step(track, [other.increment for other in self.tracks], self.denoiser, self.modules, draw)
         return step.erased(Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool), extra))

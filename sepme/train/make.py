@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..closed_form import solve
 from ..concepts import Concept
-from ..delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..layers import kv_fingerprint, weights
-from ..nullspace import Planner, Subspace
-from ..objectives import OBJECTIVES
-from ..protocols import Denoiser, Encoding
-from ..words import own_words
+from ..model.layers import kv_fingerprint, weights
+from ..model.protocols import Denoiser, Encoding
+from ..plan.concept_tokens import own_words
+from ..plan.planner import Planner, Subspace
 from .compress import compress
 from .increment import Increment
 from .loop import Track, Training
+from .objectives import OBJECTIVES
+from .objectives.closed_form import solve
 from .options import OnStep, TrainOptions
 from .source import Pictures, make_source
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..delta_format import MAX_RANK
+from ..delta.format import MAX_RANK
 from ..errors import SepMEError
-from ..nullspace import PlanOptions
-from ..objectives import OBJECTIVES
+from ..plan.directions import PlanOptions
+from .objectives import OBJECTIVES
 
 # subspace: this project's. paper, unrestricted: arXiv 2402.05947 and its extension SRS-ME as published.
 MODES: dict[str, dict[str, Any]] = {

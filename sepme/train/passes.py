@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..objectives import Step
-from ..protocols import Denoiser, Encoding
-from ..runtime import Forward, patched
+from ..model.patch import Forward, patched
+from ..model.protocols import Denoiser, Encoding
 from .increment import Increment
+from .objectives import Step
 from .source import Draw
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..protocols import Denoiser, Encoding
+from ..model.protocols import Denoiser, Encoding
 from .options import TrainOptions
 
 

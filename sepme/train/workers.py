@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..concepts import ConceptBook
-from ..directions import PlanOptions
 from ..errors import Interrupted, SepMEError
-from ..nullspace import Planner
-from ..tokens import OnProgress, silent
+from ..plan.directions import PlanOptions
+from ..plan.planner import Planner
+from ..progress import OnProgress, silent
 from .make import make_deltas
 from .options import Progress, TrainOptions
 from .source import Pictures

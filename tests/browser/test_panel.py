@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import expect
 
 from browser.page import Page
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("browser")
 

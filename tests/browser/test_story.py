@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from browser.page import Page, run_prompt
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("browser")
 

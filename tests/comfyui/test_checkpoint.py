@@ -14,7 +14,7 @@ from comfyui.checkpoint import save_checkpoint
 from comfyui.graph import Graph, Node, from_workflow
 from comfyui.server import ROOT, Server, serving
 
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 

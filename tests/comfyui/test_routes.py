@@ -17,8 +17,8 @@ import pytest
 from comfyui.server import Server
 from safetensors.torch import save_file
 
-from sepme.delta import ConceptDelta
-from sepme.delta_format import MAX_FILE
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.format import MAX_FILE
 
 pytestmark = pytest.mark.xdist_group("comfyui")
 

@@ -19,7 +19,7 @@ from comfyui.graph import Graph, Node, from_workflow
 from comfyui.server import Run, Server
 from PIL import Image
 
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.demo.classifier import load_classifier
 from sepme.demo.world import OBJECTS, STYLES
 

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 import sepme.train
 from sepme import cli, files
 from sepme.concepts import ConceptBook
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.nullspace import Planner
+from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
 
 BOOK = "concepts: [star, circle]"

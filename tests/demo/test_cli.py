@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sepme import cli
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.demo.story import demo_book
 
 Run = Callable[..., tuple[int, str, str]]

@@ -20,7 +20,7 @@ from sepme.evaluate.methods import KEYS
 from sepme.evaluate.robustness import Budget, _soft, attack, resurgence
 from sepme.evaluate.run import Run
 from sepme.evaluate.suite import Suite, parse
-from sepme.layers import weights
+from sepme.model.layers import weights
 
 SHIPPED = ("demo", "tiny", "sd14", "sd2", "sdxl")
 FIGURES = {

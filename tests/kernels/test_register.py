@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from sepme import ops, runtime
-from sepme.composition import Composition
-from sepme.layers import projections
-from sepme.runtime import KVProjector
+from sepme.apply import ops
+from sepme.apply import projector as runtime
+from sepme.apply.composition import Composition
+from sepme.apply.projector import KVProjector
+from sepme.model.layers import projections
 
 from .conftest import FOLDER
 

@@ -16,8 +16,9 @@ from sepme.evaluate.closed import speed, uce
 from sepme.evaluate.erasers import Merged, Separable, without
 from sepme.evaluate.methods import KEYS, Workshop
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.layers import weights
-from sepme.nullspace import Planner, PlanOptions
+from sepme.model.layers import weights
+from sepme.plan.directions import PlanOptions
+from sepme.plan.planner import Planner
 
 Hosts = Callable[..., DiffusersHost]
 BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}")) for n in ("tree", "star")), preserve=("the moon",))
@@ -115,7 +116,7 @@ def test_acting_is_what_generation_does(key: str, workshop: Workshop, host: Diff
         return
     assert (out[0] - stock[0]).abs().max() > 1e-4
     if isinstance(eraser, Separable):
-        from sepme.runtime import KVProjector
+        from sepme.apply.projector import KVProjector
 
         assert torch.allclose(out[1], stock[1], atol=1e-6)
         layers = host.attention_layers()

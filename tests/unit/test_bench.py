@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from sepme import cli
+from sepme.apply.composition import Composition
+from sepme.apply.projector import KVProjector
 from sepme.bench import kernel, models, overhead, toggle
 from sepme.bench.counting import count
-from sepme.composition import Composition
 from sepme.errors import SepMEError
-from sepme.runtime import KVProjector
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_toggle_work_is_all_but_the_models_own(demo: models.Subject, monkeypatch
         monkeypatch.setattr(module, "forward", lambda c, name=name, forward=module.forward: calls.append(name) or forward(c))
     work = toggle.stubbed(demo.layers, deltas, demo.context)
     before = len(calls)
-    real, added = importlib.import_module("sepme.runtime").add_to_rows, []
+    real, added = importlib.import_module("sepme.apply.projector").add_to_rows, []
 
     def add(base: torch.Tensor, *args: Any) -> torch.Tensor:
         found = base.clone()
@@ -136,7 +136,7 @@ def test_toggle_work_is_all_but_the_models_own(demo: models.Subject, monkeypatch
         added.append(out - found)
         return out
 
-    monkeypatch.setattr("sepme.runtime.add_to_rows", add)
+    monkeypatch.setattr("sepme.apply.projector.add_to_rows", add)
     with torch.no_grad():
         work(0.0)
         work(1.0)

@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sepme import capacity as capacity_module
 from sepme import cli
 from sepme.bench import alternate
 from sepme.bench.solver import SolverOptions, run, sd15_shapes
-from sepme.capacity import capacity, extended, read_concepts, shipped_names
-from sepme.closed_form import apply, shift, solve
 from sepme.concepts import Concept, ConceptBook
-from sepme.directions import null_basis, null_basis_of_gram, soft_bases
 from sepme.errors import SepMEError
-from sepme.gate import ratios, side_by_side, statistics
-from sepme.nullspace import Planner, PlanOptions
-from sepme.protocols import Encoding
-from sepme.tokens import CHUNK, PreserveFile
+from sepme.model.protocols import Encoding
+from sepme.plan import capacity as capacity_module
+from sepme.plan.capacity import capacity, extended, read_concepts, shipped_names
+from sepme.plan.directions import PlanOptions, null_basis, null_basis_of_gram, soft_bases
+from sepme.plan.gate import ratios, side_by_side, statistics
+from sepme.plan.planner import Planner
+from sepme.plan.preserved import PreserveFile
+from sepme.plan.tokens import CHUNK
+from sepme.train.objectives.closed_form import apply, shift, solve
 
 D_IN, TOKENS = 48, 5
 
@@ -198,7 +199,7 @@ def test_auto_goes_from_exact_over_tolerance_to_soft() -> None:
 
 
 def test_auto_takes_soft_where_finding_out_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sepme.nullspace.AUTO_WORK", 1.0)
+    monkeypatch.setattr("sepme.plan.planner.AUTO_WORK", 1.0)
     assert planner(4, "auto").mode == "soft"
 
 

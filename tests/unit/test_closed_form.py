@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepme.closed_form import solve
 from sepme.concepts import Concept, ConceptBook
-from sepme.layers import weights
-from sepme.nullspace import Planner, PlanOptions
+from sepme.model.layers import weights
+from sepme.plan.directions import PlanOptions
+from sepme.plan.planner import Planner
+from sepme.train.objectives.closed_form import solve
 
 ROWS, D_IN, RANK = 40, 24, 5
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepme.composition import Composition
+from sepme.apply.composition import Composition
 from sepme.concepts import Concept
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
-from sepme.nullspace import ratios
+from sepme.plan.gate import ratios
 
 SHAPES = {"middle_block.1.transformer_blocks.0.attn2.to_k": (6, 16), "middle_block.1.transformer_blocks.0.attn2.to_v": (10, 16)}
 RANKS = (3, 1, 4)

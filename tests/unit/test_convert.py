@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sepme.convert import export_lora
 from sepme.convert.names import diffusers_names
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
-from sepme.layers import diffusers_to_ldm, projections, unet_layers, weights
+from sepme.model.layers import diffusers_to_ldm, projections, unet_layers, weights
 
 SD15 = ([[1, 1], [1, 1], [1, 1], [0, 0]], 1, [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
 SDXL = ([[0, 0], [2, 2], [10, 10]], 10, [[10, 10, 10], [2, 2, 2], [0, 0, 0]])

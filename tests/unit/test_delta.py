@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sepme.concepts import Concept
-from sepme.delta import ConceptDelta
-from sepme.delta_format import FORMAT, MAX_FILE, MAX_HEADER
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.format import FORMAT, MAX_FILE, MAX_HEADER
 from sepme.errors import SepMEError
 from sepme.files import write_atomically
 
@@ -106,7 +106,7 @@ def test_same_delta_same_bytes(delta: ConceptDelta, tmp_path: Path) -> None:
     turned = replace(delta, up=dict(reversed(delta.up.items())), info=dict(reversed(delta.info.items())))
     assert turned.to_bytes() == first
     (tmp_path / "a.safetensors").write_bytes(first)
-    code = "import sys; from sepme.delta import ConceptDelta; ConceptDelta.load(sys.argv[1]).save(sys.argv[2])"
+    code = "import sys; from sepme.delta.concept_delta import ConceptDelta; ConceptDelta.load(sys.argv[1]).save(sys.argv[2])"
     paths = [str(tmp_path / n) for n in ("a.safetensors", "b.safetensors")]
     subprocess.run(
         [sys.executable, "-c", code, *paths], check=True, cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONHASHSEED": "7"}

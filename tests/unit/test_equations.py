@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.nullspace import Planner
+from sepme.plan.planner import Planner
 from sepme.train import Progress, TrainOptions, make_deltas, plan_options
 
 RTOL = 1e-9

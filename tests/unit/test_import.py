@@ -21,12 +21,13 @@ from sepme.concepts import Concept, ConceptBook
 from sepme.convert import export_checkpoint, export_lora, import_eraser, known_to, order_gap, reproject
 from sepme.convert.foreign import read_foreign
 from sepme.convert.refit import refit, response_gap
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
-from sepme.gate import ratios
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.layers import projections, unet_layers, weights
-from sepme.nullspace import Planner, PlanOptions
+from sepme.model.layers import projections, unet_layers, weights
+from sepme.plan.directions import PlanOptions
+from sepme.plan.gate import ratios
+from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
 
 ORDINARY = ("a cat", "a big dog", "big house", "a red tree", "a photo of a dog", "blue")

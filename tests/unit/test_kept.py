@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sepme.composition import Composition, Touch
-from sepme.delta import ConceptDelta
-from sepme.kept import MAX_BATCHES, MAX_SEEN, Kept
-from sepme.layers import projections
-from sepme.runtime import KVProjector, patched
+from sepme.apply.composition import Composition, Touch
+from sepme.apply.kv_cache import MAX_BATCHES, MAX_SEEN, Kept
+from sepme.apply.projector import KVProjector
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.model.layers import projections
+from sepme.model.patch import patched
 
 
 @pytest.fixture

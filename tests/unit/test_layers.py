@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sepme.layers import architecture, diffusers_to_ldm, kv_fingerprint, projections, unet_layers, weights
+from sepme.model.layers import architecture, diffusers_to_ldm, kv_fingerprint, projections, unet_layers, weights
 
 SD15 = [f"input_blocks.{i}.1" for i in (1, 2, 4, 5, 7, 8)] + ["middle_block.1"] + [f"output_blocks.{i}.1" for i in range(3, 12)]
 

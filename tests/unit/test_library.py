@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.library import MAX_EMBEDDED, DeltaLibrary, embed, unembed
 from sepme.errors import SepMEError
-from sepme.library import MAX_EMBEDDED, DeltaLibrary, embed, unembed
 
 SHAPES = {f"middle_block.1.transformer_blocks.0.attn2.to_{p}": (8, 64) for p in "kv"}
 
@@ -47,11 +47,11 @@ def test_entries(tmp_path: Path, star: ConceptDelta, other: ConceptDelta) -> Non
 def test_headers_are_read_once_until_a_file_changes(
     tmp_path: Path, star: ConceptDelta, other: ConceptDelta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sepme.library
+    import sepme.delta.library
 
     reads: list[Path] = []
-    read = sepme.library.read_header
-    monkeypatch.setattr(sepme.library, "read_header", lambda path: (reads.append(path), read(path))[1])
+    read = sepme.delta.library.read_header
+    monkeypatch.setattr(sepme.delta.library, "read_header", lambda path: (reads.append(path), read(path))[1])
     library = DeltaLibrary(lambda: [tmp_path])
     path = star.save(tmp_path / "x.safetensors")
     for _ in range(3):

@@ -13,14 +13,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sepme import cli
+from sepme.apply.composition import Composition
 from sepme.bench import train as bench
-from sepme.composition import Composition
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import Interrupted, SepMEError
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.images import load_folder
-from sepme.nullspace import Planner
+from sepme.plan.planner import Planner
 from sepme.train import Pictures, Progress, TrainOptions, make_delta, make_deltas, plan_options
 from sepme.train.compress import compress
 from sepme.train.loop import balance

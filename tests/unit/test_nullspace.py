@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook, mentions
-from sepme.directions import EXACT_RTOL, concept_basis, null_basis
 from sepme.errors import SepMEError
-from sepme.nullspace import (
-    Planner,
-    PlanOptions,
-    Subspace,
-    encode,
-    leakage_matrix,
-    ordinary_prompts,
-    ratios,
-)
-from sepme.protocols import Encoding
+from sepme.model.protocols import Encoding
+from sepme.plan.directions import EXACT_RTOL, PlanOptions, concept_basis, null_basis
+from sepme.plan.gate import leakage_matrix, ordinary_prompts, ratios
+from sepme.plan.planner import Planner, Subspace
+from sepme.plan.tokens import encode
 
 NAMES = ("star", "circle", "heart", "moon", "tree", "house")
 ORDINARY = ("a cat", "big dog", "a red dog", "cat", "a blue cat on a roof", "old river")

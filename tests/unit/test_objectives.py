@@ -19,9 +19,9 @@ from torch.func import functional_call
 from sepme.concepts import Concept, ConceptBook
 from sepme.errors import SepMEError
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.nullspace import Planner
+from sepme.plan.concept_tokens import own_words
+from sepme.plan.planner import Planner
 from sepme.train import Progress, TrainOptions, make_delta, plan_options
-from sepme.words import own_words
 
 Hosts = Callable[..., DiffusersHost]
 RTOL = 1e-6

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepme import ops
-from sepme.constraints import Aligned, Contiguous, DivisibleBy, OneDevice, OneDType, broken
+from sepme.apply import ops
+from sepme.apply.constraints import Aligned, Contiguous, DivisibleBy, OneDevice, OneDType, broken
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -164,7 +164,7 @@ def test_a_second_copy_of_the_pack_shares_the_operators() -> None:
     sys.modules["second_sepme"] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        second = importlib.import_module("second_sepme.ops")
+        second = importlib.import_module("second_sepme.apply.ops")
         assert second is not ops
         context, weights, up, h = problem()
         assert torch.equal(second.project_kv(context, weights, up, h), ops.project_kv(context, weights, up, h))

@@ -20,7 +20,7 @@ def test_import_needs_none_of_the_optional_libraries() -> None:
         "import sys\n"
         f"for name in {BLOCKED!r}: sys.modules[name] = None\n"
         "import sepme, torch\n"
-        "from sepme.nullspace import null_basis\n"
+        "from sepme.plan.directions import null_basis\n"
         "assert null_basis(torch.eye(3)[:1], 1e-6).shape == (3, 2)\n"
     )
 

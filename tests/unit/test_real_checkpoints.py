@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from sepme import cli
-from sepme.closed_form import solve
-from sepme.composition import Composition
+from sepme.apply.composition import Composition
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
 from sepme.hosts import ldm, loading, tokenizers
 from sepme.hosts.diffusers import DiffusersHost, LoadOptions
-from sepme.layers import architecture, diffusers_to_ldm, kv_fingerprint
-from sepme.nullspace import Planner, PlanOptions, ordinary_prompts
-from sepme.pooled import Pooled
+from sepme.model.layers import architecture, diffusers_to_ldm, kv_fingerprint
+from sepme.plan.directions import PlanOptions
+from sepme.plan.gate import ordinary_prompts
+from sepme.plan.planner import Planner
+from sepme.plan.pooled import Pooled
 from sepme.train import TrainOptions, make_delta
+from sepme.train.objectives.closed_form import solve
 
 PLAN = PlanOptions(tolerance=0.02)
 BOOK = ConceptBook((Concept("star", ("star",)), Concept("moon", ("moon",))), ("tree",))
@@ -308,7 +310,7 @@ def test_the_command_line_takes_a_single_file(models: Any, tmp_path: Path, monke
     folder, file = models("sdxl")
     book, out = tmp_path / "book.json", tmp_path / "deltas"
     book.write_text(BOOK.dumps())
-    monkeypatch.setattr("sepme.nullspace.ordinary_prompts", lambda: ("a cat", "a dog", "a house", "a road"))
+    monkeypatch.setattr("sepme.plan.planner.ordinary_prompts", lambda: ("a cat", "a dog", "a house", "a road"))
 
     def run(*arguments: str) -> Any:
         monkeypatch.setattr("sys.argv", ["sepme", *arguments, "--json"])

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sepme import runtime
-from sepme.composition import Composition
-from sepme.delta import ConceptDelta
+from sepme.apply import projector as runtime
+from sepme.apply.composition import Composition
+from sepme.apply.ops import project_kv
+from sepme.apply.projector import BACKENDS, KVProjector
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
-from sepme.layers import projections
-from sepme.nullspace import ratios
-from sepme.ops import project_kv
-from sepme.runtime import BACKENDS, KVProjector, patched
+from sepme.model.layers import projections
+from sepme.model.patch import patched
+from sepme.plan.gate import ratios
 
 DTYPES = [torch.float32, torch.bfloat16]
 

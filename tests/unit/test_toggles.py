@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sepme.apply.toggles import merge, parse_json, parse_tags, strengths
 from sepme.concepts import normalised
 from sepme.errors import SepMEError
-from sepme.toggles import merge, parse_json, parse_tags, strengths
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="<>:"), min_size=1, max_size=12).filter(str.strip)
 STRENGTHS = st.floats(-100, 100, allow_nan=False)

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepme.closed_form import solve
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import Interrupted, SepMEError
-from sepme.layers import kv_fingerprint, projections, weights
-from sepme.nullspace import Planner, PlanOptions
-from sepme.objectives import Step
-from sepme.objectives.gcirs import GCiRs
+from sepme.model.layers import kv_fingerprint, projections, weights
+from sepme.plan.directions import PlanOptions
+from sepme.plan.planner import Planner
 from sepme.train import Progress, TrainOptions, make_delta
+from sepme.train.objectives import Step
+from sepme.train.objectives.closed_form import solve
+from sepme.train.objectives.gcirs import GCiRs
 
 ORDINARY = ("a cat", "a big dog", "big house", "a red tree", "a photo of a dog", "blue")
 BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}")) for n in ("star", "circle")), ("a photo of a house",))

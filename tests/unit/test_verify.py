@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from sepme.concepts import Concept, ConceptBook
-from sepme.delta import ConceptDelta
-from sepme.nullspace import Planner, PlanOptions
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.verify import verify
+from sepme.plan.directions import PlanOptions
+from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
-from sepme.verify import verify
 
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "big", "small") for thing in ("cat", "dog", "boat")]
 

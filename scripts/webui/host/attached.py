@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....sepme.runtime import KVProjector
+from ....sepme.apply.projector import KVProjector
 from ..rows import Expected, by_order
 from ..settings import Settings, Tables
 from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of

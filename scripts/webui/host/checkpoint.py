@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
-from ....sepme.layers import architecture, ldm_layers, shapes
-from ....sepme.protocols import AttentionLayer
+from ....sepme.model.layers import architecture, ldm_layers, shapes
+from ....sepme.model.protocols import AttentionLayer
 
 CHUNK = 77  # tokens of a prompt's chunk
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from modules import call_queue, extra_networks, paths, script_callbacks, scripts, shared, ui_components
 
+from ....sepme.delta.library import DeltaLibrary
 from ....sepme.errors import Interrupted
-from ....sepme.library import DeltaLibrary
 
 Script, AlwaysVisible = scripts.Script, scripts.AlwaysVisible
 InputAccordion = ui_components.InputAccordion

@@ -11,10 +11,10 @@ import torch
 from modules import devices, prompt_parser, shared
 from torch import Tensor, nn
 
-from ....sepme.ddim import SIDES, DDIMDenoiser
 from ....sepme.errors import SepMEError
-from ....sepme.layers import leave_inference_mode, shapes
-from ....sepme.protocols import AttentionLayer, Encoding
+from ....sepme.model.layers import leave_inference_mode, shapes
+from ....sepme.model.protocols import AttentionLayer, Encoding
+from ....sepme.model.schedule import SIDES, DDIMDenoiser
 from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
@@ -22,7 +22,7 @@ BATCH = 32  # prompts encoded at once
 
 
 class LoadedModel(DDIMDenoiser):
-    """The checkpoint in the UI as :class:`~sepme.protocols.TextEncoder` and :class:`~sepme.protocols.Denoiser`.
+    """The checkpoint in the UI as :class:`~sepme.model.protocols.TextEncoder` and :class:`~sepme.model.protocols.Denoiser`.
 
     Raises:
         SepMEError: nothing is loaded, no Stable Diffusion UNet, or one that predicts neither ε nor v.

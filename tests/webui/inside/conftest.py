@@ -90,7 +90,7 @@ def delta_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     book = ui.part("sepme.concepts").ConceptBook.loads("\n".join(f"- {name}" for name in CONCEPTS).replace("- ", "concepts:\n- ", 1))
     train, host = ui.part("sepme.train"), ui.part("scripts.webui.host")
     with host.loaded_model() as model:
-        planner = ui.part("sepme.nullspace").Planner(model, book)
+        planner = ui.part("sepme.plan.planner").Planner(model, book)
         for name in CONCEPTS:
             delta = train.make_delta(planner, name, model, train.TrainOptions(objective="closed-form"))
             host.library.save(delta)

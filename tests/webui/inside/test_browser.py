@@ -158,7 +158,7 @@ def test_the_two_tabs_do_not_mix(panel: Panel) -> None:
 
 
 def test_names_are_text_and_files_come_and_go(panel: Panel, page: SimpleNamespace) -> None:
-    ConceptDelta, Concept = page.ui.part("sepme.delta").ConceptDelta, page.ui.part("sepme.concepts").Concept
+    ConceptDelta, Concept = page.ui.part("sepme.delta.concept_delta").ConceptDelta, page.ui.part("sepme.concepts").Concept
     star = ConceptDelta.load(next((page.models / "sepme").glob("star*.safetensors")))
     named = ConceptDelta(Concept(NAME, (NAME,)), star.down, star.up, star.scale, star.gate, star.info)
     path = page.ui.part("scripts.webui.host").library.save(named)

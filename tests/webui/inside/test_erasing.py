@@ -350,7 +350,7 @@ def make_delta(webui: Any) -> Any:
     host, train = webui.part("scripts.webui.host"), webui.part("sepme.train")
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
     with host.loaded_model() as model:
-        planner = webui.part("sepme.nullspace").Planner(model, book)
+        planner = webui.part("sepme.plan.planner").Planner(model, book)
         delta = train.make_delta(planner, "star", model, train.TrainOptions(objective="closed-form"))
     host.library.save(delta)
     return delta
@@ -418,14 +418,14 @@ def test_bad_tags_are_said_and_change_nothing(webui: Any) -> None:
 
 
 def test_delta_of_another_model(webui: Any, make_webui: Any, tmp_path: Any) -> None:
-    delta_module = webui.part("sepme.delta")
+    delta_module = webui.part("sepme.delta.concept_delta")
     path = next(iter(webui.folder.glob("star*.safetensors")))
     delta = delta_module.ConceptDelta.load(path)
     small = {k: v[:-2] for k, v in delta.up.items()}
     other = delta_module.ConceptDelta(delta.concept, delta.down, small, delta.scale, delta.gate, delta.info)
     ui = make_webui(webui.kind, tmp_path)
     ui.part("scripts.webui.host").library.save(
-        ui.part("sepme.delta").ConceptDelta(other.concept, other.down, other.up, other.scale, other.gate, other.info)
+        ui.part("sepme.delta.concept_delta").ConceptDelta(other.concept, other.down, other.up, other.scale, other.gate, other.info)
     )
     assert torch.equal(ui.erase("star"), ui.draw(script=False))
     ui.erase("star")

@@ -38,7 +38,7 @@ def test_a_picture_says_what_was_on(webui: Any) -> None:
 def test_files_of_one_name_are_told_apart(make_webui: Any, delta_files: Any, tmp_path: Any) -> None:
     ui = make_webui("a1111", tmp_path)
     library, shelf = ui.part("scripts.webui.host").library, ui.part("scripts.webui.shelf")
-    ConceptDelta = ui.part("sepme.delta").ConceptDelta
+    ConceptDelta = ui.part("sepme.delta.concept_delta").ConceptDelta
     first = ConceptDelta.load(next((delta_files / "sepme").glob("star*.safetensors")))
     library.save(first)
     library.save(first, "again/")

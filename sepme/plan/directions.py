@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import SepMEError
+from ..errors import SepMEError
 from .tokens import Padding
 
 Mode = Literal["exact", "tolerance", "soft", "auto"]

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .concepts import Concept, ConceptBook, mentions, normalised
+from ..concepts import Concept, ConceptBook, mentions, normalised
+from ..errors import SepMEError
+from ..model.protocols import Encoding, TextEncoder
+from ..progress import OnProgress, silent
 from .directions import (
     GRAM_RTOL,
     Mode,
@@ -27,14 +30,10 @@ from .directions import (
     soft_bases,
     stacked,
 )
-from .errors import SepMEError
-from .gate import Certificate, certify, extremes, leakage_matrix, ordinary_prompts, ratios, side_by_side
+from .gate import Certificate, certify, extremes, ordinary_prompts, side_by_side
 from .pooled import Pooled, leakage, residual
 from .preserved import Preserved
-from .protocols import Encoding, TextEncoder
-from .tokens import OnProgress, encode, silent, token_rows
-
-__all__ = ["Certificate", "PlanOptions", "Planner", "Subspace", "encode", "leakage_matrix", "mentions", "ordinary_prompts", "ratios"]
+from .tokens import encode, token_rows
 
 AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once a concept: minutes on two cores
 MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Certificate:
 @cache
 def ordinary_prompts() -> tuple[str, ...]:
     """The shipped corpus of ordinary prompts; even lines calibrate gates, odd ones measure false touches."""
-    text = (resources.files(__package__) / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
 
 

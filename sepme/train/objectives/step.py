@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..protocols import Encoding
+from ...model.protocols import Encoding
 
 Predict = Callable[[Encoding], Tensor]
 Maps = Callable[[Encoding], Sequence[Tensor]]

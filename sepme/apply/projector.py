@@ -12,32 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SepMEError
+from ..model.layers import projections, shapes
+from ..model.patch import Forward, patched
+from ..model.protocols import AttentionLayer
 from .composition import Composition, Touch
-from .errors import SepMEError
-from .kept import Batch, Kept, fingerprint
-from .layers import projections, shapes
+from .kv_cache import Batch, Kept, fingerprint
 from .ops import PROJECT_KV, add_to_rows, add_to_rows_eager, project_kv, project_kv_eager, split, why_not
-from .protocols import AttentionLayer
 
-Forward = Callable[[Tensor], Tensor]
 BACKENDS = ("auto", "exact", "fused", "eager")
-
-
-@contextmanager
-def patched(modules: Mapping[str, nn.Module], wrap: Callable[[str, nn.Module, Forward], Forward]) -> Iterator[None]:
-    """Replace ``module.forward`` by ``wrap(name, module, forward)`` and leave the modules as they were found."""
-    found: list[tuple[nn.Module, Any]] = []
-    try:
-        for name, module in modules.items():
-            found.append((module, module.__dict__.get("forward")))
-            module.forward = wrap(name, module, module.forward)
-        yield
-    finally:
-        for module, forward in reversed(found):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
 
 
 def plain_weight(module: nn.Module, forward: Forward) -> Tensor | None:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .concepts import mentions
-from .delta import ConceptDelta
-from .gate import leakage_matrix, ordinary_prompts, ratios
-from .pooled import residual
-from .protocols import Encoding, TextEncoder
-from .tokens import OnProgress, PreserveFile, encode, silent
+from ..concepts import mentions
+from ..model.protocols import Encoding, TextEncoder
+from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
+from ..plan.pooled import residual
+from ..plan.preserved import PreserveFile
+from ..plan.tokens import encode
+from ..progress import OnProgress, silent
+from .concept_delta import ConceptDelta
 
 
 @dataclass(frozen=True)

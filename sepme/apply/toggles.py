@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .concepts import normalised
-from .errors import SepMEError
+from ..concepts import normalised
+from ..errors import SepMEError
 
 Toggles = Mapping[str, float]
 _TAG = re.compile(r"<(erase|keep):([^<>:]*)(?::([^<>:]*))?>", re.IGNORECASE)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .concepts import Concept, ConceptBook, mentions, normalised
-from .delta import ConceptDelta
-from .errors import SepMEError
-from .nullspace import Planner, PlanOptions
-from .protocols import TextEncoder
-from .tokens import OnProgress, silent
+from ..concepts import Concept, ConceptBook, mentions, normalised
+from ..delta.concept_delta import ConceptDelta
+from ..errors import SepMEError
+from ..model.protocols import TextEncoder
+from ..progress import OnProgress, silent
+from .directions import PlanOptions
+from .planner import Planner
 
 COUNTS = (10, 30, 100, 1000)
 
@@ -47,7 +47,7 @@ class CapacityRow:
 @cache
 def shipped_names() -> tuple[str, ...]:
     """A thousand ordinary things and made-up people, none of them part of another."""
-    return tuple((resources.files(__package__) / "data" / "names.txt").read_text(encoding="utf-8").split("\n")[:-1])
+    return tuple((Path(__file__).parents[1] / "data" / "names.txt").read_text(encoding="utf-8").split("\n")[:-1])
 
 
 def read_concepts(paths: Sequence[Path]) -> ConceptBook:

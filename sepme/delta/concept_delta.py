@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .concepts import Concept
-from .delta_format import FORMAT, OWN, POOLED, check_declared, check_info, header_hash, plain_json, read_header
-from .errors import SepMEError, out_of_memory
-from .files import first_line, safetensors_bytes, write_atomically
-from .layers import architecture
-from .pooled import Pooled
+from ..concepts import Concept
+from ..errors import SepMEError, out_of_memory
+from ..files import first_line, safetensors_bytes, write_atomically
+from ..model.layers import architecture
+from ..plan.pooled import Pooled
+from .format import FORMAT, OWN, POOLED, check_declared, check_info, header_hash, plain_json, read_header
 
 
 @dataclass(frozen=True)

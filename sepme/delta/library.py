@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .concepts import file_name
-from .delta import ConceptDelta
-from .delta_format import read_header
-from .errors import SepMEError
+from ..concepts import file_name
+from ..errors import SepMEError
+from .concept_delta import ConceptDelta
+from .format import read_header
 
 MAX_EMBEDDED = 4 << 20  # bytes of a delta that travels inside a workflow
 MAX_NAME = 220  # bytes of a name; file systems take 255, endings included

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .delta import ConceptDelta
+from ...delta.concept_delta import ConceptDelta
 
 
 def solve(

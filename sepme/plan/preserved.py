@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .concepts import ConceptBook, normalised
-from .errors import SepMEError
-from .protocols import Encoding, TextEncoder
-from .tokens import OnProgress, PreserveFile, encode, silent
+from ..concepts import MAX_PROMPT, ConceptBook, normalised
+from ..errors import SepMEError
+from ..model.protocols import Encoding, TextEncoder
+from ..progress import OnProgress, silent
+from .tokens import CHUNK, encode
 
 SAME = 1e-3  # relative difference of tokens up to which two prompts read the same
+
+
+class PreserveFile:
+    """A text file of prompts that must not change, one a line; blank lines are skipped, order and number do not matter.
+
+    Only one batch of it is in memory at a time.
+
+    Raises:
+        SepMEError: the file is missing; while reading: it is no UTF-8 text, has an overlong line, or no prompt.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.size = os.stat(self.path).st_size
+            if not self.path.is_file():
+                raise SepMEError(f"{path} is a folder or device; a preserve file is a text file with one prompt a line.")
+        except OSError as error:
+            raise SepMEError(f"The preserve file {path} cannot be read ({error.strerror}); check the path.") from None
+
+    def batches(self, size: int = CHUNK) -> Iterator[tuple[list[str], int]]:
+        """Lists of at most ``size`` prompts, each with the number of bytes read so far."""
+        count, done, batch = 0, 0, list[str]()
+        try:
+            with open(self.path, "rb") as file:
+                # a UTF-8 character has at most 4 bytes; a longer line is cut there and found to be overlong below
+                while line := file.readline(4 * MAX_PROMPT + 2):
+                    done += len(line)
+                    prompt = self._prompt(line)
+                    if prompt:
+                        batch.append(prompt)
+                        count += 1
+                    if len(batch) == size:
+                        yield batch, done
+                        batch = []
+        except OSError as error:
+            raise SepMEError(f"The preserve file {self.path} cannot be read ({error.strerror}); check the path.") from None
+        if batch:
+            yield batch, done
+        if not count:
+            raise SepMEError(f"The preserve file {self.path} is empty; write one prompt a line, or leave it out.")
+
+    def _prompt(self, line: bytes) -> str:
+        try:
+            prompt = line.decode("utf-8").lstrip("\ufeff").strip()
+        except UnicodeDecodeError:
+            prompt = "\0"
+        if len(line) > 4 * MAX_PROMPT or len(prompt) > MAX_PROMPT:
+            raise SepMEError(
+                f"The preserve file {self.path} has a line of more than {MAX_PROMPT} characters ({line[:40]!r}...); "
+                "write one prompt a line."
+            )
+        if "\0" in prompt:
+            raise SepMEError(f"The preserve file {self.path} is not a text file; it must be UTF-8 with one prompt a line.")
+        return prompt
 
 
 class Preserved:

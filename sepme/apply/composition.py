@@ -10,9 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .concepts import normalised
-from .delta import ConceptDelta
-from .errors import SepMEError
+from ..concepts import normalised
+from ..delta.concept_delta import ConceptDelta
+from ..errors import SepMEError
 from .ops import no_autocast
 
 

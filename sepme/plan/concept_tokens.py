@@ -7,8 +7,8 @@ import re
 import torch
 from torch import Tensor
 
-from .concepts import Concept
-from .protocols import TextEncoder
+from ..concepts import Concept
+from ..model.protocols import TextEncoder
 
 
 def own_words(encoder: TextEncoder, concept: Concept, mask: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .concepts import Concept
-from .errors import SepMEError
-from .files import refuse_pickle
+from ..concepts import Concept
+from ..errors import SepMEError
+from ..files import refuse_pickle
 
 FORMAT = "sepme.delta/1"
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
