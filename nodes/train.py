@@ -115,7 +115,7 @@ class SepMETrain(io.ComfyNode):
                     live.step(step, book[step.concept].prompts[0])
 
                 delta = make_delta(planner, name, denoiser, options, on_step=on_step, check=host.check_interrupted)
-                loss_map += losses or [1.0, distance(weights(denoiser.attention_layers()), *planner.tokens(name), delta)]
+                loss_map += losses or [1.0, distance(weights(denoiser.attention_layers()), *planner.prompts.tokens(name), delta)]
                 made.append(delta)
         job.next()
         facts = tuple(facts_of_delta(d) for d in made)

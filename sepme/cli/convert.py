@@ -154,7 +154,7 @@ def reproject(
             if delta.info.get("kv_fingerprint") not in (None, fingerprint):
                 log.print(f"Warning: {name!r} was made on K/V weights {delta.info['kv_fingerprint']}, this model has {fingerprint}.")
             new = again(planner, delta, layers)
-            linear = {c: float(ratios(planner.encodings[c].context, delta.down).max()) for c in planner.names if c != name}
+            linear = {c: float(ratios(planner.prompts.encodings[c].context, delta.down).max()) for c in planner.prompts.names if c != name}
             row: dict[str, Any] = {"from": delta.content_hash(), "leakage_before": max(linear.values(), default=0.0)}
             row["response_loss"] = new.info["reprojected"]["response_loss"]
             if order:

@@ -80,7 +80,7 @@ def order_gap(
             planner = planner_of(replace(book, concepts=known))
             step = reproject(planner, step, layers)
         ends.append(step)
-    return response_gap(ends[0], ends[1], planner.tokens(delta.concept.name)[0]) if late else 0.0
+    return response_gap(ends[0], ends[1], planner.prompts.tokens(delta.concept.name)[0]) if late else 0.0
 
 
 def known_to(deltas: Sequence[ConceptDelta], book: ConceptBook) -> ConceptBook:
@@ -155,7 +155,7 @@ def _delta(
     recipe: dict[str, Any],
 ) -> ConceptDelta:
     subspace = planner.plan(concept.name)
-    up, loss = refit(changes, planner.tokens(concept.name)[0], subspace.down)
+    up, loss = refit(changes, planner.prompts.tokens(concept.name)[0], subspace.down)
     up |= {n: torch.zeros(s[0], len(subspace.down)) for n, s in shapes(layers).items() if n not in up}
     own = {
         what: facts | {"response_loss": loss},

@@ -236,9 +236,9 @@ def interference(host: DiffusersHost, planner: Planner, composition: Composition
     t = torch.full((count,), 600)
     matrix = torch.zeros(n, n)
     with torch.no_grad():
-        nothing = host.predict(x, t, planner.empty.context.expand(count, -1, -1))
+        nothing = host.predict(x, t, planner.prompts.empty.context.expand(count, -1, -1))
         for j, name in enumerate(composition.names):
-            context = planner.encodings[name].context[:count]
+            context = planner.prompts.encodings[name].context[:count]
             stock = host.predict(x, t, context)
             for i in range(n):
                 on = torch.zeros(n)

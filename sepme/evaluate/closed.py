@@ -16,14 +16,14 @@ Changes = dict[str, Tensor]
 
 def _kept(planner: Planner, erased: frozenset[str]) -> Tensor:
     """Token rows ``(n, d_in)`` float64 of the empty prompt, the preserve list and the concepts that stay."""
-    kept = [planner.empty, *([planner.preserved.listed] if planner.preserved.listed is not None else [])]
+    kept = [planner.prompts.empty, *([planner.prompts.preserved.listed] if planner.prompts.preserved.listed is not None else [])]
     rows = [token_rows(e, planner.options.padding) for e in kept]
-    return torch.cat([*rows, *(planner.tokens(n)[0] for n in planner.names if n not in erased)])
+    return torch.cat([*rows, *(planner.prompts.tokens(n)[0] for n in planner.prompts.names if n not in erased)])
 
 
 def _edited(planner: Planner, erased: frozenset[str]) -> tuple[Tensor, Tensor]:
     """C and C* ``(n, d_in)`` float64 of the concepts that go."""
-    pairs = [planner.tokens(n) for n in planner.names if n in erased]
+    pairs = [planner.prompts.tokens(n) for n in planner.prompts.names if n in erased]
     return torch.cat([c for c, _ in pairs]), torch.cat([target for _, target in pairs])
 
 

@@ -85,7 +85,7 @@ class Workshop:
             )
         options = _options(key, given | {"objective": objective, "mode": "subspace"})
         planner.plan_all()
-        deltas, seconds = self._deltas(key, planner, options, planner.names)
+        deltas, seconds = self._deltas(key, planner, options, planner.prompts.names)
         return Made(Separable(list(deltas.values())), seconds)
 
     def _planner(self, anchor: str | None = None) -> Planner:
@@ -99,7 +99,7 @@ class Workshop:
     def _published(self, key: str, planner: Planner, options: TrainOptions) -> Made:
         """Unrestricted fine-tuning, each concept by itself and all at once (several fine-tunings have no other way to be combined
         than to be added, which is worse than one of all)."""
-        deltas, seconds = self._deltas(key, planner, options, planner.names)
+        deltas, seconds = self._deltas(key, planner, options, planner.prompts.names)
         prompts = tuple(p for c in planner.book.concepts for p in c.prompts)
         anchor = planner.book.concepts[0].anchor
         joint = Planner(self.host, ConceptBook((Concept(EVERYTHING, prompts, anchor),), planner.book.preserve), self.plan, ())
@@ -130,7 +130,7 @@ class Workshop:
         planner, kv = self._planner(), weights(self.host.attention_layers())
         solve = {"uce": uce, "speed": speed}[key](planner, kv, **given)
         started = self._clock()
-        changes = solve(frozenset(planner.names))
+        changes = solve(frozenset(planner.prompts.names))
         seconds = self._clock() - started
         return Made(Merged(solve, 2 * sum(v.numel() for v in changes.values())), seconds)
 
@@ -140,8 +140,8 @@ class Workshop:
         made: dict[str, dict[str, Any]] = {}
         seconds = 0.0
         size = 0
-        for i, name in enumerate(planner.names):
-            self.on_progress("lora_sum: training", i, len(planner.names))
+        for i, name in enumerate(planner.prompts.names):
+            self.on_progress("lora_sum: training", i, len(planner.prompts.names))
             path = self.folder / "lora_sum" / f"{file_name(name)}.safetensors"
             started, there = self._clock(), path.exists()
 
@@ -152,7 +152,7 @@ class Workshop:
             if not there:
                 _note(path, self._clock() - started)
             seconds, size = seconds + _noted(path), size + path.stat().st_size
-        self.on_progress("lora_sum: training", len(planner.names), len(planner.names))
+        self.on_progress("lora_sum: training", len(planner.prompts.names), len(planner.prompts.names))
 
         def changes(erased: frozenset[str]) -> dict[str, Any]:
             chosen = [made[n] for n in sorted(erased)]

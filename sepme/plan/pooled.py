@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from .directions import PlanOptions, concept_basis
+
+PooledFacts = dict[str, Any]  # of a certificate: mode (replaced or left), rank, residual, leakage
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,18 @@ def residual(part: Pooled | None, pooled: Tensor, anchor: Tensor) -> float:
 def leakage(part: Pooled, pooled: Tensor) -> float:
     """Worst ``‖p D‖ / ‖p‖`` over known prompts ``(n, d_pooled)``; the row gate keeps it from acting."""
     return float(((pooled.float() @ part.down.T).norm(dim=-1) / pooled.float().norm(dim=-1).clamp_min(1e-12)).max())
+
+
+def plan_pooled(own: Tensor, anchor: Tensor, known: Tensor, null: Tensor | None, options: PlanOptions) -> tuple[Pooled | None, PooledFacts]:
+    """Directions of the pooled vector of a concept, and what is known about them.
+
+    Args:
+        own: pooled vectors ``(n, d_pooled)`` of the concept's prompts. anchor: its anchor's, one row. known: everything else's, float64.
+        null: directions ``(d_pooled, m)`` float64 that may change; None leaves the vector as it is.
+    """
+    part = None
+    if null is not None:
+        down = concept_basis(own.double(), null, options.max_rank, options.energy).T
+        part = Pooled(down.float().contiguous(), (down @ anchor[0].double()).float()) if len(down) else None
+    facts: PooledFacts = {"mode": "left" if part is None else "replaced", "residual": residual(part, own, anchor)}
+    return part, facts | ({"rank": len(part.down), "leakage": leakage(part, known)} if part else {})

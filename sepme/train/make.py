@@ -93,7 +93,7 @@ def make_deltas(
     kv = weights(layers)
     common = {
         "book": json.loads(planner.book.dumps()),
-        "preserve_sha256": planner.preserved.digest,
+        "preserve_sha256": planner.prompts.preserved.digest,
         "plan": asdict(planner.options),
         "train": asdict(options),
         "kv_fingerprint": kv_fingerprint(layers),
@@ -129,7 +129,7 @@ def _start(planner: Planner, plan: _Plan, kv: Mapping[str, Tensor], options: Tra
     """The increment before the first step: zero, or the closed form (which the objective closed-form keeps)."""
     increment = Increment.zeros(kv, plan.basis, options.beta, options.values_only)
     if plan.subspace is not None and (options.warm_start or options.objective == "closed-form"):
-        tokens, target = planner.tokens(plan.concept.name)
+        tokens, target = planner.prompts.tokens(plan.concept.name)
         up = solve(kv, tokens, target, plan.subspace.down, options.ridge, options.values_only)
         for name, w in increment.w.items():
             w.data.copy_(up[name] / options.beta)
@@ -147,13 +147,13 @@ def make_track(
 ) -> Track:
     """A concept's track before its first step."""
     device = next(iter(increment.w.values())).device
-    own, empty = planner.encodings[name].to(device), planner.empty
+    own, empty = planner.prompts.encodings[name].to(device), planner.prompts.empty
     repeat = own.context.shape[1] // empty.context.shape[1]
     nothing = Encoding(empty.context.repeat(1, repeat, 1), empty.mask.repeat(1, repeat), empty.pooled).to(device)
-    anchor = planner.anchors[name]
+    anchor = planner.prompts.anchors[name]
     anchor = Encoding(anchor.context.repeat(1, repeat, 1), anchor.mask.repeat(1, repeat), anchor.pooled).to(device)
     source = make_source(denoiser, own, nothing, anchor, options, pictures, check)
-    words = own_words(planner.encoder, planner.book[name], own.mask) if OBJECTIVES[options.objective](options).reads_words else None
+    words = own_words(planner.prompts.encoder, planner.book[name], own.mask) if OBJECTIVES[options.objective](options).reads_words else None
     return Track.start(name, increment, source, own, nothing, options, anchor=anchor, words=words, pooled=planner.pooled(name)[0])
 
 
@@ -172,13 +172,13 @@ def _finish(
     if plan.subspace is not None:
         subspace, up = plan.subspace, {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
     elif plan.null is not None:
-        tokens = planner.encodings[name].context.flatten(0, 1)
+        tokens = planner.prompts.encodings[name].context.flatten(0, 1)
         trained = {n: w.detach().cpu() for n, w in increment.w.items()}
         short = compress(trained, plan.null, tokens, options.beta, planner.options.max_rank, planner.options.energy)
         subspace, up = planner.certify(name, short.basis, plan.null.shape[1]), short.up
         facts = {"compression": short.facts}
     else:  # a full-rank ΔW has no subspace: D is the identity, and a gate of 0 lets every prompt through
-        d_in = planner.empty.context.shape[-1]
+        d_in = planner.prompts.empty.context.shape[-1]
         subspace = planner.certify(name, torch.eye(d_in, dtype=torch.float64), 0, gate=0.0)
         up = {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
     info = separable_from(planner, name) | {
@@ -196,7 +196,7 @@ def _finish(
 def separable_from(planner: Planner, name: str) -> dict[str, Any]:
     """What a delta says of everything else that is known: concepts; of the preserved prompts count and digest, a short list whole."""
     prompts = planner.book.preserve
-    preserve = {"count": planner.preserved.count, "sha256": planner.preserved.digest}
+    preserve = {"count": planner.prompts.preserved.count, "sha256": planner.prompts.preserved.digest}
     return {
         "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c.name != name],
         "preserve": preserve | ({"prompts": prompts} if len(prompts) <= 100 else {}),

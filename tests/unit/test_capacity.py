@@ -83,8 +83,8 @@ def test_soft_directions_are_generalised_eigenvectors(against: str) -> None:
 
 def test_planned_soft_directions_match_a_dense_reference() -> None:
     p = planner(40, "soft")
-    rows = {n: e.context.double().reshape(-1, D_IN).numpy() for n, e in p.encodings.items()}
-    everything = np.concatenate([p.empty.context.double().reshape(-1, D_IN).numpy(), *rows.values()])
+    rows = {n: e.context.double().reshape(-1, D_IN).numpy() for n, e in p.prompts.encodings.items()}
+    everything = np.concatenate([p.prompts.empty.context.double().reshape(-1, D_IN).numpy(), *rows.values()])
     epsilon = p.options.epsilon * (everything**2).sum() / len(everything)
     own = rows["name 3"]
     _, vectors = scipy.linalg.eigh(own.T @ own, everything.T @ everything + epsilon * np.eye(D_IN))
@@ -127,8 +127,11 @@ def test_a_streamed_list_plans_as_one_in_memory(tmp_path: Path, mode: str) -> No
     prompts = write_prompts(tmp_path / "kept.txt", 4 if mode == "exact" else CHUNK + 44)
     streamed = planner(3, mode, preserve_file=str(tmp_path / "kept.txt"))
     listed = planner(3, mode, preserve=tuple(prompts))
-    torch.testing.assert_close(streamed._fixed.gram, listed._fixed.gram, rtol=1e-12, atol=1e-9)
-    assert (streamed.preserved.count, streamed.preserved.digest) == (listed.preserved.count, listed.preserved.digest)
+    torch.testing.assert_close(streamed._finder._fixed.gram, listed._finder._fixed.gram, rtol=1e-12, atol=1e-9)
+    assert (streamed.prompts.preserved.count, streamed.prompts.preserved.digest) == (
+        listed.prompts.preserved.count,
+        listed.prompts.preserved.digest,
+    )
     if mode == "tolerance":  # 300 prompts leave nothing below 0.03
         with pytest.raises(SepMEError, match="not even one concept fits"):
             streamed.plan("name 0")
@@ -138,7 +141,7 @@ def test_a_streamed_list_plans_as_one_in_memory(tmp_path: Path, mode: str) -> No
     leaks = [s.certificate.leakage_linear["(preserved prompts)"] for s in (a, b)]
     assert leaks[0] == pytest.approx(leaks[1], abs=1e-5)
     assert leaks[0] > 0.05 if mode == "soft" else leaks[0] < 2e-3  # what rounding to bfloat16 leaves
-    assert float(ratios(listed.preserved.listed.context, a.down).max()) <= a.gate  # type: ignore[union-attr]
+    assert float(ratios(listed.prompts.preserved.listed.context, a.down).max()) <= a.gate  # type: ignore[union-attr]
 
 
 def test_a_long_preserve_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_a_long_preserve_file_is_never_held_as_a_whole(tmp_path: Path) -> None:
         encoder, book(2, preserve_file=str(tmp_path / "kept.txt")), PlanOptions(mode="auto"), (), lambda *a: seen.append(a)
     )  # fmt: skip
     p.plan_all()
-    assert p.preserved.count == 20_000
+    assert p.prompts.preserved.count == 20_000
     assert p.mode == "soft"
     assert CHUNK <= encoder.peak <= 6 * CHUNK
     size = (tmp_path / "kept.txt").stat().st_size
@@ -199,7 +202,7 @@ def test_auto_goes_from_exact_over_tolerance_to_soft() -> None:
 
 
 def test_auto_takes_soft_where_finding_out_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sepme.plan.planner.AUTO_WORK", 1.0)
+    monkeypatch.setattr("sepme.plan.finder.AUTO_WORK", 1.0)
     assert planner(4, "auto").mode == "soft"
 
 

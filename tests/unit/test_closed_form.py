@@ -99,7 +99,7 @@ def test_moves_the_concept_and_nothing_known(world: SimpleNamespace) -> None:
     book = ConceptBook((Concept("star", ("star", "a star"), "thing"), Concept("moon", ("moon", "a moon"))))
     planner = Planner(encoder, book, PlanOptions(mode="exact"), ["a cat", "a dog"])
     subspace = planner.plan("star")
-    tokens, target = planner.tokens("star")
+    tokens, target = planner.prompts.tokens("star")
     matrices = weights(denoiser.attention_layers())
     moon = encoder.encode(["moon", "a moon"]).context.double().flatten(0, 1)
     for name, y in solve(matrices, tokens, target, subspace.down).items():

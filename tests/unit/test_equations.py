@@ -67,7 +67,7 @@ def reference(
     unet = host.unet
     names = kv_parameters(host)
     theta = {n: p.detach() for n, p in unet.named_parameters()}
-    empty = planner.empty.context
+    empty = planner.prompts.empty.context
     sp = {i: planner.null_space(i) for i in NAMES}
     w = {(i, n): torch.zeros(theta[p].shape[0], sp[i].shape[1], dtype=torch.float64) for i in NAMES for n, p in names.items()}
     first = {key: torch.zeros_like(v) for key, v in w.items()}

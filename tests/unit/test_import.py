@@ -154,7 +154,7 @@ def test_an_unseparable_eraser_becomes_separable(host: Any, planner: Planner, tm
     own = {f"{m}.weight": weights(host.attention_layers())[n] + changes[n] for n, m in theirs(host).items()}
     save_file(own, tmp_path / "esd.safetensors")
     delta = import_eraser(planner, "star", tmp_path / "esd.safetensors", host.attention_layers())
-    tokens, circle = planner.tokens("star")[0].float(), planner.encodings["circle"].context.flatten(0, 1)
+    tokens, circle = planner.prompts.tokens("star")[0].float(), planner.prompts.encodings["circle"].context.flatten(0, 1)
     lost = whole = 0.0
     for name, change in changes.items():
         before, after = tokens @ change.T, tokens @ delta.weight_delta(name).T
@@ -252,7 +252,7 @@ def test_reprojection_spares_the_newcomer(host: Any) -> None:
     """D of {star} leaks on circle; reprojected, it is the D of {star, circle}, in whatever order they came."""
     alone = make_delta(planner_of(host, "star"), "star", host, CLOSED)
     planner = planner_of(host, "star", "circle")
-    circle = planner.encodings["circle"].context
+    circle = planner.prompts.encodings["circle"].context
     new = reproject(planner, alone, host.attention_layers())
     assert float(ratios(circle, alone.down).max()) > 0.01
     assert float(ratios(circle, new.down).max()) < 1e-5
@@ -269,7 +269,7 @@ def test_reprojection_spares_the_newcomer(host: Any) -> None:
 def test_reprojecting_against_what_was_known_changes_nothing(host: Any, planner: Planner, star: ConceptDelta) -> None:
     new = reproject(planner, star, host.attention_layers())
     assert torch.equal(new.down, star.down)
-    assert response_gap(star, new, planner.tokens("star")[0]) < 1e-3
+    assert response_gap(star, new, planner.prompts.tokens("star")[0]) < 1e-3
     assert new.info["reprojected"]["response_loss"] < 1e-3
 
 
@@ -280,7 +280,7 @@ def test_order_of_arrival(host: Any) -> None:
     both = planner_of(host, "star", "circle", "moon")
     one, other = (reproject(both, reproject(planner_of(host, "star", n), alone, layers), layers) for n in ("circle", "moon"))
     assert torch.equal(one.down, other.down)
-    c = both.encodings["star"].context.flatten(0, 1)
+    c = both.prompts.encodings["star"].context.flatten(0, 1)
     gap = sum(float((c @ (one.weight_delta(n) - other.weight_delta(n)).T).square().sum()) for n in one.up)
     whole = sum(float((c @ one.weight_delta(n).T).square().sum()) for n in one.up)
     calls: list[tuple[str, ...]] = []

@@ -99,8 +99,10 @@ def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_p
     delta = make_delta(planner, "tree", host, options, tmp_path / "c.safetensors")
     w = load_file(tmp_path / "c.safetensors")
     sp = planner.null_space("tree").float()
-    own = planner.encodings["tree"].context.flatten(0, 1)
-    known = torch.cat([planner.encodings["star"].context, planner.empty.context, planner.preserved.listed.context]).flatten(0, 1)
+    own = planner.prompts.encodings["tree"].context.flatten(0, 1)
+    known = torch.cat(
+        [planner.prompts.encodings["star"].context, planner.prompts.empty.context, planner.prompts.preserved.listed.context]
+    ).flatten(0, 1)
     facts = delta.info["compression"]
     assert delta.rank == facts["rank"] == facts["full_rank"] == 13  # 2 x 8 tokens; both BOS and the "a" of "a star" lie in A
     for name in delta.up:
@@ -170,7 +172,7 @@ def test_unrestricted_is_a_full_rank_delta_that_says_it_is_not_separable(tiny_ho
     name = next(iter(delta.up))
     assert float(w[f"0.w.{name}"].abs().max()) == pytest.approx(2e-5, rel=0.1)  # two steps of Adam at 1e-5
     torch.testing.assert_close(delta.weight_delta(name), w[f"0.w.{name}"], rtol=1e-3, atol=1e-8)
-    assert len(Composition((delta,)).touch(planner.empty.context, torch.ones(1)).rows) == 1
+    assert len(Composition((delta,)).touch(planner.prompts.empty.context, torch.ones(1)).rows) == 1
     delta.save(tmp_path / "delta.safetensors")
     assert ConceptDelta.load(tmp_path / "delta.safetensors").content_hash() == delta.content_hash()
     with pytest.raises(SepMEError, match="one by one"):

@@ -50,7 +50,7 @@ def merged(make_host: Callable[..., Any], up: dict[str, Tensor], down: Tensor) -
 
 def draws(planner: Planner, host: Any, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_t, t, contexts and empty contexts of the first step, drawn as documented: seed + 1 for the runs, seed for the steps."""
-    contexts, empty = planner.encodings["star"].context, planner.empty.context
+    contexts, empty = planner.prompts.encodings["star"].context, planner.prompts.empty.context
     generator = torch.Generator().manual_seed(options.seed + 1)
     runs = torch.randint(len(contexts), (options.trajectories,), generator=generator)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_training_decorrelates(planner: Planner, host: Any, make_host: Callable[
         after = (changed.predict(x, t, context) - host.predict(x, t, empty)) * r
         assert after.mean() < 0.3 * (r * r).mean()
         # the other concept, without the gate: A D = 0 is all that protects it
-        circle = planner.encodings["circle"].context[:1].expand(32, -1, -1)
+        circle = planner.prompts.encodings["circle"].context[:1].expand(32, -1, -1)
         drift = (changed.predict(x, t, circle) - host.predict(x, t, circle)).abs().max()
         assert drift <= 1e-4 * (changed.predict(x, t, context) - host.predict(x, t, context)).abs().max()
 
@@ -268,7 +268,7 @@ def test_closed_form(planner: Planner, host: Any) -> None:
     steps: list[Progress] = []
     delta = make_delta(planner, "star", host, TrainOptions(objective="closed-form"), on_step=steps.append)
     assert steps == delta.info["losses"] == []
-    tokens, target = planner.tokens("star")
+    tokens, target = planner.prompts.tokens("star")
     expected = solve(weights(host.attention_layers()), tokens, target, delta.down)
     for name, y in expected.items():
         assert (delta.up_factor(name) - y).abs().max() <= 2**-11 * y.abs().max()
@@ -276,7 +276,7 @@ def test_closed_form(planner: Planner, host: Any) -> None:
 
 def test_warm_start(planner: Planner, host: Any, make_host: Callable[..., Any]) -> None:
     """The first loss is that of the closed form, at any β; values only when asked."""
-    tokens, target = planner.tokens("star")
+    tokens, target = planner.prompts.tokens("star")
     subspace = planner.plan("star")
     x, t, context, empty = draws(planner, host, TrainOptions(**QUICK))
     for options in ({}, {"beta": 0.125}, {"values_only": True}):

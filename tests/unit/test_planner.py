@@ -201,9 +201,9 @@ def test_padding_option(encoder: Any) -> None:
     book = book_of(2)
     alls, none = (Planner(encoder, book, PlanOptions(padding=p), ORDINARY) for p in ("all", "none"))
     encoding = encoder.encode(["star", "a star"])
-    tokens, _ = alls.tokens("star")
+    tokens, _ = alls.prompts.tokens("star")
     assert torch.equal(tokens, encoding.context.double().flatten(0, 1))
-    tokens, _ = none.tokens("star")
+    tokens, _ = none.prompts.tokens("star")
     assert torch.equal(tokens, torch.cat([encoding.context[0, :3], encoding.context[1, :4]]).double())
     assert none.plan("star").certificate.null_dims > alls.plan("star").certificate.null_dims
 
@@ -214,10 +214,10 @@ def test_anchor_tokens_are_aligned_by_position(encoder: Any) -> None:
     for padding in ("all", "none"):
         planner = Planner(encoder, book, PlanOptions(padding=padding), ORDINARY)
         mask = encoder.encode(["star", "a star"]).mask if padding == "none" else torch.ones(2, 12, dtype=torch.bool)
-        tokens, target = planner.tokens("star")
+        tokens, target = planner.prompts.tokens("star")
         assert torch.equal(target, torch.stack([thing, thing])[mask])
         assert tokens.shape == target.shape
-    assert torch.equal(Planner(encoder, book, None, ORDINARY).tokens("moon")[1], empty)
+    assert torch.equal(Planner(encoder, book, None, ORDINARY).prompts.tokens("moon")[1], empty)
 
 
 # --- refusals

@@ -1,0 +1,59 @@
+"""Gates and certificates of planned directions, measured on every known, preserved and ordinary prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..concepts import mentions
+from .encoded_book import EncodedBook
+from .gate import Certificate, certify, extremes, side_by_side
+
+MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it
+
+
+def calibrate(
+    book: EncodedBook, names: Sequence[str], found: Sequence[tuple[Tensor, float, int]], mode: str, gate: float | None = None
+) -> list[tuple[float, Certificate]]:
+    """Gate γ (calibrated unless given) and certificate of each of these concepts.
+
+    Args:
+        found: per concept D ``(d_in, k)``, the share of its energy along D, and the number of directions D was chosen from.
+        mode: how D was chosen.
+    """
+    downs = [basis.T.float().contiguous() for basis, _, _ in found]
+    abreast, measured = side_by_side(downs), len(book.names) <= MANY
+    worst, least = _extremes_by_concept(book, abreast, measured)
+    table = {n: v.tolist() for n, v in worst.items()}
+    halves = [([], []) if c is None else (half, extremes(c, abreast, measured)[0].T.tolist()) for half, c in book.ordinary]
+    result = []
+    for i, (name, down, (_, kept, null_dims)) in enumerate(zip(names, downs, found, strict=True)):
+        leakage = {n: v[i] for n, v in table.items() if n != name}
+        for other, free in book.carriers(name).items():
+            del leakage[other]
+            if any(free):
+                leakage[other] = float(extremes(book.encodings[other].context[free], down[:, None], measured)[0].max())
+        calibration, held_out = (
+            [value for prompt, value in zip(half, values[i], strict=True) if not mentions(prompt, name)] if half else []
+            for half, values in halves
+        )
+        result.append(certify(leakage, float(least[name][i]), calibration, held_out, kept, len(down), null_dims, mode, gate))
+    return result
+
+
+def _extremes_by_concept(book: EncodedBook, abreast: Tensor, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Largest statistic by whose prompts, and smallest by concept; one value per planned concept."""
+    worst = {"(empty prompt)": extremes(book.empty.context, abreast, measured)[0].amax(dim=0)}
+    least: dict[str, Tensor] = {}
+    for group in book.groups(book.names):
+        book.on_progress("Gates", len(least), len(book.names))
+        contexts = [book.encodings[n].context for n in group]
+        most, smallest = (v.split([len(c) for c in contexts]) for v in extremes(torch.cat(contexts), abreast, measured))
+        worst |= {n: v.amax(dim=0) for n, v in zip(group, most, strict=True)}
+        least |= {n: v.amin(dim=0) for n, v in zip(group, smallest, strict=True)}
+    for _, encoding in book.preserved.batches("Preserve file: gates"):
+        values = extremes(encoding.context, abreast, measured)[0].amax(dim=0)
+        worst["(preserved prompts)"] = torch.maximum(worst.get("(preserved prompts)", values), values)
+    return worst, least

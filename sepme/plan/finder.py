@@ -1,0 +1,214 @@
+"""Which directions a concept may be edited along: ``D_i`` with ``A_i D_i = 0`` (Eq. 9-10), or as close to that as the mode allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SepMEError
+from ..model.protocols import Encoding
+from .directions import (
+    GRAM_RTOL,
+    Mode,
+    PlanOptions,
+    RowSpace,
+    concept_basis,
+    kept_energy,
+    null_basis,
+    null_basis_of_gram,
+    soft_bases,
+    stacked,
+)
+from .encoded_book import EncodedBook
+from .pooled import Pooled, PooledFacts, plan_pooled
+from .tokens import token_rows
+
+AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once per concept: minutes on two cores
+
+
+class Found(NamedTuple):
+    """D ``(d_in, k)`` float64, the share of the concept's energy along it, and the number of directions it was chosen from."""
+
+    basis: Tensor
+    kept: float
+    null_dims: int
+
+
+class DirectionFinder:
+    """Finds each concept's directions against everything else that the book names. Results are cached per mode and concept."""
+
+    def __init__(self, book: EncodedBook, options: PlanOptions) -> None:
+        self.book, self.options = book, options
+        empty, rtol = book.empty, options.rtol(options.mode)
+        triangle = options.mode in ("exact", "auto") or (options.mode == "tolerance" and rtol < GRAM_RTOL)
+        self._fixed = RowSpace(empty.context.shape[-1], empty.context.device, triangle)
+        self._fixed_pooled = None if empty.pooled is None else RowSpace(empty.pooled.shape[-1], empty.pooled.device, triangle=True)
+        self._found: dict[tuple[Mode, str], Found] = {}
+        self._preserve(empty)
+        book.preserved.read(book.encodings, self._preserve)
+
+    def _preserve(self, encoding: Encoding) -> None:
+        """Take prompts that must not change into what forbids directions."""
+        self._fixed.add(token_rows(encoding, self.options.padding))
+        if self._fixed_pooled is not None and encoding.pooled is not None:
+            self._fixed_pooled.add(encoding.pooled.double())
+
+    @cached_property
+    def mode(self) -> Mode:
+        """The mode in use; ``auto`` is the strictest that leaves room for every concept, and soft where finding out takes too long."""
+        if self.options.mode != "auto":
+            return self.options.mode
+        names = self.book.names
+        strict: tuple[Mode, ...] = ("exact", "tolerance")
+        if len(names) * self.book.empty.context.shape[-1] ** 3 > AUTO_WORK:
+            strict = ()
+        for mode in strict:
+            if all(self.has_room(found) for found in self._find(names, mode)):
+                return mode
+        return "soft"
+
+    def has_room(self, found: Found) -> bool:
+        return found.basis.shape[1] > 0 and found.kept >= self.options.min_kept_energy
+
+    def find(self, names: Sequence[str]) -> list[Found]:
+        """Directions of these concepts.
+
+        Raises:
+            SepMEError: no room is left for one of them; the message says how many concepts fit.
+        """
+        result = []
+        for name, found in zip(names, self._find(names, self.mode), strict=True):
+            if not self.has_room(found):
+                raise SepMEError(self._refusal(name, found.kept))
+            result.append(found)
+        return result
+
+    def null_space(self, name: str) -> Tensor:
+        """Sp ``(d_in, m)`` float64 of a concept against all others of the book (mode ``paper``).
+
+        Raises:
+            SepMEError: mode soft, which has none; or too little of the concept's energy lies in it.
+        """
+        if self.mode == "soft":
+            raise SepMEError("Directions of mode soft are no null space; choose exact or tolerance.")
+        null = self._null(name, self._others(name), self.mode)
+        kept = kept_energy(self.book.rows(name), null)
+        if kept < self.options.min_kept_energy:
+            raise SepMEError(self._refusal(name, kept, basis=False))
+        return null
+
+    def pooled(self, name: str) -> tuple[Pooled | None, PooledFacts | None]:
+        """Directions of the pooled vector, chosen as those of the tokens are, and what is known about them."""
+        book = self.book
+        own, anchor, empty = book.encodings[name].pooled, book.anchors[name].pooled, book.empty.pooled
+        if own is None or anchor is None or empty is None or self._fixed_pooled is None or self._fixed_pooled.triangle is None:
+            return None, None
+        carriers, listed = book.carriers(name), book.preserved.listed
+        known = [empty] if listed is None or listed.pooled is None else [empty, listed.pooled]
+        for other in self._others(name):
+            given = book.encodings[other].pooled
+            if given is not None:
+                known.append(given[carriers[other]] if other in carriers else given)
+        rows = torch.cat(known).double()
+        null = None
+        if self.options.pooled == "replace":
+            null = null_basis(stacked([self._fixed_pooled.triangle, rows]), self.options.rtol(self.mode))
+        return plan_pooled(own, anchor, rows, null, self.options)
+
+    def _others(self, name: str) -> list[str]:
+        return [n for n in self.book.names if n != name]
+
+    def _find(self, names: Sequence[str], mode: Mode) -> Iterator[Found]:
+        """D of each of these concepts against everything else of the book."""
+        book = self.book
+        if mode == "soft":
+            plain = [n for n in names if (mode, n) not in self._found and not book.carriers(n)]
+            for group in book.groups(plain):
+                book.on_progress(f"Planning ({mode})", len(self._found), len(book.names))
+                self._found |= dict(zip([(mode, n) for n in group], self._soft(group, self._factor), strict=True))
+        for i, name in enumerate(names):
+            if (mode, name) not in self._found:
+                book.on_progress(f"Planning ({mode})", i, len(names))
+                self._found[mode, name] = self._one(name, self._others(name), mode)
+            yield self._found[mode, name]
+
+    def _one(self, name: str, others: Sequence[str], mode: Mode) -> Found:
+        """D of one concept against the preserved rows and ``others``."""
+        if mode == "soft":
+            return self._soft([name], self._cholesky(self._gram(name, others)))[0]
+        own, null = self.book.rows(name), self._null(name, others, mode)
+        basis = concept_basis(own, null, self.options.max_rank, self.options.energy)
+        return Found(basis, kept_energy(own, basis), null.shape[1])
+
+    def _null(self, name: str, others: Sequence[str], mode: Mode) -> Tensor:
+        """Sp ``(d_in, m)`` of one concept against the preserved rows and ``others``, in a mode that has one."""
+        rtol, own = self.options.rtol(mode), self.book.rows(name)
+        if rtol >= GRAM_RTOL:
+            return null_basis_of_gram(self._gram(name, others) - own.T @ own, rtol)
+        assert self._fixed.triangle is not None
+        return null_basis(stacked([self._fixed.triangle, *self.book.constraints(name, others)]), rtol)
+
+    @cached_property
+    def _total(self) -> Tensor:
+        """G ``(d_in, d_in)``: of everything that is preserved and of all concepts."""
+        gram = self._fixed.gram.clone()
+        for group in self.book.groups(self.book.names):
+            rows = torch.cat([self.book.rows(n) for n in group])
+            gram.addmm_(rows.T, rows)
+        return gram
+
+    def _gram(self, name: str, others: Sequence[str]) -> Tensor:
+        """G of the preserved rows, the concept's own, and what ``others`` constrain it with."""
+        book = self.book
+        if len(others) == len(book.names) - 1:
+            gram, signed = self._total.clone(), [(-1.0, book.rows(o, [not f for f in free])) for o, free in book.carriers(name).items()]
+        else:
+            gram, signed = self._fixed.gram.clone(), [(1.0, r) for r in (book.rows(name), *book.constraints(name, others))]
+        for sign, rows in signed:
+            gram.addmm_(rows.T, rows, alpha=sign)
+        return gram
+
+    def _soft(self, names: Sequence[str], factor: Tensor) -> list[Found]:
+        rows = [self.book.rows(n) for n in names]
+        bases = soft_bases(factor, rows, self.options.max_rank, self.options.energy)
+        return [Found(b, kept_energy(r, b), self._total_null_dims) for r, b in zip(rows, bases, strict=True)]
+
+    def _cholesky(self, gram: Tensor) -> Tensor:
+        return torch.linalg.cholesky(gram + self._epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+    @cached_property
+    def _epsilon(self) -> float:
+        return self.options.epsilon * float(self._total.trace()) / (self._fixed.count + self.book.row_count)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return self._cholesky(self._total)
+
+    @cached_property
+    def _total_null_dims(self) -> int:
+        values = torch.linalg.eigvalsh(self._total)
+        return int((values <= self.options.tolerance**2 * values[-1]).sum())
+
+    def _refusal(self, name: str, kept: float, basis: bool = True) -> str:
+        """Why there is no room and what to do; ``basis`` False where soft directions would not do (mode ``paper``)."""
+        others = self._others(name)
+
+        def fits(count: int) -> bool:
+            return self.has_room(self._one(name, others[:count], self.mode))
+
+        low, high = -1, len(others)  # fits(low), not fits(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        room = f"{low + 1} concepts fit" if low >= 0 else "not even one concept fits beside the preserve list"
+        other = ", soft or auto" if basis else ""
+        advice = {
+            "exact": f"use mode tolerance{other}, or fewer concepts or prompts",
+            "tolerance": f"raise the tolerance{', use mode soft or auto' * basis}, or use fewer concepts or prompts",
+            "soft": "raise epsilon, or use fewer concepts or prompts",
+        }[self.mode]
+        return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."
