@@ -10,8 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..concepts import normalised
-from ..delta.concept_delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta, check_apart
 from ..errors import SepMEError
 from .ops import no_autocast
 
@@ -42,11 +41,8 @@ class Composition:
     deltas: tuple[ConceptDelta, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        check_apart(self.deltas)
         for delta in self.deltas:
-            if normalised(delta.concept.name) in seen:
-                raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
-            seen.add(normalised(delta.concept.name))
             delta.check_fits(self.deltas[0].shapes, f"the delta of {self.deltas[0].concept.name!r}")
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..apply.composition import Composition
 from ..apply.projector import KVProjector
 from ..apply.toggles import Toggles, merge, parse_tags, strengths
+from ..checks import SEEDS, check_finite, check_number
 from ..errors import SepMEError
 from ..model.layers import unet_layers
 from ..model.protocols import AttentionLayer, Encoding
@@ -124,7 +125,7 @@ class DiffusersHost:
         for t in self.scheduler.timesteps:
             nothing, something = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
             x = self.scheduler.step(nothing + guidance * (something - nothing), t, x).prev_sample
-            yield x
+            yield check_finite(x, "UNet", f"timestep {int(t)}")
 
     def trajectory(
         self,
@@ -171,7 +172,7 @@ class DiffusersHost:
             latents.append((x_0 * self.pipe.vae.config.scaling_factor).to(self.unet.dtype))
             if on_step is not None:
                 on_step()
-        return torch.cat(latents)
+        return check_finite(torch.cat(latents), "VAE", "an encoded picture")
 
     def generate(
         self,
@@ -196,12 +197,19 @@ class DiffusersHost:
         Returns:
             images ``(n, 3, height, width)`` float32 in [-1, 1], or latents ``(n, 4, h, w)``.
         """
+        check_number("steps", steps, 1, self.timesteps, whole=True)
+        check_number("guidance", guidance, -1e3, 1e3)
+        for seed in seeds:
+            check_number("seed", seed, *SEEDS, whole=True)
         texts, tags = zip(*(parse_tags(p) for p in prompts), strict=True)
         negative_text, negative_tags = parse_tags(negative)
         cond = self.encode(texts)
         uncond = self.encode([negative_text]).rows([0] * len(prompts))
+        check_finite(cond.context, "text encoder", "the prompt's encoding")
+        check_finite(uncond.context, "text encoder", "the negative prompt's encoding")
 
         def step_end(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            check_finite(kwargs["latents"], "UNet", f"step {index + 1} of {steps}")
             if on_step is not None:
                 on_step(index)
             return kwargs
@@ -223,7 +231,8 @@ class DiffusersHost:
             if latents_only:
                 return out.images
             vae = self.pipe.vae
-            return vae.decode(out.images.to(vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+            images = vae.decode(out.images.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+            return check_finite(images, "VAE", "the decoded picture").clamp(-1, 1)
 
         pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
         with torch.no_grad():
@@ -232,12 +241,12 @@ class DiffusersHost:
             base = toggles or {}
             rows = [merge(base, t) for t in tags]
             if pooled is not None:
-                both = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.names)
+                both = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.deltas)
                 contexts = torch.cat([uncond.context, cond.context])
                 first, second = composition.replace_pooled(torch.cat(pooled), contexts, both, gate).chunk(2)
                 pooled = first, second
             if guidance > 1:
                 rows = [merge(base, negative_tags)] * len(rows) + rows
-            table = strengths(rows, composition.names)
+            table = strengths(rows, composition.deltas)
             with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table):
                 return run(pooled)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ..checks import check_number
 from ..errors import SepMEError, out_of_memory
 from ..files import refuse_pickle
 from . import ldm
@@ -38,6 +39,8 @@ class LoadOptions:
     size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            check_number("size", self.size, 8, 1 << 14, whole=True)
         if self.prediction not in (None, *PREDICTIONS):
             raise SepMEError(f"There is no prediction type {self.prediction!r}; choose epsilon or v_prediction.")
         try:
