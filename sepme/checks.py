@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ SEEDS = (-(1 << 63), (1 << 64) - 1)  # what torch's generators take
 
 
 def check_number(what: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    """Raise :class:`SepMEError` unless ``value`` is a number from ``low`` to ``high`` (no NaN), an integer if ``whole``."""
+    """Raise :class:`SepMEError` unless ``value`` is a number from ``low`` to ``high`` (NaN is none), an integer if ``whole``."""
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise SepMEError(f"{what} must be {kind} from {low:.10g} to {high:.10g}, not {str(value)[:40]}.")
 
