@@ -27,7 +27,7 @@ def test_what_is_no_number_in_range(value: Any) -> None:
 @pytest.mark.parametrize(
     "field", ["steps", "learning_rate", "batch", "threshold", "guidance", "ridge", "regularisation", "seed", "momentum"]
 )
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, 10**30])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, 10**400])
 def test_training_options(field: str, value: float) -> None:
     with pytest.raises(SepMEError, match=f"{field.replace('_', ' ')} must be a"):
         TrainOptions(**{field: value})
@@ -89,7 +89,7 @@ def test_a_model_that_gives_nan_is_not_trained_on(make_host: Callable[..., Any])
     host = make_host()
     planner = Planner(host, ConceptBook((Concept("star", ("star",)),)), PlanOptions(), ("a cat", "a dog"))
     broken(host, "unet")
-    with pytest.raises(SepMEError, match="UNet gives NaN.*timestep"):
+    with pytest.raises(SepMEError, match=r"UNet gives NaN.*timestep"):
         make_delta(planner, "star", host, TrainOptions(steps=1))
     with torch.no_grad():
         next(iter(host.attention_layers().values())).to_v.weight[0, 0] = math.inf

@@ -265,7 +265,8 @@ def test_damaged_metadata(tmp_path: Path, metadata: Any) -> None:
 @pytest.mark.parametrize(
     "texts",
     [
-        {"certificate": '{"gate_low": 1e300}'}, {"certificate": '{"null_dims": ' + "9" * 300 + "}"}, {"certificate": '{"kept_energy": NaN}'},
+        {"certificate": '{"gate_low": 1e300}'}, {"certificate": '{"null_dims": ' + "9" * 300 + "}"},
+        {"certificate": '{"kept_energy": NaN}'},
         {"certificate": '{"rank": Infinity}'}, {"certificate": '{"mode": 3}'}, {"losses": "[1e999]"}, {"losses": "[true]"},
         {"objective": '{"name": "gcirs", "steps": "many"}'}, {"objective": '{"name": "gcirs", "steps": -1e200}'},
         {"clip_skip": '"one"'}, {"preserve": '{"count": "x"}'}, {"preserve": '{"count": 1, "sha256": 5}'},
