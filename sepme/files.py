@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -46,6 +47,14 @@ def check_precision(path: Path, key: str, dtype: Any) -> None:
     if dtype not in PLAIN and dtype not in PLAIN.values():
         what = str(dtype).removeprefix("torch.")
         raise SepMEError(f"{path} is quantised ({what} at {key[:120]}); use the float16, bfloat16 or float32 file instead.")
+
+
+def check_file_precision(path: Path) -> None:
+    """The same for all tensors of a safetensors file but the position numbers of text encoders; only its header is read."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            if not key.endswith("position_ids"):
+                check_precision(path, key, file.get_slice(key).get_dtype())
 
 
 def first_line(error: Exception) -> str:

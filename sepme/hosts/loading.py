@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 
 from ..checks import check_number
 from ..errors import SepMEError, out_of_memory
-from ..files import refuse_pickle
+from ..files import check_file_precision, refuse_pickle
 from . import ldm
 from .tokenizers import END, clip_tokenizer
 
@@ -89,6 +89,8 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
             if owner not in ("diffusers", "transformers") or not any((folder / part).glob("*.safetensors")):
                 raise SepMEError(f"{folder} has no {part} as .safetensors, which is the only format that is read; get the folder with it.")
         parts = [[f.name for f in (folder / p).glob("*.safetensors")] for p in ("unet", "vae", *encoders)]
+        for file in (file for part in ("unet", "vae", *encoders) for file in (folder / part).glob("*.safetensors")):
+            check_file_precision(file)
         whole = all(any(".fp16" not in name for name in names) for names in parts)
         extra = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
         pipe = (

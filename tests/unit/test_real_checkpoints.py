@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 from functools import cache
 from pathlib import Path
@@ -259,6 +260,14 @@ def test_quantised_single_files_are_refused(models: Any, tmp_path: Path, part: s
     save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "small.safetensors")
     with pytest.raises(SepMEError, match="is quantised"):
         loading.load_pipeline(str(tmp_path / "small.safetensors"), LoadOptions(tokenizer=str(folder)))
+
+
+def test_quantised_folders_are_refused(models: Any, tmp_path: Path) -> None:
+    shutil.copytree(models("sd1")[0], tmp_path / "small")
+    (file,) = (tmp_path / "small" / "unet").glob("*.safetensors")
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}, file)
+    with pytest.raises(SepMEError, match="is quantised"):
+        loading.load_pipeline(str(tmp_path / "small"), LoadOptions())
 
 
 def test_damaged_files_get_one_sentence(models: Any, tmp_path: Path) -> None:
