@@ -3,13 +3,17 @@ import { api, app, changed, grow, nodes, rootGraph, set, toast, widget } from ".
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
+import { inheritedBy } from "./runs.js";
+import { markTexts, tags } from "./tags.js";
 import { t } from "./text.js";
-import { architectureOf, deltasAt, deltasBefore, deltasOfWorkflow, loaded } from "./wires.js";
+import { key } from "./toggles.js";
+import { architectureOf, deltasAt, deltasBefore, loaded } from "./wires.js";
 
 const PANEL = "SEPME_TOGGLES";
 const INHERITS = ["SepMETextEncode", "SepMEConditioningToggles"];
 const PANELS = ["SepMEApply", ...INHERITS];
 const WIDTH = 320;
+const MARGIN = 6;
 
 /** Give the toggles of a node definition our widget; the input stays a STRING, so that a text can be wired to it. */
 export function definePanel(definition) {
@@ -26,9 +30,9 @@ export const customWidgets = {
     const made = node.addDOMWidget(name, PANEL, panel.element, {
       getValue: () => panel.value,
       setValue: (value) => (panel.value = value),
-      getMinHeight: () => panel.height,
+      getMinHeight: () => panel.height + 2 * MARGIN,
       hideOnZoom: false,
-      margin: 6,
+      margin: MARGIN,
     });
     return { widget: made, minWidth: WIDTH, minHeight: 1 };
   },
@@ -49,7 +53,7 @@ export function nodeMade(node) {
 /** A line below a loader's fields that says what the file holds; the hash is kept with the name, so that the file can be renamed. */
 function addCard(node) {
   const element = el("div.sepme.sepme-card");
-  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: MARGIN });
   made.serialize = false;
   node.sepmeCard = element;
   grow(node);
@@ -111,13 +115,14 @@ export function refresh() {
       if (node.sepmeCard) drawCard(node);
       if (node.sepmePanel) await drawPanel(node);
     }
+    await markTexts();
   });
 }
 
 async function drawPanel(node) {
   const panel = node.sepmePanel;
-  if (panel.inherits) return resize(node, () => deltasOfWorkflow().then((found) => panel.show(found)));
-  const found = await deltasAt(node);
+  if (panel.inherits) return drawPromptPanel(node, panel);
+  const { deltas: found, hidden } = await deltasAt(node);
   const model = await architectureOf(node);
   const notes = [];
   for (const delta of found) {
@@ -126,8 +131,17 @@ async function drawPanel(node) {
     delta.mismatch = t("panel.mismatch", { name: delta.concept, is: delta.architecture, model });
     notes.push(delta.mismatch);
   }
+  if (hidden && found.length) notes.push(t("panel.more"));
   const earlier = await deltasBefore(node);
-  return resize(node, () => panel.show(found, notes, earlier));
+  return resize(node, () => panel.show(found, notes, earlier, hidden));
+}
+
+async function drawPromptPanel(node, panel) {
+  const { deltas, hidden } = await inheritedBy(node);
+  for (const { name, strength } of node.comfyClass === "SepMETextEncode" ? tags(widget(node, "text")?.value ?? "") : []) {
+    for (const delta of deltas) if (name && key(name) === key(delta.concept)) delta.tagged = strength;
+  }
+  return resize(node, () => panel.show(deltas, [], [], hidden));
 }
 
 /** Let a node grow with its panel; it never shrinks under the user's hands. */

@@ -1,9 +1,10 @@
 // The value of a toggle panel: strengths by concept in the user's order, written as one JSON object.
 
-const normalised = (name) => String(name).toLowerCase().split(/\s+/).filter(Boolean).join(" ");
+/** What a name is compared by; case and spaces do not count. */
+export const key = (name) => String(name).toLowerCase().split(/\s+/).filter(Boolean).join(" ");
 
-/** Whether two names mean one concept; case and spaces do not count. */
-export const same = (a, b) => normalised(a) === normalised(b);
+/** Whether two names mean one concept. */
+export const same = (a, b) => key(a) === key(b);
 
 /** The entries `[name, strength]` of a JSON text; null when it is no object of numbers. */
 export function parse(text) {
@@ -26,16 +27,16 @@ export const write = (entries) => `{${entries.map(([name, value]) => `${JSON.str
  * A row without a strength follows the default. `known`: a delta of this concept is connected, here or further up (`earlier`).
  */
 export function rows(entries, concepts, earlier = []) {
-  const byName = new Map(concepts.map((c) => [normalised(c.concept), c]));
-  const others = new Map(earlier.map((c) => [normalised(c.concept), c]));
+  const byName = new Map(concepts.map((c) => [key(c.concept), c]));
+  const others = new Map(earlier.map((c) => [key(c.concept), c]));
   const listed = new Set();
   const result = entries.map(([name, strength]) => {
-    const key = normalised(name);
-    listed.add(key);
-    return { name, strength, known: byName.has(key) || others.has(key), delta: byName.get(key) ?? others.get(key) };
+    const id = key(name);
+    listed.add(id);
+    return { name, strength, known: byName.has(id) || others.has(id), delta: byName.get(id) ?? others.get(id) };
   });
-  for (const [key, delta] of byName) {
-    if (!listed.has(key)) result.push({ name: delta.concept, strength: undefined, known: true, delta });
+  for (const [id, delta] of byName) {
+    if (!listed.has(id)) result.push({ name: delta.concept, strength: undefined, known: true, delta });
   }
   return result;
 }

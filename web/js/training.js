@@ -1,10 +1,12 @@
 // Training as it runs: loss curve and current picture on the node; afterwards certificates and who disturbs whom.
-import { api, grow, nodes } from "./host.js";
+import { api, grow, nodes, rootGraph, serverIds } from "./host.js";
 import { el, figure } from "./dom.js";
+import { library } from "./library.js";
 import { refresh } from "./nodes.js";
 import { t } from "./text.js";
 
 const SIZE = [300, 96];
+const MARGIN = 6;
 
 /** Give a training node its display. */
 export function trainingNode(node) {
@@ -14,10 +16,11 @@ export function trainingNode(node) {
   const state = el("div.sepme-line", { role: "status" }, t("training.idle"));
   const result = el("div.sepme-result");
   const element = el("div.sepme.sepme-training", {}, state, el("div.sepme-live", { hidden: true }, canvas, picture), result);
-  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight), hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight) + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
   made.serialize = false;
   node.sepmeTraining = { element, canvas, picture, state, result, losses: new Map() };
   grow(node);
+  new ResizeObserver(() => grow(node)).observe(result); // it has a height only once it is on the screen
 }
 
 export function watchTraining() {
@@ -32,10 +35,16 @@ export function watchTraining() {
   });
 }
 
-/** A node by the id that the server knows: inside subgraphs `outer:inner`. */
-function find(id) {
-  const last = String(id).split(":").pop();
-  return [...nodes()].find((n) => String(n.id) === last && n.sepmeTraining);
+/** A training node by the id that the server knows it by. */
+const find = (id) => [...nodes()].find((n) => n.sepmeTraining && serverIds(n).includes(String(id)));
+
+/** After a workflow was loaded (reload, undo, another tab): what its nodes made while this server runs. A cached node tells nobody. */
+export async function restoreTraining() {
+  if (![...nodes()].some((n) => n.sepmeTraining)) return;
+  for (const [id, made] of Object.entries(await library.made(rootGraph().id))) {
+    const node = find(id);
+    if (node && !node.sepmeMade) finished(node, made);
+  }
 }
 
 function step(node, { concept, step, steps, loss, sample, note }) {
