@@ -103,6 +103,8 @@ export function keep(records) {
 }
 
 let waiting = false;
+let later = 0;
+const LATER = 400; // milliseconds in which Nodes 2.0 has put a text on the page
 
 /** Draw panels and cards anew, once for all changes of this moment. */
 export function refresh() {
@@ -116,6 +118,8 @@ export function refresh() {
       if (node.sepmePanel) await drawPanel(node);
     }
     await markTexts();
+    clearTimeout(later);
+    later = setTimeout(markTexts, LATER);
   });
 }
 

@@ -1,12 +1,12 @@
 // Deltas that a workflow names and the server has not: one dialog, one click a delta.
-import { app, changed, nodes, set, toast, widget } from "./host.js";
+import { app, changed, freePlace, nodes, set, toast, widget } from "./host.js";
 import { openDialog } from "./dialog.js";
 import { el } from "./dom.js";
 import { installRecord } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
-import { loaded } from "./wires.js";
+import { linkOf, loaded } from "./wires.js";
 
 let told = ""; // what the last dialog was about: undo loads the workflow again, and need not ask again
 let dialog = null;
@@ -101,9 +101,19 @@ function insertTraining(node, record) {
   wire(train, 0, save, "deltas");
   bridge(graph, node, train, save);
   graph.remove(node);
+  settle(graph, [book, train, save]);
   app.canvas.selectNodes?.([book, train, save]);
   changed();
   toast("info", t("repair.trainTitle"), t("repair.trainText"));
+}
+
+/** Move nodes together to where they lie on no others; in Nodes 2.0 they are drawn a little larger than the graph knows. */
+function settle(graph, made) {
+  const left = Math.min(...made.map((n) => n.pos[0]));
+  const top = Math.min(...made.map((n) => n.pos[1]));
+  const size = [Math.max(...made.map((n) => n.pos[0] + n.size[0])) - left, 1.2 * (Math.max(...made.map((n) => n.pos[1] + n.size[1])) - top)];
+  const [, y] = freePlace(graph, [left, top], size, made);
+  for (const n of made) n.pos = [n.pos[0], n.pos[1] + y - top];
 }
 
 /** A concept of a book without what is empty. */
@@ -111,11 +121,10 @@ const plain = ({ name, prompts, anchor }) => ({ name, ...(prompts?.length ? { pr
 
 /** Wire the new branch as the loader was: deltas before it, those that read it, and the model that they are applied to. */
 function bridge(graph, node, train, save) {
-  const linkOf = (id) => graph.getLink?.(id) ?? graph.links?.[id];
-  const before = linkOf(node.inputs.find((i) => i.name === "deltas")?.link);
+  const before = linkOf(graph, node.inputs.find((i) => i.name === "deltas")?.link);
   if (before) graph.getNodeById(before.origin_id)?.connect(before.origin_slot, train, train.inputs.findIndex((i) => i.name === "deltas"));
   for (const id of [...(node.outputs[0].links ?? [])]) {
-    const link = linkOf(id);
+    const link = linkOf(graph, id);
     const reader = graph.getNodeById(link.target_id);
     save.connect(0, reader, link.target_slot);
   }
