@@ -28,7 +28,12 @@ window.sepmeTest = {
   value: (id, name) => sepmeTest.node(id).widgets.find((w) => w.name === name).value,
   slot: (id, input, index) => app.canvasPosToClientPos(sepmeTest.node(id).getConnectionPos(input, index)),
   ids: (kind) => app.canvas.graph.nodes.filter((n) => !kind || n.type === kind).map((n) => String(n.id)),
-  enter: (id) => { const inner = sepmeTest.node(id).subgraph; app.canvas.openSubgraph?.(inner) ?? app.canvas.setGraph(inner); },
+  enter: (id) => app.canvas.openSubgraph(sepmeTest.node(id).subgraph, sepmeTest.node(id)),
+  // what "Promote Widget" does: front end 1.32 notes it on the subgraph's node, newer ones make it an input of the subgraph
+  promote: (id, name) => { const outer = sepmeTest.node(id), inner = outer.subgraph.nodes.find((n) => n.widgets?.some((w) => w.name === name));
+    if (outer.properties.proxyWidgets) { outer.properties.proxyWidgets = [[String(inner.id), name]]; return; }
+    const slot = inner.inputs.find((i) => i.widget?.name === name);
+    outer.subgraph.addInput(name, String(slot.type)).connect(slot, inner); },
   set: (id, name, value) => { const n = sepmeTest.node(id); const w = n.widgets.find((w) => w.name === name);
     w.value = value; w.callback?.(value, app.canvas, n); },
   part: (id, name) => { const e = sepmeTest.node(id)[name]; (e.element ?? e).dataset.test = `${name}-${id}`; },

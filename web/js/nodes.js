@@ -7,7 +7,7 @@ import { inheritedBy } from "./runs.js";
 import { markTexts, tags } from "./tags.js";
 import { t } from "./text.js";
 import { key } from "./toggles.js";
-import { architectureOf, deltasAt, deltasBefore, loaded } from "./wires.js";
+import { architectureOf, deltasAt, deltasBefore, linkOf, loaded } from "./wires.js";
 
 const PANEL = "SEPME_TOGGLES";
 const INHERITS = ["SepMETextEncode", "SepMEConditioningToggles"];
@@ -27,16 +27,43 @@ export const customWidgets = {
     const panel = new TogglePanel(INHERITS.includes(node.comfyClass), () => changed());
     panel.value = spec[1]?.default ?? "{}";
     node.sepmePanel = panel;
-    const made = node.addDOMWidget(name, PANEL, panel.element, {
-      getValue: () => panel.value,
-      setValue: (value) => (panel.value = value),
-      getMinHeight: () => panel.height + 2 * MARGIN,
-      hideOnZoom: false,
-      margin: MARGIN,
-    });
-    return { widget: made, minWidth: WIDTH, minHeight: 1 };
+    return { widget: addPanel(node, name, panel, () => panel.value, (value) => (panel.value = value)), minWidth: WIDTH, minHeight: 1 };
   },
 };
+
+const addPanel = (node, name, panel, getValue, setValue) =>
+  node.addDOMWidget(name, PANEL, panel.element, { getValue, setValue, getMinHeight: () => panel.height + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
+
+/**
+ * Panels of a subgraph's node in place of promoted toggles. Since front end 1.49 such a node has a value of its own for a promoted widget,
+ * but draws none that is an extension's; before, the inner panel itself is shown there.
+ */
+function promotedPanels(node) {
+  for (const input of node.inputs ?? []) {
+    const held = input._widget;
+    if (!input.widgetId || held?.type !== PANEL || !node._extraWidgets) continue;
+    if (!held.sepmePanel) {
+      const inner = innermost(node, input);
+      if (!inner) continue;
+      const panel = new TogglePanel(INHERITS.includes(inner.comfyClass), (text) => ((held.value = text), changed()));
+      const made = addPanel(node, input.name, panel, () => held.value, (value) => (held.value = panel.value = value));
+      node._extraWidgets.splice(node._extraWidgets.indexOf(made), 1); // it stands for the input, whose value is sent
+      Object.assign(made, { sepmePanel: panel, sepmeInner: inner });
+      input._widget = made;
+      node._setConcreteSlots?.();
+      if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]]);
+    }
+    input._widget.sepmePanel.value = input._widget.value;
+  }
+}
+
+/** The node in a subgraph, or in one inside it, whose widget an input of the subgraph's node stands for. */
+function innermost(node, input) {
+  const slot = node.inputs.indexOf(input);
+  const link = linkOf(node.subgraph, node.subgraph.inputs[slot]?.linkIds?.[0]);
+  const inner = link && node.subgraph.getNodeById(link.target_id);
+  return inner?.isSubgraphNode?.() ? innermost(inner, inner.inputs[link.target_slot]) : inner;
+}
 
 /** What a node needs once it is made. */
 export function nodeMade(node) {
@@ -115,7 +142,10 @@ export function refresh() {
     if (!library.ready) return;
     for (const node of nodes()) {
       if (node.sepmeCard) drawCard(node);
-      if (node.sepmePanel) await drawPanel(node);
+      if (node.sepmePanel) await drawPanel(node, node.sepmePanel);
+      if (!node.isSubgraphNode?.()) continue;
+      promotedPanels(node);
+      for (const made of node.widgets ?? []) if (made.sepmeInner) await drawPanel(made.sepmeInner, made.sepmePanel, node);
     }
     await markTexts();
     clearTimeout(later);
@@ -123,9 +153,9 @@ export function refresh() {
   });
 }
 
-async function drawPanel(node) {
-  const panel = node.sepmePanel;
-  if (panel.inherits) return drawPromptPanel(node, panel);
+/** Draw the panel of a node; `shown` is the node that it is on, the node itself or the subgraph's. */
+async function drawPanel(node, panel, shown = node) {
+  if (panel.inherits) return drawPromptPanel(node, panel, shown);
   const { deltas: found, hidden } = await deltasAt(node);
   const model = await architectureOf(node);
   const notes = [];
@@ -137,23 +167,23 @@ async function drawPanel(node) {
   }
   if (hidden && found.length) notes.push(t("panel.more"));
   const earlier = await deltasBefore(node);
-  return resize(node, () => panel.show(found, notes, earlier, hidden));
+  return resize(shown, panel, () => panel.show(found, notes, earlier, hidden));
 }
 
-async function drawPromptPanel(node, panel) {
+async function drawPromptPanel(node, panel, shown) {
   const { deltas, hidden } = await inheritedBy(node);
   for (const { name, strength } of node.comfyClass === "SepMETextEncode" ? tags(widget(node, "text")?.value ?? "") : []) {
     for (const delta of deltas) if (name && key(name) === key(delta.concept)) delta.tagged = strength;
   }
-  return resize(node, () => panel.show(deltas, [], [], hidden));
+  return resize(shown, panel, () => panel.show(deltas, [], [], hidden));
 }
 
 /** Let a node grow with its panel; it never shrinks under the user's hands. */
-async function resize(node, draw) {
-  const before = node.sepmePanel.height;
-  await draw();
-  const after = node.sepmePanel.height;
-  node.sepmePanel.element.style.minHeight = `${after}px`;
+function resize(node, panel, draw) {
+  const before = panel.height;
+  draw();
+  const after = panel.height;
+  panel.element.style.minHeight = `${after}px`;
   if (after === before) return;
   const size = node.computeSize();
   if (node.size[1] < size[1] || after < before) node.setSize([Math.max(node.size[0], WIDTH), Math.max(size[1], node.size[1] + after - before)]);

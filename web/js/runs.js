@@ -1,7 +1,7 @@
 // Which prompts are drawn by which model: what a prompt node inherits, and texts that only our encode node can read.
-import { nodes, widget } from "./host.js";
+import { nodes } from "./host.js";
 import { key, parse } from "./toggles.js";
-import { BYPASSED, MUTED, applies, appliesBefore, deltasAt, isOurs, sources } from "./wires.js";
+import { BYPASSED, MUTED, applies, appliesBefore, deltasAt, isOurs, sentValue, sources } from "./wires.js";
 
 const PASSES_TEXT = new Set(["CONDITIONING", "STRING", "*"]);
 
@@ -69,7 +69,10 @@ async function effects(chain) {
 }
 
 /** A node's own toggles; null when a wire brings them. */
-const own = (node) => (sources(node, "toggles").length ? null : parse(widget(node, "toggles")?.value));
+function own(node) {
+  const text = sentValue(node, "toggles");
+  return text === undefined && node.inputs?.some((i) => i.name === "toggles" && i.link != null) ? null : parse(text);
+}
 
 /** Toggles of our prompt nodes further up: they came with the prompt, and later ones go before them. */
 function earlierToggles(node, seen = new Set()) {

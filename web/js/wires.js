@@ -59,6 +59,19 @@ function virtual(node, slot, seen) {
   }
 }
 
+/**
+ * A widget's value as it is sent: of a promoted one what the outermost subgraph's node says. Undefined where a wire brings it, or where
+ * the uses of a subgraph differ.
+ */
+export function sentValue(node, name) {
+  const input = node.inputs?.find((i) => i.name === name);
+  const link = linkOf(node.graph, input?.link);
+  if (!link) return (widget(node, name) ?? input?._widget)?.value;
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return sources(node, name).length ? undefined : widget(node, name)?.value;
+  const values = new Set(instances(node.graph).map((n) => sentValue(n, n.inputs[link.origin_slot]?.name)));
+  return values.size === 1 ? [...values][0] : undefined;
+}
+
 function instances(subgraph) {
   return [...graphs()].flatMap((g) => (g.nodes ?? []).filter((n) => n.isSubgraphNode?.() && n.subgraph === subgraph));
 }
