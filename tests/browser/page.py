@@ -19,7 +19,7 @@ expect.set_options(timeout=WAIT)
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
 window.sepmeTest = {
-  node: (id) => { for (const g of [app.rootGraph ?? app.graph, ...((app.rootGraph ?? app.graph).subgraphs?.values?.() ?? [])]) {
+  node: (id) => { for (const g of [app.canvas.graph, app.rootGraph ?? app.graph, ...((app.rootGraph ?? app.graph).subgraphs?.values?.() ?? [])]) {
     const found = (g.nodes ?? []).find((n) => String(n.id) === String(id)); if (found) return found; } },
   add: (kind, x, y, values) => { const n = LiteGraph.createNode(kind); n.pos = [x, y]; app.canvas.graph.add(n);
     for (const [k, v] of Object.entries(values ?? {})) n.widgets.find((w) => w.name === k).value = v; return n.id; },
@@ -30,7 +30,8 @@ window.sepmeTest = {
   ids: (kind) => app.canvas.graph.nodes.filter((n) => !kind || n.type === kind).map((n) => String(n.id)),
   enter: (id) => app.canvas.openSubgraph(sepmeTest.node(id).subgraph, sepmeTest.node(id)),
   // what "Promote Widget" does: front end 1.32 notes it on the subgraph's node, newer ones make it an input of the subgraph
-  promote: (id, name) => { const outer = sepmeTest.node(id), inner = outer.subgraph.nodes.find((n) => n.widgets?.some((w) => w.name === name));
+  promote: (id, name) => { const outer = sepmeTest.node(id);
+    const inner = outer.subgraph.nodes.find((n) => n.widgets?.some((w) => w.name === name));
     if (outer.properties.proxyWidgets) { outer.properties.proxyWidgets = [[String(inner.id), name]]; return; }
     const slot = inner.inputs.find((i) => i.widget?.name === name);
     outer.subgraph.addInput(name, String(slot.type)).connect(slot, inner); },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -287,12 +288,9 @@ def test_names_are_text(page: Page, delta_folder: Path, make_random_delta: Calla
         (delta_folder / f"odd{i}.safetensors").write_bytes(make_random_delta(name, LAYERS).to_bytes())
     page.clear()
     apply = page.add("SepMEApply", 760, 140)
-    for i, name in enumerate(names):
-        loader = page.add("SepMELoadDelta", 80 + 330 * (i % 2), 140 + 220 * (i // 2), delta=f"odd{i}.safetensors")
-        if i:
-            page.wire(before, 0, loader, "deltas")  # noqa: F821
-        before = loader  # noqa: F841
-    page.wire(loader, 0, apply, "deltas")
+    loaders = [page.add("SepMELoadDelta", 80 + 330 * (i % 2), 140 + 220 * (i // 2), delta=f"odd{i}.safetensors") for i in range(len(names))]
+    for before, loader in pairwise([*loaders, apply]):
+        page.wire(before, 0, loader, "deltas")
     page.wait_rows(apply, *names)
     width = page.tab.evaluate("(id) => sepmeTest.node(id).size[0]", apply)
     assert page.panel(apply).bounding_box()["width"] <= width

@@ -98,7 +98,9 @@ def test_hidden_wires(page: Page) -> None:
     page.look()
     page.wait_rows(apply)
     page.tab.evaluate("(id) => app.canvas.graph.remove(sepmeTest.node(id))", getter)
-    graph_id, slot = page.tab.evaluate("(id) => [sepmeTest.node(id).id, sepmeTest.node(id).inputs.findIndex((i) => i.name === 'deltas')]", apply)
+    graph_id, slot = page.tab.evaluate(
+        "(id) => [sepmeTest.node(id).id, sepmeTest.node(id).inputs.findIndex((i) => i.name === 'deltas')]", apply
+    )
     wire = {"downstream": graph_id, "downstream_slot": slot, "upstream": int(loaders[-1]), "upstream_slot": 0, "type": "DELTAS"}
     page.tab.evaluate("(wire) => { app.canvas.graph.extra.ue_links = [wire]; }", wire)  # as Anything Everywhere notes them
     page.look()
