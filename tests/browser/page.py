@@ -19,7 +19,8 @@ expect.set_options(timeout=WAIT)
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
 window.sepmeTest = {
-  node: (id) => { for (const g of [app.canvas.graph, app.rootGraph ?? app.graph, ...((app.rootGraph ?? app.graph).subgraphs?.values?.() ?? [])]) {
+  node: (id) => { const root = app.rootGraph ?? app.graph;
+    for (const g of [app.canvas.graph, root, ...(root.subgraphs?.values?.() ?? [])]) {
     const found = (g.nodes ?? []).find((n) => String(n.id) === String(id)); if (found) return found; } },
   add: (kind, x, y, values) => { const n = LiteGraph.createNode(kind); n.pos = [x, y]; app.canvas.graph.add(n);
     for (const [k, v] of Object.entries(values ?? {})) n.widgets.find((w) => w.name === k).value = v; return n.id; },
