@@ -1,11 +1,10 @@
-"""What the page shows of training: the loss of every step, now and then what the concept's prompt draws, and what was made last."""
+"""What the page shows of training while it runs: the loss of every step, and now and then what the concept's prompt draws."""
 
 from __future__ import annotations
 
 import base64
 import io
 import time
-from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,25 +16,6 @@ from . import host
 
 EVERY = 2.0  # seconds between pictures, and at least ten times as long as one takes
 STEPS, GUIDANCE = 8, 3.0
-MOST_WORKFLOWS = 64
-
-_made: OrderedDict[str, dict[str, Any]] = OrderedDict()  # by workflow, then by node
-
-
-def remember(extra_pnginfo: Any, node: Any, facts: Any) -> None:
-    """Keep what a node of a workflow made, for as long as this server may find it in its cache: a node that is cached tells no page."""
-    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
-    name = workflow.get("id") if isinstance(workflow, dict) else None
-    if isinstance(name, str):
-        _made.setdefault(name, {})[str(node)] = facts
-        _made.move_to_end(name)
-        if len(_made) > MOST_WORKFLOWS:
-            _made.popitem(last=False)
-
-
-def made(workflow: str) -> dict[str, Any]:
-    """Facts of the deltas that the nodes of a workflow made last, by node id."""
-    return _made.get(workflow, {})
 
 
 class Live:

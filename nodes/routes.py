@@ -8,7 +8,6 @@
 | ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |
 | ``GET /sepme/deltas/record?name=N&embed=true`` | ``{hash: record}``: what a workflow keeps of a delta, the file itself included if asked |
 | ``POST /sepme/book`` | ``{"book": text}``: names in a concept book |
-| ``GET /sepme/made?workflow=W`` | ``{"made": {node: [facts]}}``: what the training nodes of a workflow made last, while this server runs |
 | ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A}`` of a checkpoint by its header; of the embedded model without a name |
 
 Errors are ``{"error": sentence}``. Requests from pages of other origins get 403, bodies over the limit 413.
@@ -28,7 +27,7 @@ from ..sepme.concepts import MAX_BOOK_BYTES, ConceptBook
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.format import MAX_FILE
 from ..sepme.errors import SepMEError
-from . import host, live, workflow
+from . import host, workflow
 from .shelf import Absent, Shelf, Taken, TooLarge
 
 Handler = Callable[[web.Request], Awaitable[Any]]
@@ -154,11 +153,6 @@ async def book(request: web.Request) -> Any:
 
 
 @route
-async def made(request: web.Request) -> Any:
-    return {"made": live.made(request.query.get("workflow", ""))}
-
-
-@route
 async def architecture(request: web.Request) -> Any:
     return {"architecture": await asyncio.to_thread(host.architecture_of, request.query.get("checkpoint", ""))}
 
@@ -174,5 +168,4 @@ def register() -> None:
     table.post("/sepme/deltas/rename")(rename)
     table.get("/sepme/deltas/record")(record)
     table.post("/sepme/book")(book)
-    table.get("/sepme/made")(made)
     table.get("/sepme/architecture")(architecture)

@@ -18,7 +18,7 @@ from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
 from . import host
 from .concepts import join, lines
-from .live import Live, remember
+from .live import Live
 from .shelf import facts_of_delta
 from .sockets import CATEGORY, Concepts, Deltas, LossMap
 
@@ -80,7 +80,7 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.String.Output("report", display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -119,7 +119,6 @@ class SepMETrain(io.ComfyNode):
                 made.append(delta)
         job.next()
         facts = tuple(facts_of_delta(d) for d in made)
-        remember(cls.hidden.extra_pnginfo, cls.hidden.unique_id, facts)
         return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made), ui={"sepme_made": facts})
 
 

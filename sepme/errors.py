@@ -4,11 +4,6 @@
 class SepMEError(ValueError):
     """Bad input. The message is one sentence for the user; the CLI exits with 2, a node shows it."""
 
-    __module__ = "sepme"  # ComfyUI shows it with the message, and a custom node's module is the path of its folder
-
-    def __init_subclass__(cls) -> None:
-        cls.__module__ = "sepme"
-
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python, torch or the system says that memory ran out, whatever its type."""

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 def field(page: Page, node: str) -> Any:
     """The text of an encode node."""
-    return page.tab.locator(f"[data-node-id='{node}'] textarea") if page.vue else page.text(node)
+    return page.tab.locator(f"[data-node-id='{node}'] textarea").first if page.vue else page.text(node)
 
 
 def said(page: Page, node: str) -> Any:
@@ -91,24 +91,34 @@ def test_what_is_wrong_with_tags_is_said(page: Page) -> None:
 def test_texts_that_are_not_ours(page: Page) -> None:
     """A warning where the text's picture is drawn with our deltas, none anywhere else."""
     apply, _ = chain(page, "star.safetensors")
-    sampler, core = page.add("KSampler", 1150, 140), page.add("CLIPTextEncode", 420, 420)
-    field(page, core).click()
+    sampler, other = page.add("KSampler", 1150, 140), page.add("CLIPTextEncodeHunyuanDiT", 420, 420)
+    field(page, other).click()
     page.tab.keyboard.type("a city <erase:star>")
-    page.wire(core, 0, sampler, "positive")
+    page.wire(other, 0, sampler, "positive")
     page.look()
     page.frames()
-    expect(said(page, core)).to_have_count(0)
+    expect(said(page, other)).to_have_count(0)
     page.wire(apply, 0, sampler, "model")
     page.look()
-    expect(said(page, core)).to_contain_text(["are only words here"])
+    expect(said(page, other)).to_contain_text(["are only words here"])
     page.load_workflow(page.workflow())
-    expect(said(page, core)).to_contain_text(["are only words here"])
+    expect(said(page, other)).to_contain_text(["are only words here"])
     toggles = page.add("SepMEConditioningToggles", 760, 460)
-    page.wire(core, 0, toggles, "conditioning")
+    page.wire(other, 0, toggles, "conditioning")
     page.wire(toggles, 0, sampler, "positive")
     page.look()
-    expect(said(page, core)).to_contain_text(["are only words here"])
-    field(page, core).click()
+    expect(said(page, other)).to_contain_text(["are only words here"])
+    field(page, other).click()
     page.tab.keyboard.press("Control+a")
     page.tab.keyboard.type("a city")
-    expect(said(page, core)).to_have_count(0)
+    expect(said(page, other)).to_have_count(0)
+
+
+def test_core_text_encode_reads_tags(page: Page) -> None:
+    apply, _ = chain(page, "star.safetensors")
+    sampler, core = page.add("KSampler", 1150, 140), page.add("CLIPTextEncode", 420, 420)
+    page.wire(apply, 0, sampler, "model")
+    page.wire(core, 0, sampler, "positive")
+    field(page, core).click()
+    page.tab.keyboard.type("a city <erase:star.safetensors> <erase:heart>")
+    expect(said(page, core)).to_have_text(["<erase:heart>: no delta of heart is connected."])

@@ -53,11 +53,6 @@ class Library extends EventTarget {
     return request(`/sepme/deltas/record?${new URLSearchParams({ name, embed })}`);
   }
 
-  /** Facts of what the training nodes of a workflow made last, by the id that the server knows each by. */
-  async made(workflow) {
-    return (await request(`/sepme/made?${new URLSearchParams({ workflow })}`)).made;
-  }
-
   book(text) {
     return post("/sepme/book", { book: text });
   }

@@ -1,12 +1,12 @@
 // Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
-import { api, app, changed, grow, nodes, rootGraph, set, toast, widget } from "./host.js";
+import { api, app, changed, grow, nodes, rootGraph, serverIds, set, toast, widget } from "./host.js";
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
 import { inheritedBy } from "./runs.js";
 import { markTexts, tags } from "./tags.js";
-import { t } from "./text.js";
-import { key } from "./toggles.js";
+import { t, told } from "./text.js";
+import { meant } from "./toggles.js";
 import { architectureOf, deltasAt, deltasBefore, linkOf, loaded } from "./wires.js";
 
 const PANEL = "SEPME_TOGGLES";
@@ -173,7 +173,7 @@ async function drawPanel(node, panel, shown = node) {
 async function drawPromptPanel(node, panel, shown) {
   const { deltas, hidden } = await inheritedBy(node);
   for (const { name, strength } of node.comfyClass === "SepMETextEncode" ? tags(widget(node, "text")?.value ?? "") : []) {
-    for (const delta of deltas) if (name && key(name) === key(delta.concept)) delta.tagged = strength;
+    for (const delta of name ? meant(name, deltas) : []) delta.tagged = strength;
   }
   return resize(shown, panel, () => panel.show(deltas, [], [], hidden));
 }
@@ -228,6 +228,10 @@ export function watch() {
     const records = detail?.output?.sepme;
     for (const record of Array.isArray(records) ? records : []) keep(record);
     if (records?.length) library.load().catch(() => {});
+  });
+  api.addEventListener("sepme.notice", ({ detail }) => {
+    const node = [...nodes()].find((n) => serverIds(n).includes(String(detail.node)));
+    toast("warn", node?.title ?? "SepME", told(detail.text));
   });
   app.canvas?.canvas?.addEventListener("litegraph:set-graph", refresh);
 }

@@ -1,7 +1,10 @@
-// Which prompts are drawn by which model: what a prompt node inherits, and texts that only our encode node can read.
+// Which prompts are drawn by which model: what a prompt node inherits, and texts whose tags nobody reads.
 import { nodes } from "./host.js";
-import { key, parse } from "./toggles.js";
+import { key, meant, parse } from "./toggles.js";
 import { BYPASSED, MUTED, applies, appliesBefore, deltasAt, isOurs, sentValue, sources } from "./wires.js";
+
+/** Nodes that read tags: our own encode node, and core's, which the server reads as ours. */
+export const readsTags = (node) => isOurs(node, "SepMETextEncode") || isOurs(node, "CLIPTextEncode");
 
 const PASSES_TEXT = new Set(["CONDITIONING", "STRING", "*"]);
 
@@ -17,14 +20,14 @@ export function runs() {
   return found;
 }
 
-/** The nodes that a node's prompts come through; what our encode node reads is read with its tags. */
+/** The nodes that a node's prompts come through; what is read with its tags is not followed further. */
 function readers(node, found = new Set()) {
   for (const { name, type } of node.inputs ?? []) {
     if (!PASSES_TEXT.has(type)) continue;
     for (const { node: source } of sources(node, name)) {
       if (found.has(source)) continue;
       found.add(source);
-      if (!isOurs(source, "SepMETextEncode")) readers(source, found);
+      if (!readsTags(source)) readers(source, found);
     }
   }
   return found;
@@ -47,8 +50,13 @@ export async function inheritedBy(node) {
       found.set(name, other && other.inherited !== delta.inherited ? { ...delta, inherited: undefined } : delta);
     }
   }
-  for (const [name, strength] of earlierToggles(node)) if (found.has(key(name))) found.get(key(name)).inherited = strength;
-  return { deltas: [...found.values()], hidden };
+  const deltas = [...found.values()];
+  set(deltas, earlierToggles(node));
+  return { deltas, hidden };
+}
+
+function set(deltas, entries) {
+  for (const [name, strength] of entries) for (const delta of meant(name, deltas)) delta.inherited = strength;
 }
 
 /** What a chain of SepMEApply nodes does, nearest first: of two that name a concept the nearer one counts. */
@@ -62,8 +70,8 @@ async function effects(chain) {
   }
   for (const apply of [...chain].reverse()) {
     const entries = own(apply);
-    for (const [name, delta] of deltas) if (!entries) delta.inherited = undefined; // its toggles come by wire, from a node that makes them
-    for (const [name, strength] of entries ?? []) if (deltas.has(key(name))) deltas.get(key(name)).inherited = strength;
+    for (const delta of deltas.values()) if (!entries) delta.inherited = undefined; // its toggles come by wire, from a node that makes them
+    set([...deltas.values()], entries ?? []);
   }
   return { deltas, hidden };
 }

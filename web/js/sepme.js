@@ -36,7 +36,7 @@ app.registerExtension({
   },
   async afterConfigureGraph() {
     await checkWorkflow().catch((error) => console.error("SepME:", error.message));
-    await restoreTraining().catch((error) => console.error("SepME:", error.message));
+    restoreTraining();
     refresh();
   },
 });

@@ -1,13 +1,13 @@
 // Tags in the texts of nodes: names without a delta, tags that cannot be read, and tags where nobody reads them.
 import { app, nodes } from "./host.js";
 import { el } from "./dom.js";
-import { runs } from "./runs.js";
+import { readsTags, runs } from "./runs.js";
 import { t } from "./text.js";
-import { key } from "./toggles.js";
+import { meant } from "./toggles.js";
 import { applies, deltasAt, isOurs } from "./wires.js";
 
 const TAG = /<(erase|keep):([^<>:]*)(?::([^<>:]*))?>/gi;
-const LIKE = /[<＜]\s*(?:erase|keep)\s*[:：][^<＜]*/gi; // what somebody means as a tag
+const LIKE = /(?:[<＜〈《‹«]|&lt;)\s*[/\\]?\s*(?:erase|keep)(?=[\s:：︰﹕∶;；=>＞〉》›»&]|$)[^<＜\n]*/gi; // what somebody means as a tag
 
 /** The tags of a text: `{name, strength, text}`; what only looks like one has no name. */
 export function tags(text) {
@@ -38,7 +38,7 @@ export async function markTexts() {
   const areas = [...document.querySelectorAll("textarea")].map((area) => ({ area, node: nodeOf(area) }));
   const tagged = areas.filter(({ area, node }) => takesTags(node) && area.value.search(LIKE) >= 0);
   const found = tagged.length ? await Promise.all(applies().map((n) => deltasAt(n))) : [];
-  const known = found.some((f) => f.hidden) ? null : new Set(found.flatMap((f) => f.deltas.map((d) => key(d.concept))));
+  const known = found.some((f) => f.hidden) ? null : found.flatMap((f) => f.deltas);
   const reading = found.length ? runs() : [];
   for (const { area, node } of areas) {
     const mine = found.length && tagged.some((one) => one.area === area);
@@ -48,11 +48,11 @@ export async function markTexts() {
 
 function problems(node, text, known, reading) {
   const inner = node.isSubgraphNode?.() ? node.subgraph.nodes.filter((n) => n.widgets?.some((w) => w.value === text)) : [node];
-  const words = inner.some((n) => !isOurs(n, "SepMETextEncode") && reading.some((run) => run.readers.has(n)));
+  const words = inner.some((n) => !readsTags(n) && reading.some((run) => run.readers.has(n)));
   const wrong = words ? [t("tags.words")] : [];
   for (const tag of tags(text)) {
     if (!tag.name) wrong.push(t("tags.broken", tag));
-    else if (known && !known.has(key(tag.name))) wrong.push(t("tags.unknown", tag));
+    else if (known && !meant(tag.name, known).length) wrong.push(t("tags.unknown", tag));
   }
   return [...new Set(wrong)];
 }

@@ -6,6 +6,20 @@ export const key = (name) => String(name).toLowerCase().split(/\s+/).filter(Bool
 /** Whether two names mean one concept. */
 export const same = (a, b) => key(a) === key(b);
 
+/** The deltas that a name means, as the server reads it: a concept, a label `name [hash]`, a file or a hash, the first of these that any has. */
+export function meant(name, deltas) {
+  const text = key(name);
+  const [, concept, digest] = /^(.+) \[([0-9a-f]{6,64})\]$/.exec(text) ?? [];
+  const stem = (file) => `/${key(file).replaceAll("\\", "/").replace(/\.safetensors$/, "")}`;
+  const kinds = [
+    (d) => key(d.concept) === text,
+    (d) => key(d.concept) === concept && d.content_hash?.startsWith(digest),
+    (d) => d.name && stem(d.name).endsWith(stem(name)),
+    (d) => /^[0-9a-f]{6,64}$/.test(text) && d.content_hash?.startsWith(text),
+  ];
+  return kinds.map((fits) => deltas.filter(fits)).find((found) => found.length) ?? [];
+}
+
 /** The entries `[name, strength]` of a JSON text; null when it is no object of numbers. */
 export function parse(text) {
   if (!String(text ?? "").trim()) return [];
@@ -27,16 +41,14 @@ export const write = (entries) => `{${entries.map(([name, value]) => `${JSON.str
  * A row without a strength follows the default. `known`: a delta of this concept is connected, here or further up (`earlier`).
  */
 export function rows(entries, concepts, earlier = []) {
-  const byName = new Map(concepts.map((c) => [key(c.concept), c]));
-  const others = new Map(earlier.map((c) => [key(c.concept), c]));
   const listed = new Set();
   const result = entries.map(([name, strength]) => {
-    const id = key(name);
-    listed.add(id);
-    return { name, strength, known: byName.has(id) || others.has(id), delta: byName.get(id) ?? others.get(id) };
+    const delta = meant(name, concepts)[0] ?? meant(name, earlier)[0];
+    listed.add(key(delta?.concept ?? name));
+    return { name, strength, known: !!delta, delta };
   });
-  for (const [id, delta] of byName) {
-    if (!listed.has(id)) result.push({ name: delta.concept, strength: undefined, known: true, delta });
+  for (const delta of new Map(concepts.map((c) => [key(c.concept), c])).values()) {
+    if (!listed.has(key(delta.concept))) result.push({ name: delta.concept, strength: undefined, known: true, delta });
   }
   return result;
 }

@@ -1,7 +1,6 @@
 // Training as it runs: loss curve and current picture on the node; afterwards certificates and who disturbs whom.
 import { api, grow, nodes, rootGraph, serverIds } from "./host.js";
 import { el, figure } from "./dom.js";
-import { library } from "./library.js";
 import { refresh } from "./nodes.js";
 import { t } from "./text.js";
 
@@ -26,24 +25,25 @@ export function trainingNode(node) {
 export function watchTraining() {
   api.addEventListener("sepme.train", ({ detail }) => {
     const node = find(detail.node);
-    if (node?.sepmeTraining) step(node, detail);
+    if (node) step(node, detail);
   });
-  api.addEventListener("executed", ({ detail }) => {
-    const made = detail?.output?.sepme_made;
-    const node = made && find(detail.node);
-    if (node?.sepmeTraining) finished(node, made);
-  });
+  api.addEventListener("executed", ({ detail }) => finished(detail?.node, detail?.output?.sepme_made));
+  api.addEventListener("sepme.made", ({ detail }) => finished(detail.node, detail.sepme_made)); // of a training that does not run again
 }
 
 /** A training node by the id that the server knows it by. */
 const find = (id) => [...nodes()].find((n) => n.sepmeTraining && serverIds(n).includes(String(id)));
 
-/** After a workflow was loaded (reload, undo, another tab): what its nodes made while this server runs. A cached node tells nobody. */
-export async function restoreTraining() {
-  if (![...nodes()].some((n) => n.sepmeTraining)) return;
-  for (const [id, made] of Object.entries(await library.made(rootGraph().id))) {
-    const node = find(id);
-    if (node && !node.sepmeMade) finished(node, made);
+/** What was made while this page is open, by workflow and node: undo and other tabs make the nodes anew. */
+const known = new Map();
+
+const place = (id) => `${rootGraph().id} ${id}`;
+
+/** After a workflow was loaded: what its nodes showed before. */
+export function restoreTraining() {
+  for (const node of nodes()) {
+    const made = node.sepmeTraining && serverIds(node).map((id) => known.get(place(id))).find(Boolean);
+    if (made) show(node, made);
   }
 }
 
@@ -89,7 +89,14 @@ function curve(canvas, losses) {
   pen.stroke();
 }
 
-function finished(node, made) {
+function finished(id, made) {
+  const node = made && find(id);
+  if (!node) return;
+  known.set(place(id), made);
+  show(node, made);
+}
+
+function show(node, made) {
   const { state, result } = node.sepmeTraining;
   node.sepmeMade = made;
   state.textContent = t("training.done", { count: made.length });
