@@ -1,4 +1,4 @@
-"""The page's words: the same keys in every language, and sentences of the server that are really the server's."""
+"""The page's words: every language has the same keys and blanks, the scripts use no others, and the server's sentences are the server's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHINESE = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))
-ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))
+ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))["sepme"]
+BLANK = re.compile(r"\{\w+\}")
+SERVER = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["sepmeServer"]
 SHOWN = ("nodes/shelf.py", "nodes/routes.py", "sepme/delta/format.py")  # what the page shows in a toast comes from here
+USED = re.compile(r'\bt\(\s*"([a-zA-Z.]+)"')
+
+
+@pytest.mark.parametrize("language", [p.name for p in sorted((ROOT / "locales").iterdir())])
+def test_languages_agree(language: str) -> None:
+    own = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["sepme"]
+    assert set(own) == set(ENGLISH)
+    for key, text in own.items():
+        assert sorted(BLANK.findall(text)) == sorted(BLANK.findall(ENGLISH[key])), key
+
+
+def test_keys_are_those_that_scripts_use() -> None:
+    scripts = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "web" / "js").glob("*.js"))
+    quoted = set(re.findall(r'"((?:panel|grade|card|facts|sidebar|install|dialog|repair|completion|tags|training)\.[a-zA-Z]+)"', scripts))
+    assert set(USED.findall(scripts)) | quoted <= set(ENGLISH)
+    quoted |= {f"panel.{k}{end}" for k in re.findall(r'button\("(\w+)"', scripts) for end in ("", "Tip")}
+    quoted |= {f"facts.{k}" for k in re.findall(r'fact\("(\w+)"', scripts)}
+    assert {k for k in ENGLISH if k not in quoted and not k.startswith(("grade.", "completion."))} == set()  # those are put together
 
 
 def sentences(file: Path) -> list[str]:
@@ -32,20 +51,14 @@ def matches(english: str, sentence: str) -> bool:
     return re.fullmatch(re.escape(english).replace(r"\{\}", "(.*)"), sentence, re.DOTALL) is not None
 
 
-def test_every_language_has_every_word() -> None:
-    assert list(CHINESE["sepme"]) == list(ENGLISH["sepme"])
-    for key, text in ENGLISH["sepme"].items():
-        assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", CHINESE["sepme"][key])), key
-
-
 @pytest.mark.parametrize("file", SHOWN)
 def test_sentences_of_the_server_are_translated(file: str) -> None:
-    missing = [s for s in sentences(ROOT / file) if not any(matches(e, s) for e in CHINESE["sepmeServer"])]
+    missing = [s for s in sentences(ROOT / file) if not any(matches(e, s) for e in SERVER)]
     assert missing == []
 
 
 def test_translations_are_of_sentences_that_exist() -> None:
     every = [s for folder in ("nodes", "sepme") for file in (ROOT / folder).rglob("*.py") for s in sentences(file)]
-    assert [e for e in CHINESE["sepmeServer"] if not any(matches(e, s) for s in every)] == []
-    for english, chinese in CHINESE["sepmeServer"].items():
+    assert [e for e in SERVER if not any(matches(e, s) for s in every)] == []
+    for english, chinese in SERVER.items():
         assert max(map(int, re.findall(r"\{(\d)\}", chinese)), default=0) <= english.count("{}"), english
