@@ -6,6 +6,7 @@ import { installRecord } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
+import { quoteName } from "./toggles.js";
 import { linkOf, loaded } from "./wires.js";
 
 let told = ""; // what the last dialog was about: undo loads the workflow again, and need not ask again
@@ -95,7 +96,7 @@ function insertTraining(node, record) {
   const wire = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex((i) => i.name === input));
   const known = [{ name: record.concept, prompts: record.prompts, anchor: record.anchor }, ...(record.known ?? []).map((k) => (typeof k === "string" ? { name: k } : k))];
   const book = make("SepMEConceptBook", -760, 0, { book: JSON.stringify({ concepts: known.map(plain), preserve: record.preserve ?? [] }, null, 1) });
-  const train = make("SepMETrain", -340, 0, { erase: record.concept, ...record.train });
+  const train = make("SepMETrain", -340, 0, { erase: quoteName(record.concept), ...record.train });
   const save = make("SepMESaveDeltas", 60, 0, {});
   wire(book, 0, train, "concepts");
   wire(train, 0, save, "deltas");

@@ -20,6 +20,15 @@ export function meant(name, deltas) {
   return kinds.map((fits) => deltas.filter(fits)).find((found) => found.length) ?? [];
 }
 
+/** Names of a list that somebody typed: by commas or lines, one that holds such a sign in double quotes, its own doubled. */
+export const splitNames = (text) =>
+  [...String(text).matchAll(/\s*(?:"((?:[^"]|"")*)"|“([^“”]*)”)\s*(?:[,\n]|$)|([^,\n]*)(?:[,\n]|$)/g)]
+    .map(([, quoted, curly, plain]) => (quoted?.replaceAll('""', '"') ?? curly ?? plain).trim())
+    .filter(Boolean);
+
+/** A name as such a list takes it. */
+export const quoteName = (name) => (/[,\n"“]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name);
+
 /** The entries `[name, strength]` of a JSON text; null when it is no object of numbers. */
 export function parse(text) {
   if (!String(text ?? "").trim()) return [];

@@ -2,7 +2,7 @@
 // subgraphs, the wires that other packs hide, and chained loaders.
 import { graphs, nodes, rootGraph, widget } from "./host.js";
 import { library } from "./library.js";
-import { same } from "./toggles.js";
+import { same, splitNames } from "./toggles.js";
 
 const SUBGRAPH_INPUT = -10; // a number, or since front end 1.49 its string
 export const MUTED = 2;
@@ -116,7 +116,7 @@ export function recordOf(name, hash) {
 /** The concepts that a training node makes deltas of; what it made last is in `node.sepmeMade`. */
 async function trained(node) {
   const known = (await conceptsAt(node)).map((c) => c.name);
-  const wanted = String(widget(node, "erase")?.value ?? "*").split(/[,\n]/).map((n) => n.trim()).filter(Boolean);
+  const wanted = splitNames(widget(node, "erase")?.value ?? "*");
   const names = wanted.length === 1 && wanted[0] === "*" ? known : known.filter((n) => wanted.some((w) => same(w, n)));
   return names.map((concept) => node.sepmeMade?.find((d) => same(d.concept, concept)) ?? { concept, untrained: true });
 }
