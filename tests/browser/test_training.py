@@ -45,22 +45,21 @@ def test_curve_picture_certificates(page: Page) -> None:
     expect(certificate).to_have_attribute("title", re.compile("leakage into known prompts"))
     page.sees(lambda: shown.locator(".sepme-result").evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)
     page.sees(lambda: shown.evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)  # nothing is cut off
-    lines = shown.locator(".sepme-result .sepme-line").evaluate_all("(es) => es.map((e) => e.getBoundingClientRect().bottom)")
-    assert (
-        max(lines)
-        <= page.tab.evaluate(
-            "(id) => { const n = sepmeTest.node(id); return app.canvasPosToClientPos([0, n.pos[1] + n.size[1]])[1] + 1; }", train
+    ends = shown.locator(".sepme-result .sepme-line").evaluate_all("(es) => es.map((e) => e.getBoundingClientRect().bottom)")
+    if not page.vue:  # in Nodes 2.0 the page itself lays out nodes
+        end = page.tab.evaluate(
+            "(id) => { const n = sepmeTest.node(id); return app.canvasPosToClientPos([0, n.pos[1] + n.size[1]])[1]; }", train
         )
-        or page.vue
-    )  # in Nodes 2.0 the page itself lays out nodes
+        assert max(ends) <= end + 1
     workflow = page.workflow()
     page.load_workflow(workflow, here=True)  # as undo does
     again = page.part(train, "sepmeTraining")
     expect(again).to_contain_text("Deltas made: 1")
-    page.load()  # another visit: the server runs nothing again
+    page.load()  # the page again: the server runs nothing again
     page.load_workflow(workflow)
-    page.queue()
     again = page.part(train, "sepmeTraining")
+    expect(again).to_contain_text("Deltas made: 1")
+    page.queue()
     expect(again).to_contain_text("Deltas made: 1")
     cells = again.locator(".sepme-heat td[title]")
     assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))

@@ -6,6 +6,8 @@ import { t } from "./text.js";
 
 const SIZE = [300, 96];
 const MARGIN = 6;
+const STORE = "sepme.made";
+const MOST = 64;
 
 /** Give a training node its display. */
 export function trainingNode(node) {
@@ -34,8 +36,8 @@ export function watchTraining() {
 /** A training node by the id that the server knows it by. */
 const find = (id) => [...nodes()].find((n) => n.sepmeTraining && serverIds(n).includes(String(id)));
 
-/** What was made while this page is open, by workflow and node: undo and other tabs make the nodes anew. */
-const known = new Map();
+/** What was made in this tab, by workflow and node: undo, other workflows and a reload make the nodes anew, and a cached node tells nobody. */
+const known = new Map(JSON.parse(sessionStorage.getItem(STORE) ?? "[]"));
 
 const place = (id) => `${rootGraph().id} ${id}`;
 
@@ -92,7 +94,12 @@ function curve(canvas, losses) {
 function finished(id, made) {
   const node = made && find(id);
   if (!node) return;
+  known.delete(place(id));
   known.set(place(id), made);
+  if (known.size > MOST) known.delete(known.keys().next().value);
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify([...known]));
+  } catch {} // full: then only until the next reload
   show(node, made);
 }
 
