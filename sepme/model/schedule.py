@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_finite
 from .protocols import AttentionLayer, Denoiser
 
 SIDES = {768: 64, 1024: 64, 2048: 128}  # latents of SD1.x, SD2.x and SDXL, by width of the context
@@ -39,7 +40,7 @@ def runs(
         noise = nothing + guidance * (something - nothing)
         clean = (x.float() - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
         x = (alphas[following].sqrt() * clean + (1 - alphas[following]).sqrt() * noise).to(start.dtype)
-        yield x
+        yield check_finite(x, "UNet", f"timestep {t}")
 
 
 class DDIMDenoiser(ABC):

@@ -16,7 +16,7 @@ from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..model.layers import kv_fingerprint, weights
-from ..model.protocols import Denoiser, Encoding
+from ..model.protocols import Denoiser, Encoding, clip_skip
 from ..plan.concept_tokens import own_words
 from ..plan.planner import Planner, Subspace
 from .compress import compress
@@ -185,7 +185,7 @@ def _finish(
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": recipe["kv_fingerprint"],
-        "clip_skip": 0,
+        "clip_skip": clip_skip(planner.prompts.encoder),
         "certificate": subspace.certificate.to_json() | ({"separable": False} if options.mode == "unrestricted" else {}),
         "losses": [round(v, 8) for v in losses],
     }
