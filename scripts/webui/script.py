@@ -35,7 +35,7 @@ class Run:
     settings: Settings
     deltas: dict[str, ConceptDelta]
     batch: Batch | None = None
-    attached: host.Attached | None = None
+    attached: host.ModelPatch | None = None
 
     @property
     def panel(self) -> dict[str, float]:
@@ -95,7 +95,7 @@ def _attach(p: Any, run: Run) -> None:
         tables = Tables.make(Composition(tuple(deltas.values())), run.panel, positive, negative)
         if tables.idle:
             return
-        run.attached = host.Attached(p, tables, run.settings, lambda text: _say(p, text))
+        run.attached = host.ModelPatch(p, tables, run.settings, lambda text: _say(p, text))
         _runs.append(run)
     except SepMEError as error:
         _say(p, f"nothing is erased. {error}")
