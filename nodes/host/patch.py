@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...sepme.apply.composition import Composition
 from ...sepme.apply.projector import KVProjector
+from ...sepme.apply.row_strengths import row_strengths
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import clip_skip_warnings
@@ -124,13 +125,10 @@ class Applied:
     def _rows(self, rows: Tensor | None, context: Tensor) -> Tensor:
         if rows is None:  # a caller that makes its arguments itself
             return self.default
-        rows = rows.to("cpu", torch.float32)
-        if len(rows) == len(context):
-            return rows
-        if bool((rows == rows[0]).all()):
-            return rows[0]
-        self._say("Another extension split or joined the batch of prompts; all of it gets the toggles of SepME Apply.")
-        return self.default
+        match = row_strengths(context, rows.to("cpu", torch.float32), self.default)
+        if not match.known:
+            self._say("Another extension split or joined the batch of prompts; all of it gets the toggles of SepME Apply.")
+        return match.strengths
 
     def _unknown_rows(self) -> None:
         self._say("Another extension added prompts to the batch (attention couple?); those get the toggles of SepME Apply.")

@@ -38,7 +38,7 @@ class Run:
     settings: Settings
     chosen: list[Entry]
     batch: Batch | None = None
-    attached: host.Attached | None = None
+    attached: host.ModelPatch | None = None
 
     @property
     def strengths(self) -> dict[Entry, float]:
@@ -101,7 +101,7 @@ def _attach(p: Any, run: Run) -> None:
             return
         for warning in clip_skip_warnings(host.ClipSkip(p.sd_model), list(deltas.values())):
             say(p, warning)
-        run.attached = host.Attached(p, tables, run.settings, lambda text: say(p, text))
+        run.attached = host.ModelPatch(p, tables, run.settings, lambda text: say(p, text))
         _runs.append(run)
     except SepMEError as error:
         say(p, f"nothing is erased. {error}")

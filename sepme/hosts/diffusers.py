@@ -123,8 +123,8 @@ class DiffusersHost:
         both = torch.cat([empty, context])
         yield x
         for t in self.scheduler.timesteps:
-            nothing, something = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
-            x = self.scheduler.step(nothing + guidance * (something - nothing), t, x).prev_sample
+            uncond, cond = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
+            x = self.scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
             yield check_finite(x, "UNet", f"timestep {int(t)}")
 
     def trajectory(

@@ -36,8 +36,8 @@ def runs(
     times = timesteps(steps, len(alphas)).tolist()
     for t, following in zip(times, [*times[1:], 0], strict=True):
         batch = torch.full((2 * len(x),), t, device=x.device)
-        nothing, something = denoiser.predict(torch.cat([x, x]), batch, both, extra).float().chunk(2)
-        noise = nothing + guidance * (something - nothing)
+        uncond, cond = denoiser.predict(torch.cat([x, x]), batch, both, extra).float().chunk(2)
+        noise = uncond + guidance * (cond - uncond)
         clean = (x.float() - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
         x = (alphas[following].sqrt() * clean + (1 - alphas[following]).sqrt() * noise).to(start.dtype)
         yield check_finite(x, "UNet", f"timestep {t}")

@@ -90,7 +90,7 @@ def main() -> None:
     def attach(p: Any, step: int) -> None:
         if step == 0:
             tables = Tables.make(Composition((delta,)), {}, [{"star": 1.0}, {"star": 0.0}], [{}, {}])
-            attached.append(host.Attached(p, tables, Settings(), lambda text: None))
+            attached.append(host.ModelPatch(p, tables, Settings(), lambda text: None))
             modules.script_callbacks.callbacks["cfg_denoiser"].append(attached[0].expect)
 
     drawn = draw(on_step=attach)

@@ -138,7 +138,7 @@ def main() -> None:
     def attached(positive: list[dict[str, float]], negative: dict[str, float] | None = None, panel: Any = None, **more: Any) -> Any:
         p = SimpleNamespace(sd_model=engine)
         tables = Tables.make(composition, panel or {}, positive, [negative or {}] * len(positive))
-        return host.Attached(p, tables, Settings(**more), said.append)
+        return host.ModelPatch(p, tables, Settings(**more), said.append)
 
     pair = ["a star", "a star"]
     stock = draw(engine, pair)

@@ -65,7 +65,7 @@ class Scripts:
             getattr(self.neighbour, name)(p, *((True,) if name == "process_batch" else (None,)))
         if name == "process_before_every_sampling" and self.tags[0] is not None:
             tables = Tables.make(Composition(tuple(self.deltas)), {}, *self.tags)
-            self.attached = host.Attached(p, tables, Settings(), self.said.append)
+            self.attached = host.ModelPatch(p, tables, Settings(), self.said.append)
             modules.script_callbacks.on_cfg_denoiser(self.attached.expect)
         if name == "postprocess_batch" and self.attached is not None:
             modules.script_callbacks.remove_callbacks_for_function(self.attached.expect)
