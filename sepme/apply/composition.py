@@ -15,15 +15,6 @@ from ..errors import SepMEError
 from .ops import no_autocast
 
 
-def check_apart(deltas: Sequence[ConceptDelta]) -> None:
-    """Raise :class:`SepMEError` if two deltas are of one concept."""
-    seen: set[str] = set()
-    for delta in deltas:
-        if normalised(delta.concept.name) in seen:
-            raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
-        seen.add(normalised(delta.concept.name))
-
-
 @dataclass(frozen=True)
 class Touch:
     """What a batch of prompts meets of a composition.

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..apply.composition import check_apart
 from ..concepts import mentions
 from ..model.protocols import Encoding, TextEncoder, clip_skip
 from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
