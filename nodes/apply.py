@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..sepme.apply.toggles import parse_json
 from ..sepme.delta.concept_delta import ConceptDelta
-from . import host
+from . import host, queued
 from .sockets import CATEGORY, TOGGLES_TIP, Deltas
 
 
@@ -39,10 +39,12 @@ class SepMEApply(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def execute(
         cls, model: Any, deltas: Sequence[ConceptDelta], toggles: str = "{}", backend: str = "auto", gate: bool = True
     ) -> io.NodeOutput:
+        queued.refuse(cls.hidden)
         return io.NodeOutput(host.apply_deltas(model, tuple(deltas), parse_json(toggles), gate, backend))

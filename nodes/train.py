@@ -16,7 +16,7 @@ from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
 from ..sepme.train.objectives import OBJECTIVES
 from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
-from . import host
+from . import host, queued
 from .concepts import join, lines
 from .live import Live
 from .shelf import facts_of_delta
@@ -80,7 +80,7 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.String.Output("report", display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -119,6 +119,7 @@ class SepMETrain(io.ComfyNode):
                 made.append(delta)
         job.next()
         facts = tuple(facts_of_delta(d) for d in made)
+        queued.remember(cls.hidden, facts)
         return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made), ui={"sepme_made": facts})
 
 
