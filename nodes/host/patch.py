@@ -47,7 +47,7 @@ class Applied:
 
     def _strengths(self, own: Mapping[str, Toggles]) -> Tensor:
         """``(N,)`` of a CONDITIONING."""
-        return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.names)[0]
+        return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.deltas)[0]
 
     def start(self, patcher: Any) -> None:
         self._projectors.clear()
@@ -132,6 +132,7 @@ class Applied:
             self._said.add(text)
             log.warning(text)
 
+    @torch.compiler.disable  # a compiled MODEL calls it as it is: what it does changes with every prompt
     def project(self, name: str, context: Tensor) -> Tensor | None:
         """Keys or values of the model that runs at the moment; None when none does."""
         projector: KVProjector | None = getattr(self._current, "projector", None)
