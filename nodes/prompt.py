@@ -42,7 +42,7 @@ class SepMETextEncode(io.ComfyNode):
             raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         cleaned, tags = parse_tags(text)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(cleaned))
-        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags), cleaned)
+        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags, host.clip_skip(clip)), cleaned)
 
 
 class SepMEConditioningToggles(io.ComfyNode):

@@ -2,7 +2,8 @@
 
 ComfyUI hands every queued prompt to extensions (``PromptServer.add_on_prompt_handler``). With SepME Apply in it
 
-- core's CLIP Text Encode reads tags as SepME Text Encode does: it becomes one, under its own id;
+- core's CLIP Text Encode reads tags as SepME Text Encode does: it becomes one, under its own id, where its text has tags, comes from
+  another node, or where it matters which clip skip it was read with;
 - a tag that names none of the prompt's concepts, and one in a text node that cannot read it, is an error of the node at fault, or of
   SepME Apply. ComfyUI takes no error from here, so the node gets an input :data:`REFUSED` that it raises when it runs, and that makes
   it run although it ran before.
@@ -23,6 +24,7 @@ from ..sepme.library import Entry, resolve
 from ..sepme.toggles import parse_json, parse_tags
 from . import host, workflow
 from .graph import Graph
+from .shelf import describe
 
 REFUSED = "refused"
 APPLY, OUR_TEXT, CORE_TEXT, SWITCHES, TRAIN = "SepMEApply", "SepMETextEncode", "CLIPTextEncode", "SepMEConditioningToggles", "SepMETrain"
@@ -64,7 +66,7 @@ def on_prompt(data: Any) -> Any:
     graph = Graph(prompt, host.outputs_of)
     for node, text in lost(graph).items():
         log.warning("%s: %s", graph.title(node), text)
-        host.tell_page("sepme.notice", {"node": node, "text": text}, data.get("client_id"))
+        host.notice(text, node, data.get("client_id"))
     for node in graph.of(TRAIN):
         facts = _made.get(_signature(graph, node))
         if facts is not None:
@@ -80,10 +82,11 @@ def prepare(prompt: Any, extra_pnginfo: Any = None) -> None:
     applied = graph.of(APPLY)
     together = graph.below(applied)
     texts = [n for n in graph.nodes if n not in applied and not together.keys().isdisjoint(graph.below([n]))] if applied else []
-    for node in texts:
-        if graph.kind(node) == CORE_TEXT and (graph.link(graph.inputs(node).get("text")) or has_tags(graph, node)):
-            graph.nodes[node]["class_type"] = OUR_TEXT
     known = concepts(graph, extra_pnginfo) if texts else None
+    skipped = graph.of("CLIPSetLastLayer") or any(describe(k)["clip_skip"] for k in known or () if isinstance(k, Entry))
+    for node in texts:
+        if graph.kind(node) == CORE_TEXT and (skipped or graph.link(graph.inputs(node).get("text")) or has_tags(graph, node)):
+            graph.nodes[node]["class_type"] = OUR_TEXT
     for node in texts:
         if graph.kind(node) in (OUR_TEXT, SWITCHES):
             if known is not None and (reason := unknown(graph, node, known)):

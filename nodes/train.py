@@ -40,7 +40,8 @@ class SepMETrain(io.ComfyNode):
                 Concepts.Input("concepts", tooltip="All known concepts; each delta leaves the others' prompts alone."),
                 io.String.Input(
                     "erase", default="*", optional=True,
-                    tooltip="Names to erase, separated by commas or lines; * for all. The other concepts are only kept safe.",
+                    tooltip="Names to erase, separated by commas or lines; * for all. A name with a comma in it stands in double "
+                    'quotes: "cruise, tom". The other concepts are only kept safe.',
                 ),
                 io.String.Input(
                     "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."
@@ -129,7 +130,8 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     Raises:
         SepMEError: a name that is not among the concepts, nothing to erase, or a concept that is erased already.
     """
-    wanted = [name.strip() for name in erase.replace("\n", ",").split(",") if name.strip()]
+    whole = {normalised(c.name) for c in concepts.concepts}  # a line that is a name is that name, commas or not
+    wanted = [name for line in erase.splitlines() for name in ([line] if normalised(line) in whole else split_names(line))]
     names = [c.name for c in concepts.concepts] if wanted == ["*"] else list(dict.fromkeys(concepts[n].name for n in wanted))
     if not names:
         raise SepMEError("Nothing is to be erased; write names into 'erase', or * for all concepts.")

@@ -33,6 +33,13 @@ def tell_page(event: str, data: dict[str, Any], client: str | None = None) -> No
         server.send_sync(event, data, client or server.client_id)
 
 
+def notice(text: str, node: str | None = None, client: str | None = None) -> None:
+    """Have the page show a sentence that is no error, about a node or about the one that runs."""
+    server = _server()
+    if server is not None:
+        tell_page("sepme.notice", {"node": node or server.last_node_id, "text": text}, client)
+
+
 def watch_prompts(handler: Callable[[Any], Any]) -> None:
     """Have every prompt that is queued pass through ``handler``, which may change it; nothing where no server runs."""
     server = _server()

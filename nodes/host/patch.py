@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
+from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
 TOGGLES, TAGS = "toggles", "tags"  # of CONDITIONING[KEY]: set by nodes, and by the prompt's own text, which beats them
+SKIP = "clip_skip"  # of CONDITIONING[KEY]: of the CLIP that read the text, where one of our nodes had it read
 
 log = logging.getLogger("sepme")
 
@@ -66,7 +68,12 @@ class Applied:
         inner = self.inner["extra_conds"]
         if not self._running:
             return inner(**kwargs)
-        own = self._strengths(kwargs.pop(KEY, None) or {})
+        facts = kwargs.pop(KEY, None) or {}
+        own = self._strengths(facts)
+        if SKIP in facts:
+            encoder: Any = SimpleNamespace(clip_skip=facts[SKIP])
+            for warning in clip_skip_warnings(encoder, self.composition.deltas):
+                self._say(warning)
         if bool(((own < 0) | (own > 1)).any()):
             self._say("A strength lies outside 0 to 1: negative ones amplify the concept, larger ones overshoot.")
         pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
@@ -131,6 +138,7 @@ class Applied:
         if text not in self._said:
             self._said.add(text)
             log.warning(text)
+            notice(text)
 
     @torch.compiler.disable  # a compiled MODEL calls it as it is: what it does changes with every prompt
     def project(self, name: str, context: Tensor) -> Tensor | None:
@@ -199,11 +207,18 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     return clone
 
 
-def toggled(conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None) -> list[Any]:
-    """A CONDITIONING that carries toggles, set by a node, and tags of its own text; those that it carries already count where not named."""
+def toggled(
+    conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None, clip_skip: int | None = None
+) -> list[Any]:
+    """A CONDITIONING that carries toggles, set by a node, and tags of its own text; those that it carries already count where not named.
+
+    It may also carry the clip skip that it was read with.
+    """
     result = []
     for tensor, facts in conditioning:
         own = facts.get(KEY, {})
-        merged = {TOGGLES: merge(own.get(TOGGLES, {}), toggles or {}), TAGS: merge(own.get(TAGS, {}), tags or {})}
+        merged = {**own, TOGGLES: merge(own.get(TOGGLES, {}), toggles or {}), TAGS: merge(own.get(TAGS, {}), tags or {})}
+        if clip_skip is not None:
+            merged[SKIP] = clip_skip
         result.append([tensor, {**facts, KEY: merged}])
     return result
