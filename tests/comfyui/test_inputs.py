@@ -32,8 +32,8 @@ class Scene(Graph):
     def saved(self, **options: Any) -> Node:
         return self.add("SepMESaveDeltas", deltas=self.made[0], **options)
 
-    def draw(self, positive: Any, unet: Any) -> Node:
-        return self.show(self.sample(unet, positive, self.text(self.model[1], "")[0], steps=2)[0], self.model[2])
+    def draw(self, positive: Any, unet: Any, clip: Any = None) -> Node:
+        return self.show(self.sample(unet, positive, self.text(clip or self.model[1], "")[0], steps=2)[0], self.model[2])
 
 
 def made(run: Run) -> list[str]:
@@ -130,7 +130,7 @@ def test_clip_skip_is_recorded_and_a_difference_is_said(server: Server) -> None:
         deltas = scene.saved(filename_prefix=f"skip{train}/")[0] if save else scene.made[0]
         unet = scene.add("SepMEApply", model=scene.model[0], deltas=deltas)
         clip = scene.model[1] if not read else scene.add("CLIPSetLastLayer", clip=scene.model[1], stop_at_clip_layer=read)[0]
-        scene.draw(scene.text(clip, f"a star{tag}")[0], unet[0])
+        scene.draw(scene.text(clip, f"a star{tag}")[0], unet[0], clip)
         run = server.run(scene.prompt)
         assert run.error is None, run.error
         return run, [e["data"]["text"] for e in run.events if e["type"] == "sepme.notice"]
@@ -151,7 +151,7 @@ def test_clip_skip_is_recorded_and_a_difference_is_said(server: Server) -> None:
     assert "'star' was made with 1 of CLIP's last layers skipped, here 0 are" in text
 
 
-@pytest.mark.parametrize(("layer", "skipped"), [(None, 0), (-1, 0), (-2, 1), (-4, 3), (-24, 0)])
+@pytest.mark.parametrize(("layer", "skipped"), [(None, 0), (-1, 0), (-2, 1), (-24, 0)])
 def test_clip_skip_of_a_clip(inside: Inside, layer: int | None, skipped: int) -> None:
     clip = inside.clip.clone()
     clip.clip_layer(layer)
@@ -191,17 +191,26 @@ KINDS = {  # node: its inputs that are typed in
 }
 
 
-def everything() -> Graph:
-    scene = Scene(("star",), steps=2)
-    loaded = scene.add("SepMELoadDelta", delta="skip-2/star.safetensors")
-    unet = scene.add("SepMEApply", model=scene.model[0], deltas=scene.made[0])
-    text = scene.add("SepMETextEncode", clip=scene.model[1], text="a star")
-    both = scene.add("SepMEConditioningToggles", conditioning=text[0], toggles="{}")
-    scene.draw(both[0], unet[0])
-    scene.saved(filename_prefix="nonsense/")
-    scene.add("SepMEExport", deltas=loaded[0], filename_prefix="nonsense/")
-    scene.add("PreviewAny", source=scene.add("SepMEConceptBook", book="[moon]")[0])
-    scene.add("PreviewAny", source=scene.add("SepMELoadCheckpoint", ckpt_name="none.safetensors")[3])
+def everything(kind: str) -> Graph:
+    """A prompt in which a kind of node runs, with as little as possible beside it."""
+    if kind == "SepMELoadCheckpoint":
+        graph = Graph()
+        graph.add("PreviewAny", source=graph.add(kind, ckpt_name="none.safetensors")[3])
+        return graph
+    if kind == "SepMEConceptBook":
+        graph = Graph()
+        graph.add("PreviewAny", source=graph.add(kind, book="[moon]")[0])
+        return graph
+    scene = Scene()
+    saved = scene.saved(filename_prefix="nonsense/")
+    if kind in ("SepMEExport", "SepMELoadDelta"):
+        del scene.prompt[saved]
+        loaded = scene.add("SepMELoadDelta", delta="nonsense/star.safetensors")
+        scene.add("SepMEExport", deltas=loaded[0], filename_prefix="nonsense/")
+    if kind in ("SepMEApply", "SepMETextEncode", "SepMEConditioningToggles"):
+        unet = scene.add("SepMEApply", model=scene.model[0], deltas=scene.made[0])
+        text = scene.add("SepMETextEncode", clip=scene.model[1], text="a star")
+        scene.draw(scene.add("SepMEConditioningToggles", conditioning=text[0], toggles="{}")[0], unet[0])
     return scene
 
 
@@ -211,13 +220,9 @@ def test_nonsense_is_a_sentence(server: Server, kind: str) -> None:
     wrong = []
     for name in KINDS[kind]:
         for value in NONSENSE:
-            scene = everything()
-            keep = scene.prompt if kind != "SepMELoadCheckpoint" else {}
-            scene.prompt = keep or scene.prompt
-            scene.prompt[f"{kind}0"]["inputs"][name] = value
-            if kind != "SepMELoadCheckpoint":
-                del scene.prompt["SepMELoadCheckpoint0"], scene.prompt["PreviewAny1"]
-            run = server.run(scene.prompt)
+            graph = everything(kind)
+            graph.prompt[f"{kind}0"]["inputs"][name] = value
+            run = server.run(graph.prompt)
             kinds = (run.error or {}).get("exception_type", "sepme.SepMEError")
             if kinds != "sepme.SepMEError" or "Traceback" in json.dumps(run.error):
                 wrong.append((name, value, kinds, run.message[:300]))
