@@ -18,10 +18,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from ..sepme.apply.toggles import parse_json, parse_tags
 from ..sepme.concepts import ConceptBook
+from ..sepme.delta.library import Entry, resolve
 from ..sepme.errors import SepMEError
-from ..sepme.library import Entry, resolve
-from ..sepme.toggles import parse_json, parse_tags
 from . import host, workflow
 from .graph import Graph
 from .shelf import describe

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..sepme.concepts import reserved
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.format import MAX_FILE, plain_json, read_header
 from ..sepme.delta.library import DeltaLibrary, Entry

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..sepme.apply.composition import Composition
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.delta.verify import Verification, verify
+from ..sepme.delta.verify import Verification, clip_skip_warnings, verify
 from ..sepme.errors import SepMEError
 from . import host
 from .pictures import heat_map

@@ -19,6 +19,7 @@ from ...sepme.apply.composition import Composition
 from ...sepme.apply.projector import KVProjector
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.verify import clip_skip_warnings
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
 from .page import notice

@@ -12,7 +12,7 @@ from comfyui.graph import Graph, Node
 from comfyui.inside import Inside
 from comfyui.server import Run, Server
 
-from sepme.delta import ConceptDelta
+from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("comfyui")
 
