@@ -207,7 +207,9 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
 def _record(p: Any, run: Run, chosen: Sequence[Entry]) -> None:
     """Write what is on into the infotext: the panel's deltas with strengths, and which files the prompts' tags mean."""
     records = [infotext.Record(e.concept, e.content_hash, run.settings.strength(e.concept)) for e in chosen]
-    texts = [*p.all_prompts, *p.all_negative_prompts, *getattr(p, "all_hr_prompts", []), *getattr(p, "all_hr_negative_prompts", [])]
+    texts = [*p.all_prompts, *p.all_negative_prompts]
+    if getattr(p, "enable_hr", False):  # those of the hires pass are None without it
+        texts += [*p.all_hr_prompts, *p.all_hr_negative_prompts]
     with suppress(SepMEError):  # said when the batch is read
         tags = merge(*take_tags(list(dict.fromkeys(texts)))[1])
         found = [(_for_tag(p, name), strength) for name, strength in tags.items()]

@@ -42,9 +42,9 @@ from conftest import TinyEncoder
 from modules.prompt_parser import words
 from sepme_extension.scripts.webui import host
 from sepme_extension.scripts.webui.settings import Settings, Tables
-from sepme_extension.sepme.composition import Composition
+from sepme_extension.sepme.apply.composition import Composition
 from sepme_extension.sepme.concepts import ConceptBook
-from sepme_extension.sepme.nullspace import Planner
+from sepme_extension.sepme.plan.planner import Planner
 from sepme_extension.sepme.train import TrainOptions, make_delta
 
 modules.sd_samplers_kdiffusion.sampling_prepare = sampling_prepare

@@ -156,7 +156,7 @@ def loaded_model() -> Iterator[LoadedModel]:
         leave_inference_mode(unet_of(model))
     with torch.inference_mode(False), torch.enable_grad(), _no_checkpointing(model):
         loaded = LoadedModel(model)
-        asked = [p for p in loaded.unet.parameters() if p.requires_grad]
+        asked = [weight for weight in loaded.unet.parameters() if weight.requires_grad]
         try:
             for parameter in asked:
                 parameter.requires_grad_(False)

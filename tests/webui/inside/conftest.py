@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,17 @@ import modules.toy
 from .page import build
 
 CONCEPTS = ("star", "heart", "moon")
+
+
+def make(prompt: str | list[str], **more: Any) -> Any:
+    """The host's processing object, of img2img where there are ``init_images``; what is no field of it is set as others would."""
+    kind = "Img2Img" if "init_images" in more else "Txt2Img"
+    made = getattr(modules.processing, f"StableDiffusionProcessing{kind}")
+    fields = {f.name for f in dataclasses.fields(made)}
+    p = made(prompt=prompt, **({"seed": 0, "steps": 3} | {k: v for k, v in more.items() if k in fields}))
+    for name in more.keys() - fields:
+        setattr(p, name, more[name])
+    return p
 
 
 class WebUI:
@@ -59,8 +71,8 @@ class WebUI:
 
     def draw(self, prompt: str | list[str] = "a star", *args: Any, script: bool = True, **more: Any) -> torch.Tensor:
         """Latents; ``args`` are the extension's own."""
-        runner = self.runner if script else None
-        p = modules.processing.StableDiffusionProcessing(prompt, scripts=runner, script_args=args or (False, [], "", True, "auto"), **more)
+        p = make(prompt, **more)
+        p.scripts, p.script_args = (self.runner if script else None), args or (False, [], "", True, "auto")
         latents, self.infotexts = modules.processing.process_images(p)
         self.last = p
         return latents

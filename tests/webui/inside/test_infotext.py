@@ -78,7 +78,7 @@ def test_plot_axes(webui: Any) -> None:
 
 
 def test_cells_of_a_plot_share_what_the_infotext_is_made_of(webui: Any) -> None:
-    shared: dict[str, str] = {}
+    shared = {"Other": "stays"}  # an empty one would be replaced
     webui.draw("a star <erase:moon>", True, ["star"], '{"star": 2}', False, "auto", extra_generation_params=shared)
     assert {k for k in shared if k.startswith("SepME")} == {"SepME concepts", "SepME gate", "SepME tags", "SepME note"}
     webui.draw("a star", extra_generation_params=shared)
