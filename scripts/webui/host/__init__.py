@@ -4,7 +4,7 @@ Automatic1111 and its Forges differ in where the UNet is, how it is patched and 
 """
 
 from .attached import Attached
-from .checkpoint import architecture_of
+from .checkpoint import ClipSkip, architecture_of
 from .hook import Hook
 from .interface import (
     AlwaysVisible,
@@ -29,6 +29,7 @@ from .loaded import LoadedModel, loaded_model
 __all__ = [
     "AlwaysVisible",
     "Attached",
+    "ClipSkip",
     "ExtraNetwork",
     "Hook",
     "InputAccordion",

@@ -103,6 +103,7 @@ class StableDiffusionProcessing:
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
 
     def setup_conds(self):
+        _set_clip_skip(self.sd_model)
         self.uc = prompt_parser.get_learned_conditioning(self.sd_model, self.negative_prompts, self.steps)
         self.c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.prompts, self.steps)
 
@@ -180,6 +181,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         self.all_hr_negative_prompts = list(self.hr_negative_prompt) if listed else count * [self.hr_negative_prompt]
 
     def calculate_hr_conds(self):
+        _set_clip_skip(self.sd_model)
         self.hr_uc = prompt_parser.get_learned_conditioning(self.sd_model, self.hr_negative_prompts, self.steps)
         self.hr_c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.hr_prompts, self.steps)
 
@@ -218,6 +220,11 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
         _reset_forge(self)
         _before_sampling(self, x)
         return _sample(self, x, self.steps)
+
+
+def _set_clip_skip(model):
+    if hasattr(model, "forge_objects"):
+        model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
 
 
 class Denoiser:
@@ -327,8 +334,17 @@ def _before_sampling(p, x):
         p.scripts.call("process_before_every_sampling", p, x=x, noise=x, c=p.get_conds()[0], uc=p.get_conds()[1])
 
 
-@torch.no_grad()
 def process_images(p):
+    stored = {k: getattr(shared.opts, k) for k in p.override_settings}
+    vars(shared.opts).update(p.override_settings)
+    try:
+        return process_images_inner(p)
+    finally:
+        vars(shared.opts).update(stored)
+
+
+@torch.no_grad()
+def process_images_inner(p):
     """Latents ``(images, 4, 8, 8)`` (16 x 16 after a hires pass) and an infotext each."""
     p.setup_prompts()
     p.all_seeds = list(range(p.seed, p.seed + len(p.all_prompts)))
