@@ -41,9 +41,10 @@ class Batch:
 
     def get(self, name: str, made_by: Hashable) -> Tensor | None:
         """Keys or values made by a module in this state; None where there are none, or somebody wrote into them."""
-        maker, output, written = self.outputs.get(name, (None, self.context, 0))
-        if maker != made_by:
+        found = self.outputs.get(name)
+        if found is None or found[0] != made_by:
             return None
+        _, output, written = found
         if output._version != written:
             self.drop()
             self.copies = True
