@@ -134,5 +134,5 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     page.tab.click("dialog[open] .sepme-main")
     page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
-    page.tab.locator(".p-toast-message:has-text('这不是增量')").wait_for()
+    page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
     page.server.post("/settings", {"Comfy.Locale": "en"})
