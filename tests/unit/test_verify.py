@@ -28,7 +28,7 @@ def made(world: SimpleNamespace, kept: Path) -> tuple[object, ConceptDelta]:
     encoder = world.Encoder(d_in=192)
     book = ConceptBook((Concept("moon", ("moon", "a moon")), Concept("star", ("star", "a star"))), ("a blue tree",), str(kept))
     planner = Planner(encoder, book, PlanOptions())
-    options = TrainOptions(objective="closed-form")
+    options = TrainOptions.for_mode(objective="closed-form")
     return encoder, make_delta(planner, "star", world.Denoiser(d_in=192), options, kept.parent / "c.safetensors")
 
 
