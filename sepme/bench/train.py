@@ -87,7 +87,7 @@ class _Bare:
     def trajectory(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def drawn(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
 

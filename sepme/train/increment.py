@@ -11,12 +11,12 @@ from torch import Tensor, nn
 CONTEXT = "context"  # the site before all layers
 
 
-def context_site(d_in: int) -> dict[str, Tensor]:
-    """The context as a text projection, whose weight is the identity: what an increment adds to it all layers read.
+def context_site(d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The context as a text projection whose weight is the identity: what an increment adds there, all layers read.
 
-    The one variable S ``(d_in, m)`` there is ``c' = c + (c B) Sᵀ``, and so ``w_l = W_l S`` in every layer.
+    Its one variable S ``(d_in, m)`` edits the context, ``c' = c + (c B) (β S)ᵀ``, which is ``w_l = W_l S`` in every layer.
     """
-    return {CONTEXT: torch.eye(d_in)}
+    return {CONTEXT: torch.eye(d_in, dtype=dtype, device=device)}
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,6 @@ def make_source(
     extra = () if rows.pooled is None or empty.pooled is None else (torch.cat([empty.pooled, rows.pooled]),)
     with torch.no_grad():
         if options.source != "trajectory":
-            latents = denoiser.drawn(rows.context, empty.context, generator, *extra, on_step=check)
+            latents = denoiser.sample(rows.context, empty.context, generator, *extra, on_step=check)
             return Images(latents, prompts if options.source == "drawn" else None, len(own.context), denoiser)
         return Trajectories(*denoiser.trajectory(rows.context, empty.context, generator, *extra, on_step=check), prompts)

@@ -189,9 +189,9 @@ def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
     drawn: list[Tensor] = []
 
     class Watched(Overheard):
-        def drawn(self, context: Tensor, empty: Tensor, generator: Any, *extra: Any, **more: Any) -> Tensor:
+        def sample(self, context: Tensor, empty: Tensor, generator: Any, *extra: Any, **more: Any) -> Tensor:
             drawn.append(context)
-            return self.host.drawn(context, empty, generator, *extra, **more)
+            return self.host.sample(context, empty, generator, *extra, **more)
 
     overheard = Watched(host)
     options = TrainOptions.for_mode(
