@@ -55,7 +55,7 @@ def world() -> World:
 
 def solved(planner: Planner, sites: dict[str, Tensor], name: str = "star") -> dict[str, Tensor]:
     """The closed form at some sites."""
-    return ClosedForm(TrainOptions()).solve(sites, *planner.tokens(name), planner.plan(name).down)
+    return ClosedForm(TrainOptions()).solve(sites, *planner.prompts.tokens(name), planner.plan(name).down)
 
 
 def both(world: World, beta: float = 1.0) -> tuple[Increment, Increment]:
@@ -68,7 +68,7 @@ def both(world: World, beta: float = 1.0) -> tuple[Increment, Increment]:
 
 
 def test_the_closed_form_of_the_context_is_s(world: World) -> None:
-    tokens, target = world.planner.tokens("star")
+    tokens, target = world.planner.prompts.tokens("star")
     s = shift(tokens, target, world.planner.plan("star").down)
     _, edit = both(world, beta=0.5)
     torch.testing.assert_close(edit.w[CONTEXT].detach(), 2 * s, rtol=0, atol=0)
