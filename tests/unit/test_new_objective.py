@@ -71,30 +71,29 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(*command: object, **variables: str) -> str:
+def run(copy: Path, *command: object, **variables: str) -> str:
+    """What a command prints that is run in an empty folder inside the copy, so that no other tree is found by where it runs."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"GRADIO_ANALYTICS_ENABLED": "False"} | variables
-    done = subprocess.run(list(map(str, command)), env=environ, capture_output=True, text=True, timeout=300)
+    (copy / "base").mkdir(exist_ok=True)
+    done = subprocess.run(list(map(str, command)), env=environ, cwd=copy / "base", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def script(text: str, root: Path) -> str:
-    return f"import sys\nROOT = sys.argv[1]\nsys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]\n{text}"
-
-
-def offered(python: object, text: str, copy: Path, *path: Path) -> Any:
+def offered(python: object, script: str, copy: Path, *path: Path) -> Any:
     """What a menu shows: its choices and its text."""
+    code = f"import sys\nROOT = sys.argv[1]\n{script}"
     given = {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    return json.loads(run(python, "-c", script(text, copy), copy, copy / "base", **given).splitlines()[-1])
+    return json.loads(run(copy, python, "-c", code, copy, copy / "base", **given).splitlines()[-1])
 
 
 def test_command_line(copy: Path, tmp_path: Path) -> None:
     """It is in the help, and trains: the file says what made it."""
     (tmp_path / "book.yaml").write_text("[star]", encoding="utf-8")
     command, given = [sys.executable, "-m", "sepme.cli", "train"], {"PYTHONPATH": str(copy), "COLUMNS": "200"}
-    assert f"grey: {SUMMARY}." in " ".join(run(*command, "--help", **given).split())
+    assert f"grey: {SUMMARY}." in " ".join(run(copy, *command, "--help", **given).split())
     options = ["--objective", "grey", "--steps", "1", "--batch", "1", "-o", tmp_path / "out"]
-    run(*command, "demo", tmp_path / "book.yaml", *options, **given)
+    run(copy, *command, "demo", tmp_path / "book.yaml", *options, **given)
     with safe_open(tmp_path / "out" / "star.safetensors", framework="pt") as file:
         objective = json.loads(file.metadata()["objective"])
     assert objective["name"] == "grey"
