@@ -100,34 +100,28 @@ def train(
     load = partial(load_host, model, device=device, dtype=dtype, tokenizer=tokenizer, prediction=prediction, size=size)
     pictures = partial(_pictures, folder=images, names=chosen)
     setup = Setup(load, concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures)
-    _make(setup, _left(paths, joint, resume), paths, workers, ray_address, tell_mode=null_space == "auto")
+    _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
 
 
-def _left(paths: Mapping[str, Path], joint: bool, resume: bool) -> list[Group]:
+def _left(folder: Path, paths: Mapping[str, Path], joint: bool, resume: bool) -> list[Group]:
     """What is left to do: everything, or with ``resume`` what has no file yet. Leftovers go, and without ``resume`` checkpoints too."""
-    from ..train import Group, each
+    from ..train import Group
 
-    def checkpoint(stem: Path) -> Path:
-        return stem.resolve().with_name(f"{stem.name}.checkpoint.safetensors")
-
-    groups = each(list(paths), lambda name: checkpoint(paths[name].with_suffix("")))
-    if joint and len(paths) > 1:
-        groups = [Group(tuple(paths), checkpoint(next(iter(paths.values())).with_name("joint")))]
+    groups = [tuple(paths)] if joint else [(name,) for name in paths]
     todo = []
-    for group in groups:
-        files = [paths[n] for n in group.names]
-        assert group.checkpoint is not None
-        for path in (group.checkpoint, *files):
+    for names in groups:
+        checkpoint, files = folder / f"{file_name(' + '.join(names))}.checkpoint.safetensors", [paths[n] for n in names]
+        for path in (checkpoint, *files):
             remove_leftovers(path)
         if not resume:
-            group.checkpoint.unlink(missing_ok=True)
-        if resume and all(path.exists() for path in files) and not group.checkpoint.exists():
-            for name, path in zip(group.names, files, strict=True):
+            checkpoint.unlink(missing_ok=True)
+        if resume and all(path.exists() for path in files) and not checkpoint.exists():
+            for name, path in zip(names, files, strict=True):
                 log.print(f"{name}: already made ({path})")
         else:
-            todo.append(group)
+            todo.append(Group(names, checkpoint))
     return todo
 
 
