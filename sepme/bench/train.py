@@ -151,7 +151,8 @@ class Bench:
     def ours(self) -> Callable[[], Any]:
         options = TrainOptions(batch=self.size.batch, threshold=-1e9)
         increment = Increment.zeros(weights(self.denoiser.attention_layers()), self.down, options.beta)
-        run = ConceptRun.start("bench", increment, self.source, self._encoding(self.context), self._encoding(self.empty), options)
+        own, empty = self._encoding(self.context), self._encoding(self.empty)
+        run = ConceptRun("bench", increment, self.source, own, empty, empty, options)
         return Training([run], self.denoiser, options).step
 
     @staticmethod

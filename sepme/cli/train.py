@@ -20,7 +20,7 @@ from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, fin
 from .inspect import show_summaries, summary
 
 if TYPE_CHECKING:
-    from ..train import Group
+    from ..train.book import Group
     from ..train.workers import Setup
 
 
@@ -107,7 +107,7 @@ def train(
 
 def _left(folder: Path, paths: Mapping[str, Path], joint: bool, resume: bool) -> list[Group]:
     """What is left to do: everything, or with ``resume`` what has no file yet. Leftovers go, and without ``resume`` checkpoints too."""
-    from ..train import Group
+    from ..train.book import Group
 
     groups = [tuple(paths)] if joint else [(name,) for name in paths]
     todo = []

@@ -162,7 +162,7 @@ def make_run(
     empty, anchor = as_long(planner.prompts.empty), as_long(planner.prompts.anchors[name])
     source = make_source(denoiser, own, empty, anchor, options, pictures, check)
     words = own_words(planner.prompts.encoder, planner.book[name], own.mask) if options.make_objective().reads_words else None
-    return ConceptRun.start(name, increment, source, own, empty, options, anchor=anchor, words=words, pooled=planner.pooled(name)[0])
+    return ConceptRun(name, increment, source, own, empty, anchor, options, planner.pooled(name)[0], words)
 
 
 def _finish(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,11 +24,12 @@ class ConceptRun:
         own: the concept's prompts.
         empty: the empty prompt, one row.
         anchor: the concept's anchor, one row.
-        generator: of every draw.
-        losses: by step.
-        momentum: of its own losses.
+        options: seed and learning rate, with which it begins.
         pooled: what replaces the concept in the pooled vector, if anything.
         words: where the concept's own words stand in ``own`` ``(prompts, tokens)`` bool, if the objective reads them.
+        losses: by step.
+        momentum: of its own losses.
+        generator: of every draw.
     """
 
     name: str
@@ -38,18 +38,14 @@ class ConceptRun:
     own: Encoding
     empty: Encoding
     anchor: Encoding
-    generator: torch.Generator
-    optimizer: torch.optim.Adam
-    losses: list[float] = field(default_factory=list)
-    momentum: float = 0.0
+    options: InitVar[TrainOptions]
     pooled: Pooled | None = None
     words: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
+    momentum: float = 0.0
+    generator: torch.Generator = field(init=False)
+    optimizer: torch.optim.Adam = field(init=False)
 
-    @staticmethod
-    def start(
-        name: str, increment: Increment, source: Source, own: Encoding, empty: Encoding, options: TrainOptions, **more: Any
-    ) -> ConceptRun:
-        """A run before its first step; ``more`` are the attributes that have defaults, and ``anchor`` (the empty prompt)."""
-        optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
-        generator = torch.Generator().manual_seed(options.seed)
-        return ConceptRun(name, increment, source, own, empty, more.pop("anchor", empty), generator, optimizer, **more)
+    def __post_init__(self, options: TrainOptions) -> None:
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.optimizer = torch.optim.Adam(self.increment.w.values(), lr=options.learning_rate)

@@ -14,7 +14,8 @@ from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import Interrupted
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.plan.planner import Planner
-from sepme.train import Group, Job, Progress, TrainOptions, each, plan_options, train_book
+from sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
+from sepme.train.book import Group
 
 NAMES = ("tree", "star", "house")
 BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}")) for n in NAMES), preserve=("the moon",))

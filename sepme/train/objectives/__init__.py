@@ -13,17 +13,7 @@ from .sdd import SDD
 __all__ = ["OBJECTIVES", "Objective", "Step", "described"]
 
 # in the order of every menu
-OBJECTIVES: dict[str, type[Objective]] = {
-    o.name: o
-    for o in (
-        GCiRs,
-        ESD,
-        SDD,
-        Ablation,
-        FMN,
-        ClosedForm,
-    )
-}
+OBJECTIVES: dict[str, type[Objective]] = {o.name: o for o in (GCiRs, ESD, SDD, Ablation, FMN, ClosedForm)}
 
 
 def described() -> str:
