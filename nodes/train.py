@@ -12,8 +12,8 @@ from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError
 from ..sepme.model.layers import shapes, weights
 from ..sepme.plan.planner import Planner
-from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
-from ..sepme.train.objectives import OBJECTIVES
+from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
+from ..sepme.train.objectives import OBJECTIVES, described
 from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
 from . import host, queued
@@ -47,9 +47,8 @@ class SepMETrain(io.ComfyNode):
                     "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."
                 ),
                 io.Combo.Input(
-                    "objective", options=[*OBJECTIVES, "closed-form"], default="gcirs", optional=True,
-                    tooltip="gcirs: trained, erases most (SepME). closed-form: solved in seconds, the anchor takes the concept's place. "
-                    "esd, sdd, ablation, fmn: other published methods, trained within the same directions.",
+                    "objective", options=list(OBJECTIVES), default="gcirs", optional=True,
+                    tooltip=described(),
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="subspace", optional=True,
@@ -91,37 +90,37 @@ class SepMETrain(io.ComfyNode):
         deltas: Sequence[ConceptDelta] | None = None, size: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
-        rate: Any = learning_rate or None  # None: the mode's own
-        options = TrainOptions(objective=objective, mode=mode, steps=steps, learning_rate=rate, seed=seed)
+        options = TrainOptions.for_mode(mode, objective, steps=steps, learning_rate=learning_rate or None, seed=seed)
         plan = plan_options(mode, max_rank=max_rank or None)
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
-        loss_map: list[float] = []
-        job = host.Job(1 + len(names))
+        losses: dict[str, list[float]] = {name: [] for name in names}
+        bar = host.Job(1 + len(names))
         encoder, denoiser = host.ClipEncoder(clip), host.UNetDenoiser(model, size)
         for delta in known:
             delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
         live = Live(cls.hidden.unique_id, encoder, denoiser)
+
+        def on_step(step: Progress) -> None:
+            losses[step.concept].append(step.loss)
+            bar.show(share_done(step, losses[step.concept][0], options))
+            live.step(step, book[step.concept].prompts[0])
+
+        def save(delta: ConceptDelta) -> None:
+            name = delta.concept.name
+            losses[name] = losses[name] or [1.0, distance(weights(denoiser.attention_layers()), *planner.prompts.tokens(name), delta)]
+            made.append(delta)
+
         with host.trainable(model, (RUNS, *denoiser.latents)):
-            planner = Planner(encoder, book, plan, on_progress=job.stage)
-            if mode == "subspace":
-                planner.plan_all(names)
-            for name in names:
-                job.next()
-                losses: list[float] = []
-
-                def on_step(step: Progress, losses: list[float] = losses) -> None:
-                    losses.append(step.loss)
-                    job.show(share_done(step, losses[0], options))
-                    live.step(step, book[step.concept].prompts[0])
-
-                delta = make_delta(planner, name, denoiser, options, on_step=on_step, check=host.check_interrupted)
-                loss_map += losses or [1.0, distance(weights(denoiser.attention_layers()), *planner.prompts.tokens(name), delta)]
-                made.append(delta)
-        job.next()
+            planner = Planner(encoder, book, plan, on_progress=bar.stage)
+            job = Job(planner, denoiser, options, names, each(names))
+            train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
+        bar.next()
         facts = tuple(facts_of_delta(d) for d in made)
         queued.remember(cls.hidden, facts)
-        return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made), ui={"sepme_made": facts})
+        return io.NodeOutput(
+            (*known, *made), {"loss": [loss for name in names for loss in losses[name]]}, report(book, made), ui={"sepme_made": facts}
+        )
 
 
 def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: Sequence[ConceptDelta]) -> tuple[ConceptBook, list[str]]:
@@ -145,9 +144,13 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
 
 
 def share_done(step: Progress, first: float, options: TrainOptions) -> float:
-    """Of the steps; or, for G-CiRs, which rarely needs them all, of its momentum's way from the first loss to the threshold."""
+    """The share of a concept's training that is done, 0 to 1.
+
+    It is the share of the steps. A loss that settles seldom needs them all: there it is, if that is more, how far the momentum has come
+    from the first loss to the threshold.
+    """
     steps = step.step / step.steps
-    if options.objective != "gcirs" or first <= options.threshold:
+    if not OBJECTIVES[options.objective].settles or first <= options.threshold:
         return steps
     way = (first - step.momentum) / (first - options.threshold)
     return max(steps, min(way, step.step / options.min_steps))

@@ -96,7 +96,7 @@ class TinyDenoiser(nn.Module):
 
     timesteps = 1000
 
-    def drawn(self, context: Tensor, empty: Tensor, generator: torch.Generator, *, on_step: Callable[[], None] | None = None) -> Tensor:
+    def sample(self, context: Tensor, empty: Tensor, generator: torch.Generator, *, on_step: Callable[[], None] | None = None) -> Tensor:
         return self.trajectory(context, empty, generator)[0][-1]
 
     def trajectory(

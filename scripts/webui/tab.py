@@ -16,13 +16,12 @@ from ...sepme.convert import export_checkpoint, export_lora
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import clip_skip_warnings, verify
 from ...sepme.errors import SepMEError
-from ...sepme.files import remove_leftovers
 from ...sepme.model.layers import kv_fingerprint, shapes
 from ...sepme.plan.planner import Planner
 from ...sepme.progress import OnProgress
+from ...sepme.train import Job, TrainOptions, each, plan_options, train_book
 from ...sepme.train import Progress as Step
-from ...sepme.train import TrainOptions, make_deltas, plan_options
-from ...sepme.train.objectives import OBJECTIVES
+from ...sepme.train.objectives import OBJECTIVES, described
 from ...sepme.train.options import MODES
 from . import host
 from .panel import delta_choice
@@ -60,8 +59,7 @@ def _train_page() -> None:
         book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=18, elem_id="sepme_book", scale=3)
         with gr.Column(scale=2):
             objective = gr.Dropdown(
-                [*OBJECTIVES, "closed-form"], value="gcirs", label="Objective", elem_id="sepme_objective",
-                info="closed-form takes seconds and no sampling; the others train against the frozen model",
+                list(OBJECTIVES), value="gcirs", label="Objective", elem_id="sepme_objective", info=described(),
             )  # fmt: skip
             mode = gr.Dropdown(
                 list(MODES), value="subspace", label="Mode", elem_id="sepme_mode",
@@ -122,14 +120,24 @@ def train(
 
     def work(progress: Progress) -> str:
         concepts = _book(book)
-        options = TrainOptions(objective=objective, mode=mode, steps=int(steps), seed=int(seed))
+        options = TrainOptions.for_mode(mode, objective, steps=int(steps), seed=int(seed))
         plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space)
-        places = {c.name: host.library.place(f"{prefix}{file_name(c.name)}.checkpoint.safetensors") for c in concepts.concepts}
+        names = [c.name for c in concepts.concepts]
+        todo = each(names, lambda name: host.library.place(f"{prefix}{file_name(name)}.checkpoint.safetensors"))
+        saved: list[tuple[ConceptDelta, Path]] = []
+
+        def on_start(names: Sequence[str]) -> None:
+            progress.show(f"{names[0]}: directions", 0, 1)
+
+        def on_step(step: Step) -> None:
+            progress.losses.setdefault(step.concept, []).append(step.loss)
+            progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
+            host.check_interrupted()
+
         with host.job("sepme"), host.loaded_model() as model:
             planner = Planner(model, concepts, plan, on_progress=_shown(progress))
-            if mode == "subspace":
-                planner.plan_all(list(places))
-            saved = [_train_one(planner, name, model, options, places[name], prefix, progress) for name in places]
+            job = Job(planner, model, options, names, todo)
+            train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)
         notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
         return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)
 
@@ -148,23 +156,6 @@ def _book(text: str) -> ConceptBook:
     """The book; its preserve file, if any, lies in the delta folder, since this page may be open to others."""
     book = ConceptBook.loads(text)
     return replace(book, preserve_file=str(host.library.place(book.preserve_file))) if book.preserve_file else book
-
-
-def _train_one(
-    planner: Planner, name: str, model: host.LoadedModel, options: TrainOptions, checkpoint: Path, prefix: str, progress: Progress
-) -> tuple[ConceptDelta, Path]:  # fmt: skip
-    def on_step(step: Step) -> None:
-        progress.losses.setdefault(step.concept, []).append(step.loss)
-        progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
-        host.check_interrupted()
-
-    progress.show(f"{name}: directions", 0, 1)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(checkpoint)
-    (delta,) = make_deltas(planner, [name], model, options, checkpoint, on_step, None, host.check_interrupted)
-    path = host.library.save(delta, prefix)
-    checkpoint.unlink(missing_ok=True)
-    return delta, path
 
 
 def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:

@@ -20,7 +20,7 @@ from ..model.protocols import Encoding
 from ..plan.directions import EXACT_RTOL, PlanOptions, null_basis
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
-from ..train.objectives.closed_form import apply, shift
+from ..train.objectives.closed_form import shift, up_factors
 from . import alternate, seconds
 
 TOKENS = 77
@@ -157,7 +157,7 @@ def bench_closed_form(concepts: int) -> float:
     target = torch.randn(7 * TOKENS, 768, generator=generator)
     tokens = [torch.randn(7 * TOKENS, 768, generator=generator) for _ in range(concepts)]
     downs = [torch.linalg.qr(torch.randn(768, 8, generator=generator)).Q.T for _ in range(concepts)]
-    return median(seconds(lambda: apply(weights, [shift(t, target, d) for t, d in zip(tokens, downs, strict=True)])) for _ in range(3))
+    return median(seconds(lambda: up_factors(weights, [shift(t, target, d) for t, d in zip(tokens, downs, strict=True)])) for _ in range(3))
 
 
 def delta_bytes() -> int:

@@ -28,7 +28,8 @@ from ..model.protocols import AttentionLayer, Encoding
 from ..plan.directions import EXACT_RTOL, concept_basis, null_basis
 from ..train import TrainOptions
 from ..train.increment import Increment
-from ..train.loop import Track, Training
+from ..train.loop import Training
+from ..train.run import ConceptRun
 from ..train.source import Draw, Images
 from . import alternate
 
@@ -86,7 +87,7 @@ class _Bare:
     def trajectory(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def drawn(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
 
@@ -150,15 +151,16 @@ class Bench:
     def ours(self) -> Callable[[], Any]:
         options = TrainOptions(batch=self.size.batch, threshold=-1e9)
         increment = Increment.zeros(weights(self.denoiser.attention_layers()), self.down, options.beta)
-        track = Track.start("bench", increment, self.source, self._encoding(self.context), self._encoding(self.empty), options)
-        return Training([track], self.denoiser, options).step
+        own, empty = self._encoding(self.context), self._encoding(self.empty)
+        run = ConceptRun("bench", increment, self.source, own, empty, empty, options)
+        return Training([run], self.denoiser, options).step
 
     @staticmethod
     def _encoding(context: Tensor) -> Encoding:
         return Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool))
 
     def published(self) -> Callable[[], Any]:
-        options = TrainOptions(mode="paper", batch=self.size.batch)
+        options = TrainOptions.for_mode("paper", batch=self.size.batch)
         side = Published(self.denoiser.unet, self.null, options)
         generator = torch.Generator().manual_seed(options.seed)
         shape = (self.size.batch, -1, -1)

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from ..concepts import ConceptBook, file_name
 from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
+from ..train.objectives import described
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
 from .inspect import show_summaries, summary
 
 if TYPE_CHECKING:
-    from ..train.workers import Job
+    from ..train.book import Group
+    from ..train.workers import Setup
 
 
 def train(
     model: Model,
     book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")],
-    objective: Annotated[str, typer.Option(help="gcirs, closed-form, or a rival's: esd, sdd, ablation, fmn.")] = "gcirs",
+    objective: Annotated[str, typer.Option(help=described())] = "gcirs",
     mode: Annotated[
         str, typer.Option(help="How increments are parametrised: subspace, paper (as published) or unrestricted (never to be restored).")
     ] = "subspace",
@@ -75,107 +76,101 @@ def train(
     import torch
 
     from ..train import TrainOptions, plan_options
-    from ..train.workers import Job
+    from ..train.workers import Setup
 
     concept_book = ConceptBook.load(book)
     if preserve is not None:
         concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
-    own: dict[str, Any] = {"learning_rate": learning_rate, "warm_start": warm_start}  # None: the mode's
-    options = TrainOptions(
-        objective=objective, mode=mode, steps=steps, batch=batch, threshold=threshold, regularise=regularise, seed=seed,
-        values_only=values_only, guidance=guidance, **own,
+    options = TrainOptions.for_mode(
+        mode, objective, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold, regularise=regularise, seed=seed,
+        warm_start=warm_start, values_only=values_only, guidance=guidance,
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book differ in hyphens alone and would get the same file name; rename one.")
     for name, path in paths.items():
         check_replaceable(path, name)
+    if workers and joint:
+        raise SepMEError("Joint training is one piece of work; leave out --joint or --workers.")
     check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     load = partial(load_host, model, device=device, dtype=dtype, tokenizer=tokenizer, prediction=prediction, size=size)
     pictures = partial(_pictures, folder=images, names=chosen)
-    job = Job(load, concept_book, plan, options, tuple(chosen), out.resolve(), torch.get_num_threads(), pictures)
-    if workers and joint:
-        raise SepMEError("Joint training is one piece of work; leave out --joint or --workers.")
-    groups = [chosen] if joint else [[name] for name in chosen]
-    todo: list[Group] = []
-    for names in groups:
-        checkpoint = job.folder / f"{file_name(' + '.join(names))}.checkpoint.safetensors"
-        for path in (checkpoint, *(paths[n] for n in names)):
-            remove_leftovers(path)
-        if not resume:
-            checkpoint.unlink(missing_ok=True)
-        if resume and all(paths[n].exists() for n in names) and not checkpoint.exists():
-            for name in names:
-                log.print(f"{name}: already made ({paths[name]})")
-        else:
-            todo.append(Group(names, checkpoint))
-    with interruptible() as check, progress_bar() as bar:
-        try:
-            if not todo:
-                log.print("Nothing is left to train.")
-            elif workers:
-                _side_by_side(job, todo, paths, workers, ray_address, bar, check)
-            else:
-                _one_by_one(job, todo, paths, bar, check, tell_mode=null_space == "auto")
-        except Interrupted:
-            log.print("Stopped; run the same command with --resume to go on.")
-            raise typer.Exit(130) from None
+    setup = Setup(load, concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures)
+    _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
 
 
-class Group(NamedTuple):
-    """Concepts that are trained together, and where their state is kept meanwhile."""
+def _left(folder: Path, paths: Mapping[str, Path], joint: bool, resume: bool) -> list[Group]:
+    """What is left to do: everything, or with ``resume`` what has no file yet. Leftovers go, and without ``resume`` checkpoints too."""
+    from ..train.book import Group
 
-    names: list[str]
-    checkpoint: Path
+    groups = [tuple(paths)] if joint else [(name,) for name in paths]
+    todo = []
+    for names in groups:
+        checkpoint, files = folder / f"{file_name(' + '.join(names))}.checkpoint.safetensors", [paths[n] for n in names]
+        for path in (checkpoint, *files):
+            remove_leftovers(path)
+        if not resume:
+            checkpoint.unlink(missing_ok=True)
+        if resume and all(path.exists() for path in files) and not checkpoint.exists():
+            for name, path in zip(names, files, strict=True):
+                log.print(f"{name}: already made ({path})")
+        else:
+            todo.append(Group(names, checkpoint))
+    return todo
 
 
-def _one_by_one(job: Job, todo: list[Group], paths: Mapping[str, Path], bar: Progress, check: Callable[[], None], tell_mode: bool) -> None:
-    from ..train import Progress as Step
-    from ..train import make_deltas
+def _make(
+    setup: Setup, todo: Sequence[Group], paths: Mapping[str, Path], workers: int, address: str | None, tell_mode: bool
+) -> None:  # fmt: skip
+    """Make what is left, here or on workers, with a progress bar per concept."""
+    from ..train import Progress, train_book
+    from ..train.workers import train_on_workers
 
-    host = job.load()
-    pictures = job.pictures(host, check=check)
-    planner = job.planner(host, progress(bar, check))
-    if tell_mode:
-        log.print(f"Null space: {planner.mode}")
-    for names, checkpoint in todo:
-        tasks = {name: bar.add_task(name, total=job.options.steps, loss="") for name in names}
+    total = setup.options.steps
+    with interruptible() as check, progress_bar() as bar:
+        tasks: dict[str, Any] = {}
 
-        def on_step(step: Step, tasks: dict[str, Any] = tasks) -> None:
+        def begin(names: Sequence[str]) -> None:
+            tasks.update({name: bar.add_task(name, total=total, loss="") for name in names})
+
+        def show(step: Progress) -> None:
             bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
+
+        def on_step(step: Progress) -> None:
+            show(step)
             check()
 
-        for delta in make_deltas(planner, names, host, job.options, checkpoint, on_step, pictures, check):
+        def save(delta: ConceptDelta) -> None:
             name = delta.concept.name
             check_replaceable(paths[name], name)  # time has passed
             delta.save(paths[name])
-            bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.info['losses'])} steps")
-        checkpoint.unlink(missing_ok=True)
+            bar.update(tasks[name], completed=total, loss=f"{len(delta.info['losses'])} steps")
 
+        def write(name: str, data: bytes) -> None:
+            check_replaceable(paths[name], name)
+            write_atomically(paths[name], data)
+            bar.update(tasks[name], completed=total, loss="done")
 
-def _side_by_side(
-    job: Job, todo: list[Group], paths: Mapping[str, Path], workers: int, address: str | None, bar: Progress, check: Callable[[], None]
-) -> None:
-    from ..train.workers import Report, train_on_workers
-
-    tasks = {names[0]: bar.add_task(names[0], total=job.options.steps, loss="") for names, _ in todo}
-
-    def save(name: str, data: bytes) -> None:
-        check_replaceable(paths[name], name)
-        write_atomically(paths[name], data)
-        bar.update(tasks[name], completed=job.options.steps, loss="done")
-
-    def on_report(report: Report) -> None:
-        step = report.progress
-        bar.update(tasks[step.concept], completed=step.step, loss=f"loss {step.loss:.5f}")
-
-    train_on_workers(job, [(names[0], checkpoint) for names, checkpoint in todo], workers, address, save, on_report, check)
+        try:
+            if not todo:
+                log.print("Nothing is left to train.")
+            elif workers:
+                begin([group.names[0] for group in todo])
+                train_on_workers(setup, todo, workers, address, write, lambda report: show(report.progress), check)
+            else:
+                job = setup.job(todo, progress(bar, check), check)
+                if tell_mode:
+                    log.print(f"Null space: {job.planner.mode}")
+                train_book(job, save, on_step, check, begin)
+        except Interrupted:
+            log.print("Stopped; run the same command with --resume to go on.")
+            raise typer.Exit(130) from None
 
 
 def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None] = lambda: None) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def make(host: DiffusersHost, cell: Condition, planners: dict[Any, Planner]) -> 
         planners[key] = Planner(host, book_of(cell.count, cell.listed), options)
         planners[key].plan_all()
     planned = time.perf_counter()
-    how = TrainOptions(objective=cell.objective, values_only=cell.values_only)
+    how = TrainOptions.for_mode(objective=cell.objective, values_only=cell.values_only)
     deltas: list[ConceptDelta] = [make_delta(planners[key], n, host, how) for n in NAMES[: cell.count]]
     certificates = [d.info["certificate"] for d in deltas]
     worst = [max(c["leakage_linear"].values()) for c in certificates]

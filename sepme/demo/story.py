@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..hosts.diffusers import DEMO, DiffusersHost
 from ..plan.gate import ordinary_prompts
 from ..plan.planner import Planner
-from ..train import Progress, TrainOptions, make_delta
+from ..train import Job, Progress, TrainOptions, each, train_book
 from .classifier import Classifier, load_classifier
 from .world import COLOUR_NAMES, OBJECTS, SMALL, STYLES, Scene, World
 
@@ -120,19 +120,20 @@ def classifier_accuracy(classifier: Classifier, count: int = 1050, world: World 
 def make_all(
     host: DiffusersHost, planner: Planner, names: Sequence[str], options: TrainOptions, folder: Path, on_progress: OnProgress
 ) -> tuple[dict[str, ConceptDelta], float]:
-    """Make and save the deltas of all concepts; seconds a concept (planning included)."""
-    label = "G-CiRs" if options.objective == "gcirs" else options.objective
-    deltas, started = {}, time.perf_counter()
-    for i, name in enumerate(names):
+    """Make and save the deltas of all concepts; seconds per concept (planning included)."""
+    deltas: dict[str, ConceptDelta] = {}
+    started = time.perf_counter()
 
-        def on_step(step: Progress, i: int = i) -> None:
-            on_progress(f"{label}: training", i, len(names))
+    def tell(step: Progress | None = None) -> None:
+        on_progress(f"{options.objective}: training", len(deltas), len(names))
 
-        on_progress(f"{label}: training", i, len(names))
-        delta = make_delta(planner, name, host, options, on_step=on_step)
-        delta.save(folder / f"{file_name(name)}.safetensors")
-        deltas[name] = ConceptDelta.load(folder / f"{file_name(name)}.safetensors")
-    on_progress(f"{label}: training", len(names), len(names))
+    def save(delta: ConceptDelta) -> None:
+        path = delta.save(folder / f"{file_name(delta.concept.name)}.safetensors")
+        deltas[delta.concept.name] = ConceptDelta.load(path)
+        tell()
+
+    tell()
+    train_book(Job(planner, host, options, names, each(names)), save, tell)
     return deltas, (time.perf_counter() - started) / len(names)
 
 
@@ -283,7 +284,7 @@ def tell(host: DiffusersHost, out: Path, images: int = 20, concepts: int = 12, o
     matrices: dict[str, Tensor] = {}
     all_deltas: dict[str, dict[str, ConceptDelta]] = {}
     for objective, key in (("gcirs", "gcirs"), ("closed-form", "closed_form")):
-        deltas, seconds = make_all(host, planner, names, TrainOptions(objective=objective), out / "deltas" / key, on_progress)
+        deltas, seconds = make_all(host, planner, names, TrainOptions.for_mode(objective=objective), out / "deltas" / key, on_progress)
         composition = Composition(tuple(deltas.values()))
         certificates = [d.info["certificate"] for d in deltas.values()]
         gated: dict[bool, dict[str, Any]] = {}

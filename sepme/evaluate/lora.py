@@ -19,7 +19,7 @@ from ..plan.planner import Planner
 from ..train import OnStep, TrainOptions
 from ..train.increment import Increment
 from ..train.loop import Training
-from ..train.make import make_track
+from ..train.make import make_run
 
 DOWN = ".down"
 
@@ -69,10 +69,10 @@ def train_lora(
     kv = weights(denoiser.attention_layers())
     recipe = json.dumps({"rank": rank, "train": asdict(options), "book": planner.book.dumps(), "concept": name}, sort_keys=True)
     if not _made(path, recipe):
-        track = make_track(planner, name, denoiser, LowRank.start(kv, rank, options.seed), options, None, check)
+        run = make_run(planner, name, denoiser, LowRank.start(kv, rank, options.seed), options, None, check)
         checkpoint = path.with_suffix(".checkpoint.safetensors")
-        Training([track], denoiser, options).run(checkpoint, hashlib.sha256(recipe.encode()).hexdigest(), on_step)
-        tensors = {n: w.detach().half().cpu().contiguous() for n, w in track.increment.w.items()}
+        Training([run], denoiser, options).run(checkpoint, hashlib.sha256(recipe.encode()).hexdigest(), on_step)
+        tensors = {n: w.detach().half().cpu().contiguous() for n, w in run.increment.w.items()}
         write_atomically(path, safetensors_bytes(tensors, {"recipe": recipe}))
         checkpoint.unlink(missing_ok=True)
     with safe_open(path, framework="pt") as file:

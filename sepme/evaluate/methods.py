@@ -1,10 +1,10 @@
-"""All methods of an evaluation under their keys: this project's, the rivals' losses under weight decoupling and as published, baselines."""
+"""All methods of an evaluation under their keys: this project's, published losses with weight decoupling and without, other baselines."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from ..model.layers import weights
 from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
-from ..train import Progress, TrainOptions, make_delta
+from ..train import Job, Progress, TrainOptions, each, train_book
+from ..train.objectives import OBJECTIVES
 from .closed import speed, uce
 from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed
 from .lora import train_lora
 
-RIVALS = {"esd": "trajectory", "sdd": "trajectory", "ablation": "anchor", "fmn": "drawn"}  # where the published form takes x_t from
+OWN = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}  # objective by key
+BASELINES = tuple(name for name in OBJECTIVES if name not in OWN.values())  # as published; and with weight decoupling, as <name>_wd
 KEYS = (
-    "sepme_gcirs", "sepme_closed_form", *RIVALS, *(f"{r}_wd" for r in RIVALS),
+    *OWN, *BASELINES, *(f"{name}_wd" for name in BASELINES),
     "uce", "speed", "lora_sum", "negative_prompt", "keyword_filter",
 )  # fmt: skip
 EVERYTHING = "everything"
@@ -77,12 +79,11 @@ class Workshop:
             return self._closed(key, given)
         if key == "lora_sum":
             return self._lora(given)
-        objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}.get(key, key.removesuffix("_wd"))
+        objective = OWN.get(key, key.removesuffix("_wd"))
         planner = self._planner(given.pop("anchor", None))
-        if key in RIVALS:
-            return self._published(
-                key, planner, _options(key, {"source": RIVALS[key]} | given | {"objective": objective, "mode": "unrestricted"})
-            )
+        if key in BASELINES:
+            published = {"source": OBJECTIVES[key].source} | given | {"objective": objective, "mode": "unrestricted"}
+            return self._published(key, planner, _options(key, published))
         options = _options(key, given | {"objective": objective, "mode": "subspace"})
         planner.plan_all()
         deltas, seconds = self._deltas(key, planner, options, planner.prompts.names)
@@ -108,23 +109,26 @@ class Workshop:
         return Made(Merged(summed(deltas, together[EVERYTHING]), size), seconds + more)
 
     def _deltas(self, key: str, planner: Planner, options: TrainOptions, names: list[str]) -> tuple[dict[str, ConceptDelta], float]:
-        deltas, seconds = {}, 0.0
-        for i, name in enumerate(names):
-            path = self.folder / key / f"{file_name(name)}.safetensors"
-            self.on_progress(f"{key}: training", i, len(names))
-            delta = _made(path, planner, options)
-            if delta is None:
-                started = self._clock()
-                checkpoint = path.with_suffix(".checkpoint.safetensors")
-                made = make_delta(planner, name, self.host, options, checkpoint, lambda step: self.check(), check=self.check)
-                made.save(path)
-                _note(path, self._clock() - started)
-                checkpoint.unlink(missing_ok=True)
-                delta = ConceptDelta.load(path)
-            deltas[name] = delta
-            seconds += _noted(path)
+        paths = {name: self.folder / key / f"{file_name(name)}.safetensors" for name in names}
+        deltas = {name: made for name, path in paths.items() if (made := _made(path, planner, options)) is not None}
+        left = [name for name in names if name not in deltas]
+        started = self._clock()
+
+        def begin(group: Sequence[str]) -> None:
+            nonlocal started
+            self.on_progress(f"{key}: training", len(deltas), len(names))
+            started = self._clock()
+
+        def save(delta: ConceptDelta) -> None:
+            name = delta.concept.name
+            delta.save(paths[name])
+            _note(paths[name], self._clock() - started)
+            deltas[name] = ConceptDelta.load(paths[name])
+
+        todo = each(left, lambda name: paths[name].with_suffix(".checkpoint.safetensors"))
+        train_book(Job(planner, self.host, options, names, todo), save, lambda step: self.check(), self.check, begin)
         self.on_progress(f"{key}: training", len(names), len(names))
-        return deltas, seconds
+        return {name: deltas[name] for name in names}, sum(_noted(path) for path in paths.values())
 
     def _closed(self, key: str, given: dict[str, Any]) -> Made:
         planner, kv = self._planner(), weights(self.host.attention_layers())
@@ -163,7 +167,7 @@ class Workshop:
 
 def _options(key: str, given: dict[str, Any]) -> TrainOptions:
     try:
-        return TrainOptions(**given)
+        return TrainOptions.for_mode(**given)
     except TypeError as error:
         raise SepMEError(f"The settings of {key} have an unknown entry ({error}); they are those of sepme train.") from None
 

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..files import write_atomically
+from .methods import OWN
 from .suite import Suite
 
 COLUMNS = (
@@ -26,7 +27,6 @@ COLUMNS = (
 )  # fmt: skip
 MAPS = {"leakage": "leakage", "noise": "noise prediction moved by", "image": "distance of pictures", "accuracy": "prompt's concept seen"}
 JUDGED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1))
-OWN = ("sepme_gcirs", "sepme_closed_form")
 
 
 def _figure(figure: Any, dpi: int = 80) -> str:

@@ -28,13 +28,11 @@ from .easel import Easel
 from .erasers import Eraser, Separable
 from .judge import make_judge, measures
 from .measure import Shown, figures, stock_figures
-from .methods import KEYS, Workshop
+from .methods import KEYS, OWN, Workshop
 from .report import write_report
 from .robustness import Budget, attack, resurgence
 from .studies import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .suite import Suite
-
-STUDIED = ("sepme_gcirs", "sepme_closed_form")
 
 
 class _Remembering:
@@ -129,7 +127,7 @@ class Run:
             ),
         }
         wanted = [s for s in studies if s in (*parts, "losses")]
-        for key in (k for k in STUDIED if k in keys):
+        for key in (k for k in OWN if k in keys):
             for i, name in enumerate(wanted):
                 self.on_progress(f"{key}: studies", i, len(wanted))
                 own = (self._settings(key), getattr(self.suite, name, None))
@@ -192,8 +190,7 @@ class Run:
         return Planner(self.encoder, book, self.plan)
 
     def _options(self, key: str) -> TrainOptions:
-        objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}[key]
-        return TrainOptions(**{"objective": objective} | self._settings(key))
+        return TrainOptions.for_mode(**{"objective": OWN[key]} | self._settings(key))
 
     def _scenes(self, key: str) -> dict[str, Any]:
         return {s["name"]: scene(self.easel, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}

@@ -14,7 +14,7 @@ from ..convert import order_gap
 from ..delta.concept_delta import ConceptDelta
 from ..plan.gate import ratios
 from ..plan.planner import Planner
-from ..train import TrainOptions, make_delta
+from ..train import Job, TrainOptions, each, make_delta, train_book
 from .easel import Batch, Easel
 from .erasers import Separable
 from .measure import apart
@@ -156,11 +156,8 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
             known += [n for n in names if n not in known]
             fresh = [n for n in names if n not in deltas]
             if fresh:
-                planner = planner_of(suite.book(known))
-                planner.plan_all(fresh)
-                for name in fresh:
-                    easel.check()
-                    deltas[name] = make_delta(planner, name, easel.host, options, check=easel.check)
+                job = Job(planner_of(suite.book(known)), easel.host, options, fresh, each(fresh))
+                train_book(job, lambda d: deltas.update({d.concept.name: d}), lambda step: easel.check(), easel.check)
             active += [n for n in names if n not in active]
         else:
             active = [n for n in active if n not in names]

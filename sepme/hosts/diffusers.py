@@ -144,7 +144,7 @@ class DiffusersHost:
                 on_step()
         return torch.stack(points[:-1]), self.scheduler.timesteps.clone()
 
-    def drawn(
+    def sample(
         self,
         context: Tensor,
         empty: Tensor,

@@ -80,7 +80,7 @@ class Denoiser(Protocol):
         """
         ...
 
-    def drawn(
+    def sample(
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
     ) -> Tensor:
         """Clean latents ``x_0 (batch, ...)`` of images that the frozen model draws, DDIM in 50 steps."""

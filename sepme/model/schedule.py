@@ -109,7 +109,7 @@ class DDIMDenoiser(ABC):
         *points, _ = self._runs(context, empty, generator, extra, 25, 3.0, on_step)
         return torch.stack(points), timesteps(25, self.timesteps).to(self.device)
 
-    def drawn(
+    def sample(
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
     ) -> Tensor:
         return deque(self._runs(context, empty, generator, extra, 50, 7.5, on_step), maxlen=1).pop()

@@ -1,4 +1,4 @@
-"""One concept's trainable increment: ``ΔW_l = w_l (β B)ᵀ`` with fixed directions B."""
+"""One concept's trainable increment: ``ΔW_l = w_l (β B)ᵀ`` with fixed directions B, in layers or on the context itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+CONTEXT = "context"  # the site before all layers
+
+
+def context_site(d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The context as a text projection whose weight is the identity: what an increment adds there, all layers read.
+
+    Its one variable S ``(d_in, m)`` edits the context, ``c' = c + (c B) (β S)ᵀ``, which is ``w_l = W_l S`` in every layer.
+    """
+    return {CONTEXT: torch.eye(d_in, dtype=dtype, device=device)}
+
 
 @dataclass(frozen=True)
 class Increment:
     """Eq. 9-10 with B = Sp (mode paper) or B = D (mode subspace); without B, ΔW = β w is any matrix (mode unrestricted).
 
     Attributes:
-        basis: Bᵀ ``(m, d_in)`` or None. beta: β.
-        w: the trainable variables ``(d_out, m)`` by projection name, in the training dtype.
+        basis: Bᵀ ``(m, d_in)`` or None.
+        beta: β.
+        w: the trainable variables ``(d_out, m)`` by the name of their site (a projection, or :data:`CONTEXT`), in the training dtype.
     """
 
     basis: Tensor | None
@@ -27,7 +38,8 @@ class Increment:
         """An increment that changes nothing yet.
 
         Args:
-            weights: the model's K/V weights ``(d_out, d_in)`` by projection name; w is at least float32, float64 where they are.
+            weights: ``(d_out, d_in)`` by site, the model's K/V weights or :func:`context_site`; w is at least float32, float64 where
+                they are.
         """
         chosen = {n: weight for n, weight in weights.items() if not (values_only and n.endswith("to_k"))}
         some = next(iter(chosen.values()))
@@ -39,8 +51,18 @@ class Increment:
 
     @property
     def names(self) -> list[str]:
-        """Projections that it changes."""
+        """Sites that it changes."""
         return list(self.w)
+
+    @property
+    def up(self) -> dict[str, Tensor]:
+        """Y = β w ``(d_out, m)`` by site, as it is now, on the CPU."""
+        return {name: self.beta * w.detach().cpu() for name, w in self.w.items()}
+
+    def fill(self, up: Mapping[str, Tensor]) -> None:
+        """Set w so that :attr:`up` is what is given, for every site of this increment."""
+        for name, w in self.w.items():
+            w.data.copy_(up[name] / self.beta)
 
     def features(self, context: Tensor) -> Tensor:
         """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once a pass, for all layers."""
@@ -48,11 +70,11 @@ class Increment:
         return context if self.basis is None else context @ self.basis.T
 
     def term(self, name: str, features: Tensor) -> Tensor:
-        """What the increment adds to a projection's output, ``c ΔWᵀ`` ``(batch, tokens, d_out)``."""
+        """What the increment adds at a site, ``c ΔWᵀ`` ``(batch, tokens, d_out)``, whose features are given."""
         return features @ (self.beta * self.w[name]).T
 
     def penalty(self, regularise: str) -> Tensor:
-        """``‖w‖_1 / M`` (Eq. 11) or ``‖ΔW‖_1 / M`` (Eq. 3); M: the number of projections (layers) trained."""
+        """``‖w‖_1 / M`` (Eq. 11) or ``‖ΔW‖_1 / M`` (Eq. 3); M: the number of sites trained."""
         total = torch.zeros((), device=next(iter(self.w.values())).device)
         for w in self.w.values():
             total = total + (w if regularise == "w" else self._delta(w)).abs().sum()

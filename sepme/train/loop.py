@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,51 +16,15 @@ from torch import Tensor
 
 from ..errors import Interrupted, SepMEError, out_of_memory
 from ..files import write_atomically
-from ..model.layers import projections
 from ..model.protocols import Denoiser, Encoding
-from ..plan.pooled import Pooled
 from .increment import Increment
-from .objectives import OBJECTIVES, Objective
 from .options import OnStep, Progress, TrainOptions
 from .passes import make_step
-from .source import Draw, Source
+from .run import ConceptRun
+from .source import Draw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HALF_GAIN = 1024.0  # keeps gradients inside a half-precision UNet out of its subnormals
-
-
-@dataclass
-class Track:
-    """One concept's way through training.
-
-    Attributes:
-        own: its prompts. nothing, anchor: the empty prompt and the concept's anchor, one row each.
-        words: where the concept's own words stand in ``own`` ``(prompts, tokens)`` bool, if the objective reads them.
-        pooled: what replaces the concept in the pooled vector, if anything.
-        generator: of every draw. losses: by step. momentum: of its own losses.
-    """
-
-    name: str
-    increment: Increment
-    source: Source
-    own: Encoding
-    nothing: Encoding
-    anchor: Encoding
-    generator: torch.Generator
-    optimizer: torch.optim.Adam
-    losses: list[float] = field(default_factory=list)
-    momentum: float = 0.0
-    pooled: Pooled | None = None
-    words: Tensor | None = None
-
-    @staticmethod
-    def start(
-        name: str, increment: Increment, source: Source, own: Encoding, nothing: Encoding, options: TrainOptions, **more: Any
-    ) -> Track:
-        """A track before its first step; ``more`` are the attributes that have defaults, and ``anchor`` (the empty prompt)."""
-        optimizer = torch.optim.Adam(increment.w.values(), lr=options.learning_rate)
-        generator = torch.Generator().manual_seed(options.seed)
-        return Track(name, increment, source, own, nothing, more.pop("anchor", nothing), generator, optimizer, **more)
 
 
 def balance(losses: Sequence[float], cap: float) -> list[float]:
@@ -72,57 +35,55 @@ def balance(losses: Sequence[float], cap: float) -> list[float]:
     return [1.0 if loss == top else min(cap, (top / loss) ** 2) if loss else cap for loss in losses]
 
 
-def make_objective(options: TrainOptions) -> Objective:
-    return OBJECTIVES[options.objective](options)
-
-
 class Training:
-    """Minimise ``Σ_i η_i L(c_i, Δθ) + λ‖W‖_p`` (Eq. 3 and 11 with L = L_cor), all tracks' increments active: ``Δθ = Σ_i Δθ_i``.
+    """Minimise ``Σ_i η_i L(c_i, Δθ) + λ‖W‖_p`` (Eq. 3 and 11 with L = L_cor), all runs' increments active: ``Δθ = Σ_i Δθ_i``.
 
     ``A_i ΔW_iᵀ = 0``, so a concept's loss has no gradient with respect to another's w: each is differentiated by its own w alone,
     with one graph in memory at a time, and then weighed by η.
     """
 
-    def __init__(self, tracks: Sequence[Track], denoiser: Denoiser, options: TrainOptions) -> None:
-        self.tracks, self.denoiser, self.options = tracks, denoiser, options
-        found = projections(denoiser.attention_layers())
-        self.modules = {name: found[name] for name in tracks[0].increment.names}
-        self.objective = make_objective(options)
+    def __init__(self, runs: Sequence[ConceptRun], denoiser: Denoiser, options: TrainOptions) -> None:
+        self.runs, self.denoiser, self.options = runs, denoiser, options
+        self.objective = options.make_objective()
         self.momentum = 0.0
 
     @property
-    def step_count(self) -> int:
-        return max(len(t.losses) for t in self.tracks)
+    def _increments(self) -> list[Increment]:
+        return [run.increment for run in self.runs]
 
-    def settled(self, track: Track) -> bool:
+    @property
+    def step_count(self) -> int:
+        return max(len(r.losses) for r in self.runs)
+
+    def settled(self, run: ConceptRun) -> bool:
         """A concept is frozen once its own momentum is ≤ τ, never in the first steps; its increment stays active."""
-        return len(track.losses) >= self.options.min_steps and track.momentum <= self.options.threshold
+        return len(run.losses) >= self.options.min_steps and run.momentum <= self.options.threshold
 
     @property
     def done(self) -> bool:
         """``L_mom ≤ τ``, never in the first steps; or every concept frozen; or no steps left."""
         stopped = self.step_count >= self.options.min_steps and self.momentum <= self.options.threshold
-        return stopped or self.step_count >= self.options.steps or all(self.settled(t) for t in self.tracks)
+        return stopped or self.step_count >= self.options.steps or all(self.settled(r) for r in self.runs)
 
-    def step(self) -> list[Track]:
+    def step(self) -> list[ConceptRun]:
         """One step of every concept that is not frozen; returns those.
 
         Raises:
             SepMEError: the loss diverged.
         """
-        active = [t for t in self.tracks if not self.settled(t)]
-        losses, gradients = zip(*(self._differentiate(t) for t in active), strict=True)
-        for track, loss in zip(active, losses, strict=True):
+        active = [r for r in self.runs if not self.settled(r)]
+        losses, gradients = zip(*(self._differentiate(r) for r in active), strict=True)
+        for run, loss in zip(active, losses, strict=True):
             if not abs(loss) < 1e6:
-                raise SepMEError(f"Training of {track.name!r} diverged at step {self.step_count}; lower the learning rate.")
+                raise SepMEError(f"Training of {run.name!r} diverged at step {self.step_count}; lower the learning rate.")
         eta = balance(losses, self.options.eta_cap)
-        for track, gradient, weight in zip(active, gradients, eta, strict=True):
-            self._descend(track, gradient, weight)
+        for run, gradient, weight in zip(active, gradients, eta, strict=True):
+            self._descend(run, gradient, weight)
         total = sum(e * loss for e, loss in zip(eta, losses, strict=True))
         self.momentum = self._smooth(self.momentum, total, first=self.step_count == 0)
-        for track, loss in zip(active, losses, strict=True):
-            track.momentum = self._smooth(track.momentum, loss, first=not track.losses)
-            track.losses.append(loss)
+        for run, loss in zip(active, losses, strict=True):
+            run.momentum = self._smooth(run.momentum, loss, first=not run.losses)
+            run.losses.append(loss)
         return active
 
     def _smooth(self, momentum: float, loss: float, first: bool) -> float:
@@ -130,29 +91,29 @@ class Training:
         alpha = self.options.momentum
         return loss if first else alpha * momentum + (1 - alpha) * loss
 
-    def _differentiate(self, track: Track) -> tuple[float, tuple[Tensor, ...]]:
+    def _differentiate(self, run: ConceptRun) -> tuple[float, tuple[Tensor, ...]]:
         """The loss of one draw, and its gradient with respect to the concept's own w."""
-        draw = track.source.draw(track.generator, self.options.batch)
-        loss = self.objective.loss(make_step(track, [t.increment for t in self.tracks], self.denoiser, self.modules, draw))
+        draw = run.source.draw(run.generator, self.options.batch)
+        loss = self.objective.loss(make_step(run, self._increments, self.denoiser, draw))
         gain = HALF_GAIN if draw.x_t.dtype == torch.float16 else 1.0
-        w = list(track.increment.w.values())
+        w = list(run.increment.w.values())
         gradients = torch.autograd.grad(loss * gain, w, allow_unused=True, materialize_grads=True)  # the last values move no attention
         return float(loss.detach()), tuple(g / gain for g in gradients)
 
-    def predict(self, track: Track, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
+    def predict(self, run: ConceptRun, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
         """ε with all increments as they are now; shapes as in :meth:`~sepme.model.protocols.Denoiser.predict`."""
         draw = Draw(x_t, t, torch.zeros(len(x_t), dtype=torch.int64))
-        step = make_step(track, [other.increment for other in self.tracks], self.denoiser, self.modules, draw)
+        step = make_step(run, self._increments, self.denoiser, draw)
         return step.erased(Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool), extra))
 
-    def _descend(self, track: Track, gradient: Sequence[Tensor], eta: float) -> None:
-        w = list(track.increment.w.values())
+    def _descend(self, run: ConceptRun, gradient: Sequence[Tensor], eta: float) -> None:
+        w = list(run.increment.w.values())
         for parameter, g in zip(w, gradient, strict=True):
             parameter.grad = g if eta == 1 else eta * g
         if self.options.regularisation:
-            (self.options.regularisation * track.increment.penalty(self.options.regularise)).backward()
-        track.optimizer.step()
-        track.optimizer.zero_grad()
+            (self.options.regularisation * run.increment.penalty(self.options.regularise)).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
 
     def run(self, checkpoint: Path | None, digest: str, on_step: OnStep | None) -> None:
         """Train to the end, going on from a checkpoint of the same recipe; one is kept meanwhile.
@@ -167,9 +128,9 @@ class Training:
                 active = self.step()
                 if checkpoint is not None and self.step_count % self.options.checkpoint_every == 0:
                     self.save(checkpoint, digest)
-                for track in active if on_step is not None else ():
-                    figures = (track.name, self.step_count, self.options.steps, track.losses[-1], track.momentum)
-                    on_step(Progress(*figures, partial(self.predict, track)))  # type: ignore[misc]
+                for run in active if on_step is not None else ():
+                    figures = (run.name, self.step_count, self.options.steps, run.losses[-1], run.momentum)
+                    on_step(Progress(*figures, partial(self.predict, run)))  # type: ignore[misc]
         except Interrupted:
             if checkpoint is not None and self.step_count:
                 self.save(checkpoint, digest)
@@ -178,15 +139,15 @@ class Training:
     def save(self, path: Path, digest: str) -> None:
         """Write w, Adam's moments, generators, losses and momenta."""
         tensors = {}
-        for i, track in enumerate(self.tracks):
-            tensors[f"{i}.generator"] = track.generator.get_state()
-            for name, w in track.increment.w.items():
+        for i, run in enumerate(self.runs):
+            tensors[f"{i}.generator"] = run.generator.get_state()
+            for name, w in run.increment.w.items():
                 tensors[f"{i}.w.{name}"] = w.detach().cpu()
-                tensors |= {f"{i}.{k}.{name}": track.optimizer.state[w][k].cpu() for k in MOMENTS}
+                tensors |= {f"{i}.{k}.{name}": run.optimizer.state[w][k].cpu() for k in MOMENTS}
         metadata = {
             "digest": digest,
-            "momenta": json.dumps([self.momentum.hex(), *(t.momentum.hex() for t in self.tracks)]),
-            "losses": json.dumps([[v.hex() for v in t.losses] for t in self.tracks]),
+            "momenta": json.dumps([self.momentum.hex(), *(r.momentum.hex() for r in self.runs)]),
+            "losses": json.dumps([[v.hex() for v in r.losses] for r in self.runs]),
         }
         write_atomically(path, save(tensors, metadata=metadata | {"content": _content(tensors, metadata)}))
 
@@ -210,13 +171,13 @@ class Training:
             raise SepMEError(f"The checkpoint {path} is damaged; delete it and train again.") from None
         self.momentum, *momenta = (float.fromhex(v) for v in json.loads(metadata["momenta"]))
         losses = json.loads(metadata["losses"])
-        for i, track in enumerate(self.tracks):
-            track.losses, track.momentum = [float.fromhex(v) for v in losses[i]], momenta[i]
-            for name, w in track.increment.w.items():
+        for i, run in enumerate(self.runs):
+            run.losses, run.momentum = [float.fromhex(v) for v in losses[i]], momenta[i]
+            for name, w in run.increment.w.items():
                 w.data.copy_(tensors[f"{i}.w.{name}"])
                 moments = {k: tensors[f"{i}.{k}.{name}"].to(w.device) for k in MOMENTS}
-                track.optimizer.state[w] = {"step": torch.tensor(float(len(track.losses))), **moments}
-            track.generator.set_state(tensors[f"{i}.generator"])
+                run.optimizer.state[w] = {"step": torch.tensor(float(len(run.losses))), **moments}
+            run.generator.set_state(tensors[f"{i}.generator"])
         return True
 
 

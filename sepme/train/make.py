@@ -22,10 +22,10 @@ from ..plan.concept_tokens import own_words
 from ..plan.planner import Planner, Subspace
 from .compress import compress
 from .increment import Increment
-from .loop import Track, Training
-from .objectives import OBJECTIVES
-from .objectives.closed_form import solve
+from .loop import Training
+from .objectives.closed_form import ClosedForm
 from .options import OnStep, TrainOptions
+from .run import ConceptRun
 from .source import Pictures, make_source
 
 
@@ -107,13 +107,14 @@ def make_deltas(
     recipes = [common | {"concept": p.concept.name} | _facts(pictures.get(n)) for n, p in zip(names, plans, strict=True)]
     increments = [_start(planner, plan, kv, options) for plan in plans]
     losses: list[list[float]] = [[] for _ in names]
-    if options.objective != "closed-form":
-        tracks = []
-        for name, plan, increment in zip(names, plans, increments, strict=True):
-            tracks.append(make_track(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check))
+    if options.make_objective().trained:
+        runs = [
+            make_run(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check)
+            for name, plan, increment in zip(names, plans, increments, strict=True)
+        ]
         digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
-        Training(tracks, denoiser, options).run(checkpoint, digest, on_step)
-        losses = [t.losses for t in tracks]
+        Training(runs, denoiser, options).run(checkpoint, digest, on_step)
+        losses = [run.losses for run in runs]
     return [_finish(planner, kv, *row, options) for row in zip(plans, increments, recipes, losses, strict=True)]
 
 
@@ -129,17 +130,18 @@ def _plan(planner: Planner, name: str, options: TrainOptions) -> _Plan:
 
 
 def _start(planner: Planner, plan: _Plan, kv: Mapping[str, Tensor], options: TrainOptions) -> Increment:
-    """The increment before the first step: zero, or the closed form (which the objective closed-form keeps)."""
+    """The increment before the first step: zero, or what an objective solves for, with which training may begin too (the closed form)."""
     increment = Increment.zeros(kv, plan.basis, options.beta, options.values_only)
-    if plan.subspace is not None and (options.warm_start or options.objective == "closed-form"):
+    objective = options.make_objective()
+    if plan.subspace is not None and (options.warm_start or not objective.trained):
         tokens, target = planner.prompts.tokens(plan.concept.name)
-        up = solve(kv, tokens, target, plan.subspace.down, options.ridge, options.values_only)
-        for name, w in increment.w.items():
-            w.data.copy_(up[name] / options.beta)
+        if objective.trained:
+            objective = ClosedForm(options)
+        increment.fill(objective.solve(kv, tokens, target, plan.subspace.down))
     return increment
 
 
-def make_track(
+def make_run(
     planner: Planner,
     name: str,
     denoiser: Denoiser,
@@ -147,17 +149,20 @@ def make_track(
     options: TrainOptions,
     pictures: Pictures | None,
     check: Callable[[], None] | None,
-) -> Track:
-    """A concept's track before its first step."""
+) -> ConceptRun:
+    """A concept's run before its first step."""
     device = next(iter(increment.w.values())).device
-    own, empty = planner.prompts.encodings[name].to(device), planner.prompts.empty
-    repeat = own.context.shape[1] // empty.context.shape[1]
-    nothing = Encoding(empty.context.repeat(1, repeat, 1), empty.mask.repeat(1, repeat), empty.pooled).to(device)
-    anchor = planner.prompts.anchors[name]
-    anchor = Encoding(anchor.context.repeat(1, repeat, 1), anchor.mask.repeat(1, repeat), anchor.pooled).to(device)
-    source = make_source(denoiser, own, nothing, anchor, options, pictures, check)
-    words = own_words(planner.prompts.encoder, planner.book[name], own.mask) if OBJECTIVES[options.objective](options).reads_words else None
-    return Track.start(name, increment, source, own, nothing, options, anchor=anchor, words=words, pooled=planner.pooled(name)[0])
+    own = planner.prompts.encodings[name].to(device)
+    repeat = own.context.shape[1] // planner.prompts.empty.context.shape[1]
+
+    def as_long(e: Encoding) -> Encoding:
+        """One row as many tokens long as the concept's prompts, which may have several chunks."""
+        return Encoding(e.context.repeat(1, repeat, 1), e.mask.repeat(1, repeat), e.pooled).to(device)
+
+    empty, anchor = as_long(planner.prompts.empty), as_long(planner.prompts.anchors[name])
+    source = make_source(denoiser, own, empty, anchor, options, pictures, check)
+    words = own_words(planner.prompts.encoder, planner.book[name], own.mask) if options.make_objective().reads_words else None
+    return ConceptRun(name, increment, source, own, empty, anchor, options, planner.pooled(name)[0], words)
 
 
 def _finish(
@@ -173,7 +178,7 @@ def _finish(
     name = plan.concept.name
     facts: dict[str, Any] = {}
     if plan.subspace is not None:
-        subspace, up = plan.subspace, {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
+        subspace, up = plan.subspace, increment.up
     elif plan.null is not None:
         tokens = planner.prompts.encodings[name].context.flatten(0, 1)
         trained = {n: w.detach().cpu() for n, w in increment.w.items()}
@@ -183,7 +188,7 @@ def _finish(
     else:  # a full-rank ΔW has no subspace: D is the identity, and a gate of 0 lets every prompt through
         d_in = planner.prompts.empty.context.shape[-1]
         subspace = planner.certify(name, torch.eye(d_in, dtype=torch.float64), 0, gate=0.0)
-        up = {n: options.beta * w.detach().cpu() for n, w in increment.w.items()}
+        up = increment.up
     info = separable_from(planner, name) | {
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,

@@ -12,13 +12,13 @@ from ..checks import SEEDS, check_numbers
 from ..delta.format import MAX_RANK
 from ..errors import SepMEError
 from ..plan.directions import PlanOptions
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, Objective
 
 # subspace: this project's. paper, unrestricted: arXiv 2402.05947 and its extension SRS-ME as published.
 MODES: dict[str, dict[str, Any]] = {
-    "subspace": {"learning_rate": 0.03, "beta": 1.0, "source": "trajectory", "warm_start": True},
-    "paper": {"learning_rate": 0.1, "beta": 1e-4, "source": "drawn", "warm_start": False},
-    "unrestricted": {"learning_rate": 1e-5, "beta": 1.0, "source": "drawn", "warm_start": False},
+    "subspace": {"learning_rate": 0.03, "beta": 1.0, "source": "trajectory"},
+    "paper": {"learning_rate": 0.1, "beta": 1e-4, "source": "drawn"},
+    "unrestricted": {"learning_rate": 1e-5, "beta": 1.0, "source": "drawn"},
 }
 PLANS: dict[str, dict[str, Any]] = {
     "subspace": {},
@@ -46,21 +46,30 @@ WHOLE = frozenset({"steps", "batch", "min_steps", "trajectories", "checkpoint_ev
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Hyper-parameters. Those left at None take the mode's own default (:data:`MODES`).
+    """Hyper-parameters. The defaults are those of G-CiRs in mode subspace; :meth:`for_mode` knows those of every mode and objective.
 
     Attributes:
-        objective: ``gcirs``, a rival's loss (``esd``, ``sdd``, ``ablation``, ``fmn``) or ``closed-form``.
+        objective: a key of :data:`~sepme.train.objectives.OBJECTIVES`.
         mode: ``subspace`` (Y along D), ``paper`` (full-width w, Eq. 9-10, compressed afterwards) or ``unrestricted`` (any ΔW).
-        steps: at most so many. learning_rate: Adam's, on w. batch: draws a step. beta: β of Eq. 9, folded into Y.
-        regularisation: λ of Eq. 11. regularise: ``w``: ``‖w‖_1 / M`` as in Eq. 11; ``delta``: ``‖ΔW‖_1 / M`` as in the published code.
-        momentum: α, threshold: τ of the momentum stop. min_steps: no stop before.
+        steps: at most so many.
+        learning_rate: Adam's, on w.
+        batch: draws per step.
+        beta: β of Eq. 9, folded into Y.
+        regularisation: λ of Eq. 11.
+        regularise: ``w``: ``‖w‖_1 / M`` as in Eq. 11; ``delta``: ``‖ΔW‖_1 / M`` as in the published code.
+        momentum: α of the momentum stop.
+        threshold: τ of the momentum stop.
+        min_steps: no stop before.
         eta_cap: largest η_i in joint training; 0: every η_i is 1.
         source: what x_t is made of: ``trajectory`` (points of the frozen model's denoising runs), ``drawn`` (noised images of the
-            frozen model) or ``anchor`` (the same, drawn of the concept's anchor). trajectories: how many runs or images.
+            frozen model) or ``anchor`` (the same, drawn of the concept's anchor).
+        trajectories: how many runs or images.
         guidance: η of ESD.
-        warm_start: start from the closed form (if not given: G-CiRs in mode subspace). ridge: μ of the closed form.
+        warm_start: start from the closed form.
+        ridge: μ of the closed form.
         values_only: leave to_k as it is.
-        checkpoint_every: steps between checkpoints. seed: of every draw.
+        checkpoint_every: steps between checkpoints.
+        seed: of every draw.
 
     Raises:
         SepMEError: an unknown choice, a value out of range, or options that do not go together.
@@ -69,40 +78,58 @@ class TrainOptions:
     objective: str = "gcirs"
     mode: str = "subspace"
     steps: int = 1000
-    learning_rate: float = None  # type: ignore[assignment]
+    learning_rate: float = 0.03
     batch: int = 4
-    beta: float = None  # type: ignore[assignment]
+    beta: float = 1.0
     regularisation: float = 1e-6
     regularise: str = "w"
     momentum: float = 0.9
     threshold: float = 0.0
     min_steps: int = 10
     eta_cap: float = 100.0
-    source: str = None  # type: ignore[assignment]
+    source: str = "trajectory"
     trajectories: int = 8
     guidance: float = 1.0
-    warm_start: bool = None  # type: ignore[assignment]
+    warm_start: bool = True
     ridge: float = 1e-6
     values_only: bool = False
     checkpoint_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("objective", self.objective, (*OBJECTIVES, "closed-form"))
+        _choice("objective", self.objective, OBJECTIVES)
         _choice("mode", self.mode, MODES)
         _choice("regularisation", self.regularise, ("w", "delta"))
-        defaults = MODES[self.mode]
-        if self.objective not in ("gcirs", "closed-form"):
-            defaults = defaults | {"warm_start": False}
-        for key, value in defaults.items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
         _choice("source", self.source, ("trajectory", "drawn", "anchor"))
         check_numbers(self, RANGES, WHOLE)
-        if self.objective == "fmn" and self.values_only:
-            raise SepMEError("Forget-Me-Not moves attention, which values have no part in; train keys too, or choose another objective.")
-        if self.mode != "subspace" and (self.warm_start or self.objective == "closed-form"):
+        objective = OBJECTIVES[self.objective]
+        if objective.moves == "attention" and self.values_only:
+            raise SepMEError(
+                f"The objective {self.objective} moves attention, which values have no part in; train keys too, or choose another."
+            )
+        if self.mode != "subspace" and (self.warm_start or not objective.trained):
             raise SepMEError(f"The closed form fills the concept's subspace; use it with mode subspace, not {self.mode}.")
+
+    @staticmethod
+    def for_mode(mode: str = "subspace", objective: str = "gcirs", **given: Any) -> TrainOptions:
+        """The options of a mode (:data:`MODES`) and an objective; what is given and not None goes before their defaults.
+
+        Raises:
+            SepMEError: as the constructor.
+            TypeError: something is given that is no option.
+        """
+        _choice("mode", mode, MODES)
+        _choice("objective", objective, OBJECTIVES)
+        defaults = MODES[mode] | {"warm_start": mode == "subspace" and OBJECTIVES[objective].warm_start}
+        return TrainOptions(objective, mode, **defaults | {k: v for k, v in given.items() if v is not None})
+
+    @property
+    def protects_empty(self) -> bool:
+        """Whether the empty prompt lies in A, so that no increment changes what it predicts."""
+        return self.mode != "unrestricted"
+
+    def make_objective(self) -> Objective:
+        return OBJECTIVES[self.objective](self)
 
 
 def _choice(what: str, value: str, known: Any) -> None:

@@ -80,7 +80,7 @@ class Pictures(NamedTuple):
 def make_source(
     denoiser: Denoiser,
     own: Encoding,
-    nothing: Encoding,
+    empty: Encoding,
     anchor: Encoding,
     options: TrainOptions,
     pictures: Pictures | None,
@@ -89,7 +89,9 @@ def make_source(
     """A concept's source of x_t.
 
     Args:
-        own: the concept's prompts. nothing, anchor: the empty prompt and the concept's anchor, one row each.
+        own: the concept's prompts.
+        empty: the empty prompt, one row.
+        anchor: the concept's anchor, one row.
         pictures: the user's own pictures instead of what ``options.source`` says.
         check: called between denoising steps; it may raise :class:`~sepme.errors.Interrupted`.
     """
@@ -97,11 +99,11 @@ def make_source(
         return Images(pictures.latents, None, len(own.context), denoiser)
     generator = torch.Generator().manual_seed(following_seed(options.seed))
     prompts = torch.randint(len(own.context), (options.trajectories,), generator=generator)
-    empty = nothing.rows([0] * len(prompts))
+    empty = empty.rows([0] * len(prompts))
     rows = anchor.rows([0] * len(prompts)) if options.source == "anchor" else own.rows(prompts)
     extra = () if rows.pooled is None or empty.pooled is None else (torch.cat([empty.pooled, rows.pooled]),)
     with torch.no_grad():
         if options.source != "trajectory":
-            latents = denoiser.drawn(rows.context, empty.context, generator, *extra, on_step=check)
+            latents = denoiser.sample(rows.context, empty.context, generator, *extra, on_step=check)
             return Images(latents, prompts if options.source == "drawn" else None, len(own.context), denoiser)
         return Trajectories(*denoiser.trajectory(rows.context, empty.context, generator, *extra, on_step=check), prompts)

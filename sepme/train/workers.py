@@ -14,10 +14,11 @@ import torch
 
 from ..concepts import ConceptBook
 from ..errors import Interrupted, SepMEError
+from ..files import first_line
 from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
-from .make import make_deltas
+from .book import Group, Job
 from .options import Progress, TrainOptions
 from .source import Pictures
 
@@ -38,13 +39,14 @@ def no_pictures(host: Any, check: Callable[[], None] = lambda: None) -> dict[str
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a process needs to make any of the concepts. It is pickled, so callables must be importable.
+class Setup:
+    """Everything a process needs to make any of a book's deltas. It is pickled, so callables must be importable.
 
     Attributes:
-        load: the host. pictures: from the host, the user's pictures by concept.
-        names: all concepts of the run: whoever makes one of them plans them all, so that its gate is calibrated in the same batches.
-        folder: where checkpoints are kept; a worker on another machine keeps them there. threads: of torch, in every process.
+        load: the host.
+        names: all concepts of the run (:attr:`Job.names`).
+        threads: of torch, in every process.
+        pictures: from the host, the user's pictures by concept.
     """
 
     load: Callable[[], Any]
@@ -52,30 +54,28 @@ class Job:
     plan: PlanOptions
     options: TrainOptions
     names: tuple[str, ...]
-    folder: Path
     threads: int
     pictures: Callable[..., Mapping[str, Pictures]] = no_pictures
 
-    def planner(self, host: Any, on_progress: OnProgress = silent) -> Planner:
+    def job(self, todo: Sequence[Group], on_progress: OnProgress = silent, check: Callable[[], None] = lambda: None) -> Job:
+        """Load the host and what is known of it; ``check`` is called meanwhile and may raise Interrupted."""
+        host = self.load()
+        pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
-        if self.options.mode == "subspace":  # all gates in one pass over what calibrates them
-            planner.plan_all(list(self.names))
-        return planner
+        return Job(planner, host, self.options, self.names, todo, pictures)
 
 
 class Worker:
     """One process: loads and plans at its first concept, then makes one after the other."""
 
     def __init__(self) -> None:
-        self.ready: tuple[Any, Planner, Mapping[str, Pictures]] | None = None
+        self.job: Job | None = None
 
-    def make(self, job: Job, name: str, checkpoint: Path, report: Callable[[Report], None]) -> bytes:
-        """The bytes of a concept's delta file; goes on from the checkpoint where one of the same recipe is there."""
-        torch.set_num_threads(job.threads)
-        if self.ready is None:
-            host = job.load()
-            self.ready = host, job.planner(host), job.pictures(host)
-        host, planner, pictures = self.ready
+    def make(self, setup: Setup, group: Group, report: Callable[[Report], None]) -> bytes:
+        """The bytes of a concept's delta file; its checkpoint stays until they are saved (:meth:`forget`)."""
+        torch.set_num_threads(setup.threads)
+        if self.job is None:
+            self.job = setup.job([])
         told = 0.0
 
         def on_step(step: Progress) -> None:
@@ -84,30 +84,30 @@ class Worker:
                 told = time.monotonic()
                 report(Report(step._replace(predict=None), os.getpid()))  # a model does not travel
 
-        return make_deltas(planner, [name], host, job.options, checkpoint, on_step, pictures)[0].to_bytes()
+        return self.job.make(group, on_step)[0].to_bytes()
 
     def forget(self, checkpoint: Path) -> None:
         """Remove a checkpoint: its delta is saved."""
         checkpoint.unlink(missing_ok=True)
 
 
-class Board:
+class Reports:
     """Where workers leave their reports."""
 
     def __init__(self) -> None:
-        self.reports: list[Report] = []
+        self.waiting: list[Report] = []
 
     def add(self, report: Report) -> None:
-        self.reports.append(report)
+        self.waiting.append(report)
 
     def take(self) -> list[Report]:
-        taken, self.reports = self.reports, []
+        taken, self.waiting = self.waiting, []
         return taken
 
 
 def train_on_workers(
-    job: Job,
-    todo: Sequence[tuple[str, Path]],
+    setup: Setup,
+    todo: Sequence[Group],
     workers: int,
     address: str | None,
     save: Callable[[str, bytes], None],
@@ -117,7 +117,9 @@ def train_on_workers(
     """Make the deltas of several concepts, each by whichever worker is free; a worker that dies is replaced and its concept retried.
 
     Args:
-        todo: names and checkpoints. workers: processes at once. address: of a Ray cluster; None: processes on this machine.
+        todo: concepts, one per group, with a checkpoint each; on another machine a worker keeps it there.
+        workers: processes at once.
+        address: of a Ray cluster; None: processes on this machine.
         save: takes a concept's name and the bytes of its finished file, in this process; only then its checkpoint goes.
         on_report: called with what workers report. check: called about every fifth of a second; it may raise Interrupted.
 
@@ -135,51 +137,51 @@ def train_on_workers(
     try:
         ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise SepMEError(f"Ray cannot be started or reached ({reason}); check the address, or leave it out.") from None
+        raise SepMEError(f"Ray cannot be started or reached ({first_line(error)}); check the address, or leave it out.") from None
     try:
-        _distribute(ray, job, todo, workers, save, on_report, check)
+        _distribute(ray, setup, todo, workers, save, on_report, check)
     finally:
         ray.shutdown()
 
 
 def _distribute(
     ray: Any,
-    job: Job,
-    todo: Sequence[tuple[str, Path]],
+    setup: Setup,
+    todo: Sequence[Group],
     workers: int,
     save: Callable[[str, bytes], None],
     on_report: Callable[[Report], None],
     check: Callable[[], None],
 ) -> None:
-    board = ray.remote(num_cpus=0)(Board).remote()
-    gpus = 1 if str(getattr(job.load, "keywords", {}).get("device", "")).startswith("cuda") else 0
+    reports = ray.remote(num_cpus=0)(Reports).remote()
+    gpus = 1 if str(getattr(setup.load, "keywords", {}).get("device", "")).startswith("cuda") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(Worker)
     free = [remote.remote() for _ in range(min(workers, len(todo)))]
     waiting = list(todo)
-    running: dict[Any, tuple[Any, str, Path]] = {}
+    running: dict[Any, tuple[Any, Group]] = {}
     while waiting or running:
         while free and waiting:
-            worker, (name, checkpoint) = free.pop(), waiting.pop(0)
-            running[worker.make.remote(job, name, checkpoint, _Reporter(board))] = worker, name, checkpoint
+            worker, group = free.pop(), waiting.pop(0)
+            running[worker.make.remote(setup, group, _Reporter(reports))] = worker, group
         done, _ = ray.wait(list(running), timeout=POLL)
-        for report in ray.get(board.take.remote()):
+        for report in ray.get(reports.take.remote()):
             on_report(report)
         check()
         for result in done:
-            worker, name, checkpoint = running.pop(result)
+            worker, ((name,), checkpoint) = running.pop(result)
             save(name, _get(ray, result, name))
-            worker.forget.remote(checkpoint)
-            checkpoint.unlink(missing_ok=True)
+            if checkpoint is not None:
+                worker.forget.remote(checkpoint)
+                checkpoint.unlink(missing_ok=True)
             free.append(worker)
 
 
 @dataclass(frozen=True)
 class _Reporter:
-    board: Any
+    reports: Any
 
     def __call__(self, report: Report) -> None:
-        self.board.add.remote(report)
+        self.reports.add.remote(report)
 
 
 def _get(ray: Any, result: Any, name: str) -> bytes:

@@ -57,7 +57,7 @@ class Inside:
         ordinary = ("a red circle", "a blue heart", "a picture on a table", "green", "a cross in the city", "high quality")
         planner = self.sepme.Planner(self.host.ClipEncoder(self.clip), book, ordinary=ordinary)
         denoiser = self.host.UNetDenoiser(self.model)
-        options = self.sepme.TrainOptions(objective="closed-form")
+        options = self.sepme.TrainOptions.for_mode(objective="closed-form")
         return tuple(self.sepme.make_delta(planner, n, denoiser, options) for n in names)
 
     def text(self, prompt: str, **facts: Any) -> list[Any]:

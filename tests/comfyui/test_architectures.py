@@ -40,7 +40,7 @@ class World:
         book = sepme.ConceptBook((sepme.Concept("fox", ("fox", "a fox", "red fox")), sepme.Concept("owl", ("owl", "an owl"))))
         self.planner = sepme.Planner(self.encoder, book, ordinary=("a house", "a tree by a lake", "green car", "old man", "a cup"))
         self.denoiser = inside.host.UNetDenoiser(self.model, 64)
-        self.delta = sepme.make_delta(self.planner, "fox", self.denoiser, sepme.TrainOptions(objective="closed-form"))
+        self.delta = sepme.make_delta(self.planner, "fox", self.denoiser, sepme.TrainOptions.for_mode(objective="closed-form"))
 
     def text(self, prompt: str) -> list[Any]:
         with torch.inference_mode():

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import sepme.train
 from sepme import cli, files
 from sepme.concepts import ConceptBook
 from sepme.delta.concept_delta import ConceptDelta
@@ -44,7 +43,7 @@ def quicken() -> None:
     host.encode = lambda prompts: encode(tuple(prompts))  # type: ignore[method-assign]
     Planner(host, ConceptBook.loads(BOOK))  # remembers the encodings of the corpus
     cli.train.load_host = lambda *arguments, **options: host
-    sepme.train.TrainOptions = functools.partial(TrainOptions, checkpoint_every=5)  # type: ignore[misc,assignment]
+    TrainOptions.for_mode = staticmethod(functools.partial(TrainOptions.for_mode, checkpoint_every=5))  # type: ignore[method-assign]
 
 
 def fork(arguments: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> int:

@@ -61,9 +61,9 @@ def test_full_disk(what: str, book: Path, tmp_path: Path, monkeypatch: pytest.Mo
     elif what == "checkpoint":
         import functools
 
-        import sepme.train
+        from sepme.train import TrainOptions
 
-        monkeypatch.setattr(sepme.train, "TrainOptions", functools.partial(sepme.train.TrainOptions, checkpoint_every=5))
+        monkeypatch.setattr(TrainOptions, "for_mode", functools.partial(TrainOptions.for_mode, checkpoint_every=5))
     else:
         arguments = ["generate", "demo", "a star", "-o", out / "a.png", "--steps", "2"]
     with disk(1024):

@@ -29,7 +29,7 @@ from sepme.plan.gate import ratios, side_by_side, statistics
 from sepme.plan.planner import Planner
 from sepme.plan.preserved import PreserveFile
 from sepme.plan.tokens import CHUNK
-from sepme.train.objectives.closed_form import apply, shift, solve
+from sepme.train.objectives.closed_form import shift, solve, up_factors
 
 D_IN, TOKENS = 48, 5
 
@@ -219,7 +219,7 @@ def test_closed_form_of_many_is_that_of_each() -> None:
     weights = {f"a.{p}": torch.randn(9, D_IN, generator=generator) for p in ("to_k", "to_v")}
     parts = [(torch.randn(10, D_IN, generator=generator), torch.linalg.qr(torch.randn(D_IN, k, generator=generator)).Q.T) for k in (2, 3)]
     target = torch.zeros(10, D_IN)
-    many = apply(weights, [shift(c, target, d) for c, d in parts], values_only=True)
+    many = up_factors(weights, [shift(c, target, d) for c, d in parts], values_only=True)
     for (c, d), one in zip(parts, many, strict=True):
         for name, y in solve(weights, c, target, d, values_only=True).items():
             torch.testing.assert_close(one[name], y, rtol=1e-4, atol=1e-5)

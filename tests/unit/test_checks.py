@@ -94,4 +94,4 @@ def test_a_model_that_gives_nan_is_not_trained_on(make_host: Callable[..., Any])
     with torch.no_grad():
         next(iter(host.attention_layers().values())).to_v.weight[0, 0] = math.inf
     with pytest.raises(SepMEError, match=r"UNet gives NaN.*the weight of .*to_v"):
-        make_delta(planner, "star", host, TrainOptions(objective="closed-form"))
+        make_delta(planner, "star", host, TrainOptions.for_mode(objective="closed-form"))

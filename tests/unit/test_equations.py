@@ -146,7 +146,7 @@ def test_paper_mode_follows_the_equations(case: str, tiny_host: Callable[..., Di
     host = tiny_host(torch.float64)
     planner = Planner(host, BOOK, plan_options("paper"), ordinary=("a house", "red boat"))
     overheard, snapshots = Overheard(host), Snapshots(tmp_path / "checkpoint.safetensors")
-    options = TrainOptions(mode="paper", batch=2, trajectories=3, checkpoint_every=1, **CASES[case])
+    options = TrainOptions.for_mode(mode="paper", batch=2, trajectories=3, checkpoint_every=1, **CASES[case])
     make_deltas(planner, NAMES, overheard, options, snapshots.path, snapshots)
     settings = {k: getattr(options, k) for k in ("steps", "beta", "learning_rate", "threshold", "min_steps", "eta_cap", "regularise")}
     if case == "published":

@@ -32,7 +32,7 @@ from sepme.train import TrainOptions, make_delta
 
 ORDINARY = ("a cat", "a big dog", "big house", "a red tree", "a photo of a dog", "blue")
 CONCEPTS = {n: Concept(n, (n, f"a {n}")) for n in ("star", "circle", "moon")}
-CLOSED = TrainOptions(objective="closed-form")
+CLOSED = TrainOptions.for_mode(objective="closed-form")
 
 
 def book_of(*names: str) -> ConceptBook:

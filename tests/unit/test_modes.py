@@ -55,7 +55,9 @@ def test_joint_and_separate_training_agree(mode: str, tiny_host: Hosts, tmp_path
     host = tiny_host(torch.float64)
     planner = planner_for(host, mode, mode="exact") if mode == "subspace" else planner_for(host, mode)
     steps = 6
-    options = TrainOptions(mode=mode, steps=steps, min_steps=steps, eta_cap=0.0, batch=2, trajectories=2, beta=0.1, checkpoint_every=steps)
+    options = TrainOptions.for_mode(
+        mode=mode, steps=steps, min_steps=steps, eta_cap=0.0, batch=2, trajectories=2, beta=0.1, checkpoint_every=steps
+    )
     together, apart = Losses(), Losses()
     make_deltas(planner, NAMES, host, options, tmp_path / "joint.safetensors", together)
     joint = load_file(tmp_path / "joint.safetensors")
@@ -75,7 +77,7 @@ def test_interrupted_training_gives_the_same_bytes(mode: str, tiny_host: Hosts, 
     names = NAMES[:1] if mode == "unrestricted" else NAMES
     host = tiny_host()
     planner = planner_for(host, mode)
-    options = TrainOptions(mode=mode, steps=5, batch=1, trajectories=2, checkpoint_every=2)
+    options = TrainOptions.for_mode(mode=mode, steps=5, batch=1, trajectories=2, checkpoint_every=2)
     through = [d.to_bytes() for d in make_deltas(planner, names, host, options, tmp_path / "a.safetensors")]
 
     def stop() -> None:
@@ -95,7 +97,7 @@ def test_interrupted_training_gives_the_same_bytes(mode: str, tiny_host: Hosts, 
 def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_path: Path) -> None:
     host = tiny_host()
     planner = planner_for(host, "paper")
-    options = TrainOptions(mode="paper", steps=4, batch=1, trajectories=2, checkpoint_every=4)
+    options = TrainOptions.for_mode(mode="paper", steps=4, batch=1, trajectories=2, checkpoint_every=4)
     delta = make_delta(planner, "tree", host, options, tmp_path / "c.safetensors")
     w = load_file(tmp_path / "c.safetensors")
     sp = planner.null_space("tree").float()
@@ -153,7 +155,7 @@ def test_unrestricted_is_a_full_rank_delta_that_says_it_is_not_separable(tiny_ho
         passes += 1
 
     planner = planner_for(host, "unrestricted")
-    options = TrainOptions(mode="unrestricted", steps=2, batch=1, source="trajectory", trajectories=1, checkpoint_every=1)
+    options = TrainOptions.for_mode(mode="unrestricted", steps=2, batch=1, source="trajectory", trajectories=1, checkpoint_every=1)
     path = tmp_path / "c.safetensors"
 
     def hooked(step: Progress) -> None:
@@ -180,15 +182,15 @@ def test_unrestricted_is_a_full_rank_delta_that_says_it_is_not_separable(tiny_ho
 
 
 def test_mode_defaults_and_refusals() -> None:
-    paper = TrainOptions(mode="paper")
+    paper = TrainOptions.for_mode(mode="paper")
     assert (paper.learning_rate, paper.beta, paper.regularisation, paper.momentum, paper.threshold) == (0.1, 1e-4, 1e-6, 0.9, 0.0)
     assert (paper.steps, paper.min_steps, paper.source, paper.regularise) == (1000, 10, "drawn", "w")
-    assert TrainOptions(mode="unrestricted").learning_rate == 1e-5
+    assert TrainOptions.for_mode(mode="unrestricted").learning_rate == 1e-5
     assert (TrainOptions().learning_rate, TrainOptions().beta, TrainOptions().source) == (0.03, 1.0, "trajectory")
-    assert TrainOptions(mode="paper", learning_rate=0.5).learning_rate == 0.5
+    assert TrainOptions.for_mode(mode="paper", learning_rate=0.5).learning_rate == 0.5
     for wrong in ({"mode": "best"}, {"mode": "paper", "warm_start": True}, {"mode": "paper", "objective": "closed-form"}, {"steps": 0}):
         with pytest.raises(SepMEError):
-            TrainOptions(**wrong)
+            TrainOptions.for_mode(**wrong)
 
 
 def test_balance() -> None:

@@ -27,7 +27,7 @@ Hosts = Callable[..., DiffusersHost]
 RTOL = 1e-6
 STEPS = 3
 BOOK = ConceptBook((Concept("tree", ("tree", "a tree on a hill"), anchor="a house"), Concept("star", ("star",))), preserve=("the moon",))
-RIVALS = ("esd", "sdd", "ablation", "fmn")
+BASELINES = ("esd", "sdd", "ablation", "fmn")
 
 
 class Overheard:
@@ -118,7 +118,7 @@ def reference(
 
 
 @pytest.mark.parametrize("mode", ["subspace", "unrestricted"])
-@pytest.mark.parametrize("objective", RIVALS)
+@pytest.mark.parametrize("objective", BASELINES)
 def test_gradients_follow_the_equations(objective: str, mode: str, tiny_host: Hosts, tmp_path: Path) -> None:
     host = tiny_host(torch.float64)
     planner = Planner(host, BOOK, plan_options(mode, **({"mode": "exact"} if mode == "subspace" else {})), ordinary=("a house", "red boat"))
@@ -131,7 +131,7 @@ def test_gradients_follow_the_equations(objective: str, mode: str, tiny_host: Ho
         with safe_open(path, framework="pt") as file:
             states.append({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
 
-    options = TrainOptions(
+    options = TrainOptions.for_mode(
         objective=objective, mode=mode, steps=STEPS, batch=2, trajectories=3, checkpoint_every=1, source="trajectory", learning_rate=0.02,
         regularisation=0.0, guidance=1.5,
     )  # fmt: skip
@@ -154,24 +154,26 @@ def test_gradients_follow_the_equations(objective: str, mode: str, tiny_host: Ho
     assert max(float(w.abs().max()) for w in before.values()) > 0.01  # later steps did not start from zero
 
 
-@pytest.mark.parametrize("objective", RIVALS)
+@pytest.mark.parametrize("objective", BASELINES)
 def test_passes_of_a_step(objective: str, tiny_host: Hosts) -> None:
     """One pass with a graph; frozen ones as the equation needs."""
     host = tiny_host()
     planner = Planner(host, BOOK, plan_options("subspace"), ordinary=("a house", "red boat"))
     overheard = Overheard(host)
-    make_delta(planner, "tree", overheard, TrainOptions(objective=objective, steps=2, batch=1, trajectories=2))
+    make_delta(planner, "tree", overheard, TrainOptions.for_mode(objective=objective, steps=2, batch=1, trajectories=2))
     assert [len(calls) for _, _, calls in overheard.draws] == [{"esd": 3, "sdd": 2, "ablation": 2, "fmn": 1}[objective]] * 2
 
 
-@pytest.mark.parametrize("objective", RIVALS)
+@pytest.mark.parametrize("objective", BASELINES)
 @pytest.mark.parametrize("mode", ["subspace", "paper", "unrestricted"])
 def test_training_reduces_the_loss(objective: str, mode: str, tiny_host: Hosts) -> None:
     """In every parametrisation, on a tiny pipeline; the recipe in the file makes the same bytes again."""
     host = tiny_host()
     planner = Planner(host, BOOK, plan_options(mode), ordinary=("a house", "red boat"))
     rate = {"subspace": 0.05, "paper": 300.0, "unrestricted": 0.02}[mode]
-    options = TrainOptions(objective=objective, mode=mode, steps=25, batch=4, trajectories=2, source="trajectory", learning_rate=rate)
+    options = TrainOptions.for_mode(
+        objective=objective, mode=mode, steps=25, batch=4, trajectories=2, source="trajectory", learning_rate=rate
+    )
     delta = make_delta(planner, "tree", host, options)
     losses = delta.info["losses"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:3]) * 5 / 3
@@ -187,12 +189,14 @@ def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
     drawn: list[Tensor] = []
 
     class Watched(Overheard):
-        def drawn(self, context: Tensor, empty: Tensor, generator: Any, *extra: Any, **more: Any) -> Tensor:
+        def sample(self, context: Tensor, empty: Tensor, generator: Any, *extra: Any, **more: Any) -> Tensor:
             drawn.append(context)
-            return self.host.drawn(context, empty, generator, *extra, **more)
+            return self.host.sample(context, empty, generator, *extra, **more)
 
     overheard = Watched(host)
-    options = TrainOptions(objective="ablation", mode="unrestricted", steps=6, batch=2, trajectories=2, source="anchor", learning_rate=0.02)
+    options = TrainOptions.for_mode(
+        objective="ablation", mode="unrestricted", steps=6, batch=2, trajectories=2, source="anchor", learning_rate=0.02
+    )
     make_delta(planner, "tree", overheard, options)
     assert torch.equal(drawn[0], host.encode(["a house"] * 2).context)
     own = host.encode(BOOK["tree"].prompts).context
@@ -216,9 +220,9 @@ def test_own_words(tiny_host: Hosts) -> None:
 
 
 def test_options() -> None:
-    assert TrainOptions(objective="esd").warm_start is False
+    assert TrainOptions.for_mode(objective="esd").warm_start is False
     assert TrainOptions().warm_start is True
-    assert TrainOptions(objective="esd", warm_start=True).warm_start is True
+    assert TrainOptions.for_mode(objective="esd", warm_start=True).warm_start is True
     for wrong in ({"objective": "fmn", "values_only": True}, {"objective": "uce"}, {"source": "nowhere"}):
         with pytest.raises(SepMEError):
-            TrainOptions(**wrong)
+            TrainOptions.for_mode(**wrong)

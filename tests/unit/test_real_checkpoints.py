@@ -84,7 +84,7 @@ def test_a_folder_and_its_single_file_are_the_same_model(hosts: Any, kind: str) 
 @pytest.mark.parametrize("objective", ["gcirs", "closed-form"])
 def test_erases_restores_and_leaves_others_alone(hosts: Any, planners: Any, kind: str, form: str, objective: str) -> None:
     host, planner = hosts(kind, form), planners(kind)
-    options = TrainOptions(objective=objective, steps=2, batch=1, trajectories=1)
+    options = TrainOptions.for_mode(objective=objective, steps=2, batch=1, trajectories=1)
     deltas = tuple(make_delta(planner, n, host, options) for n in ("star", "moon"))
     composition, prompts = Composition(deltas), ["star", "moon", "tree"]
 
@@ -153,7 +153,7 @@ def test_what_sd2_predicts_is_declared_or_probed(models: Any, tmp_path: Path) ->
 
 def test_the_pooled_vector_is_replaced_only_in_touched_rows(hosts: Any, planners: Any, tmp_path: Path) -> None:
     host, planner = hosts("sdxl", "folder"), planners("sdxl")
-    delta = make_delta(planner, "star", host, TrainOptions(objective="closed-form"))
+    delta = make_delta(planner, "star", host, TrainOptions.for_mode(objective="closed-form"))
     facts = delta.info["certificate"]["pooled"]
     assert facts["mode"] == "replaced"
     assert facts["residual"] < 1

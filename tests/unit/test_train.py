@@ -73,7 +73,7 @@ def test_loss_is_equation_2(planner: Planner, host: Any, make_host: Callable[...
     x, t, context, empty = draws(planner, host, TrainOptions(**QUICK))
     with torch.no_grad():
         frozen, erased = (lambda c, h=h: h.predict(x, t, c) for h in (host, changed))
-        loss = GCiRs().loss(Step(frozen, erased, None, context, empty, empty))
+        loss = GCiRs(TrainOptions()).loss(Step(frozen, erased, None, context, empty, empty))
         r_changed = changed.predict(x, t, context) - changed.predict(x, t, empty)
         r = host.predict(x, t, context) - host.predict(x, t, empty)
         assert (r_changed - r).abs().max() > 0.1 * r.abs().max()
@@ -255,7 +255,7 @@ def test_three_passes_a_step_one_with_a_graph(planner: Planner, host: Any) -> No
         assert sum(passes[:TRAJECTORY]) == 0
         assert [sum(passes[i : i + 3]) for i in range(TRAJECTORY, len(passes), 3)] == [1] * 12
         passes.clear()
-        make_delta(planner, "star", host, TrainOptions(objective="closed-form"))
+        make_delta(planner, "star", host, TrainOptions.for_mode(objective="closed-form"))
         assert passes == []
     finally:
         handle.remove()
@@ -266,7 +266,7 @@ def test_three_passes_a_step_one_with_a_graph(planner: Planner, host: Any) -> No
 
 def test_closed_form(planner: Planner, host: Any) -> None:
     steps: list[Progress] = []
-    delta = make_delta(planner, "star", host, TrainOptions(objective="closed-form"), on_step=steps.append)
+    delta = make_delta(planner, "star", host, TrainOptions.for_mode(objective="closed-form"), on_step=steps.append)
     assert steps == delta.info["losses"] == []
     tokens, target = planner.prompts.tokens("star")
     expected = solve(weights(host.attention_layers()), tokens, target, delta.down)
@@ -333,7 +333,7 @@ def test_regularisation_pulls_to_zero(planner: Planner, host: Any, quick: tuple[
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(SepMEError):
-        TrainOptions(**options)
+        TrainOptions.for_mode(**options)
 
 
 def test_what_a_delta_says_of_itself(planner: Planner, host: Any, quick: tuple[ConceptDelta, list[Progress]], tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_the_protocols_are_all_it_needs(world: SimpleNamespace, objective: str) 
     """The double world, no pipeline in sight: both objectives take the concept out of its own prompts, half precision too."""
     encoder, denoiser = world.Encoder(), world.Denoiser()
     planner = Planner(encoder, BOOK, PlanOptions(tolerance=0.03, max_rank=4, energy=0.999), ORDINARY)
-    delta = make_delta(planner, "star", denoiser, TrainOptions(objective=objective, steps=40, trajectories=4, warm_start=False))
+    delta = make_delta(planner, "star", denoiser, TrainOptions.for_mode(objective=objective, steps=40, trajectories=4, warm_start=False))
     assert delta.architecture.startswith("unet-48x2-")
     assert delta.rank == 4
     changed = world.Denoiser()

@@ -28,7 +28,7 @@ def made(world: SimpleNamespace, kept: Path) -> tuple[object, ConceptDelta]:
     encoder = world.Encoder(d_in=192)
     book = ConceptBook((Concept("moon", ("moon", "a moon")), Concept("star", ("star", "a star"))), ("a blue tree",), str(kept))
     planner = Planner(encoder, book, PlanOptions())
-    options = TrainOptions(objective="closed-form")
+    options = TrainOptions.for_mode(objective="closed-form")
     return encoder, make_delta(planner, "star", world.Denoiser(d_in=192), options, kept.parent / "c.safetensors")
 
 
@@ -59,7 +59,7 @@ def test_clip_skip_is_recorded_and_compared(world: SimpleNamespace) -> None:
     encoder, plain = world.Encoder(d_in=192), world.Encoder(d_in=192)
     encoder.clip_skip = 1
     planner = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")),)), PlanOptions())
-    delta = make_delta(planner, "star", world.Denoiser(d_in=192), TrainOptions(objective="closed-form"))
+    delta = make_delta(planner, "star", world.Denoiser(d_in=192), TrainOptions.for_mode(objective="closed-form"))
     assert delta.info["clip_skip"] == 1
     assert clip_skip_warnings(encoder, [delta]) == []
     assert "1 of CLIP's last layers skipped, here 0" in clip_skip_warnings(plain, [delta])[0]

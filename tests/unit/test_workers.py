@@ -15,7 +15,7 @@ from sepme import cli
 from sepme.concepts import Concept, ConceptBook
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.train import workers
-from sepme.train.workers import Job, Report
+from sepme.train.workers import Report, Setup
 
 ray = pytest.importorskip("ray")
 Hosts = Callable[..., DiffusersHost]
@@ -39,16 +39,16 @@ def test_one_killed_in_the_middle(model: Path, tmp_path: Path, monkeypatch: pyte
     killed: list[Report] = []
     after: list[Report] = []
 
-    def train(job: Job, todo: Any, count: int, address: str | None, save: Any, on_report: Any, check: Any) -> None:
+    def train(setup: Setup, todo: Any, count: int, address: str | None, save: Any, on_report: Any, check: Any) -> None:
         def listen(report: Report) -> None:
             on_report(report)
-            if not killed and any(path.exists() for name, path in todo if name == report.progress.concept):
+            if not killed and any(g.checkpoint.exists() for g in todo if report.progress.concept in g.names):
                 killed.append(report)
                 os.kill(report.pid, signal.SIGKILL)
             elif killed and report.progress.concept == killed[0].progress.concept and report.pid != killed[0].pid:
                 after.append(report)
 
-        original(job, todo, count, address, save, listen, check)
+        original(setup, todo, count, address, save, listen, check)
 
     original = workers.train_on_workers
     monkeypatch.setattr(workers, "train_on_workers", train)

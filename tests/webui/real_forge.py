@@ -130,7 +130,7 @@ def main() -> None:
     book, deltas = ConceptBook.loads("concepts: [star, heart]"), []
     with host.loaded_model() as model:
         planner = Planner(model, book)
-        deltas.append(make_delta(planner, "star", model, TrainOptions(objective="closed-form")))
+        deltas.append(make_delta(planner, "star", model, TrainOptions.for_mode(objective="closed-form")))
         deltas.append(make_delta(planner, "heart", model, TrainOptions(steps=12, batch=2, trajectories=2)))
     assert len(deltas[1].info["losses"]) >= 10
     composition, said = Composition(tuple(deltas)), []

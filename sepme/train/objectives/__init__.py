@@ -1,24 +1,21 @@
-"""Training objectives: one file, one class, one equation each."""
+"""Training objectives: one file, one class, one equation each. README.md says how to add one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from .ablation import Ablation
+from .closed_form import ClosedForm
 from .esd import ESD
 from .fmn import FMN
 from .gcirs import GCiRs
+from .objective import Objective, Step
 from .sdd import SDD
-from .step import Objective, Step
 
-__all__ = ["OBJECTIVES", "Objective", "Step"]
+__all__ = ["OBJECTIVES", "Objective", "Step", "described"]
 
-# made from TrainOptions; where the empty prompt lies in A it is protected
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "gcirs": lambda options: GCiRs(protected=options.mode != "unrestricted"),
-    "esd": lambda options: ESD(options.guidance),
-    "sdd": lambda options: SDD(protected=options.mode != "unrestricted"),
-    "ablation": lambda options: Ablation(),
-    "fmn": lambda options: FMN(),
-}
+# in the order of every menu
+OBJECTIVES: dict[str, type[Objective]] = {o.name: o for o in (GCiRs, ESD, SDD, Ablation, FMN, ClosedForm)}
+
+
+def described() -> str:
+    """All objectives in one line for help and tooltips: ``name: summary.``"""
+    return " ".join(f"{o.name}: {o.summary}." for o in OBJECTIVES.values())

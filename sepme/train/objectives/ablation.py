@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .step import Step
+from .objective import Objective, Step
 
 
-class Ablation:
+class Ablation(Objective):
     """``L = Avg( (ε(x_t, c; θ+Δθ) − ε(x_t, c*; θ))² )``, c* the concept's anchor ("painting" for "painting by X")."""
 
-    name, reads_words = "ablation", False
+    name = "ablation"
+    summary = "trained to draw what the anchor draws (AbConcept)"
+    source = "anchor"
 
     def loss(self, step: Step) -> Tensor:
         target = step.frozen(step.anchor)

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 from ...delta.concept_delta import ConceptDelta
+from .objective import Objective
+
+
+class ClosedForm(Objective):
+    """The increment whose keys and values are nearest the anchor's, by :func:`solve`; nothing is trained."""
+
+    name = "closed-form"
+    summary = "solved in seconds, the anchor takes the concept's place"
+    trained, warm_start = False, True
+
+    def solve(self, weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, down: Tensor) -> dict[str, Tensor]:
+        return solve(weights, tokens, target, down, self.options.ridge, self.options.values_only)
 
 
 def solve(
@@ -23,9 +35,9 @@ def solve(
         values_only: leave to_k as it is.
 
     Returns:
-        Y ``(d_out, k)`` float32 by projection name.
+        Y ``(d_out, k)`` by projection name, float32; float64 where the weights are.
     """
-    return apply(weights, [shift(tokens, target, down, ridge)], values_only)[0]
+    return up_factors(weights, [shift(tokens, target, down, ridge)], values_only)[0]
 
 
 def shift(tokens: Tensor, target: Tensor, down: Tensor, ridge: float = 1e-6) -> Tensor:
@@ -38,16 +50,17 @@ def shift(tokens: Tensor, target: Tensor, down: Tensor, ridge: float = 1e-6) -> 
     return torch.linalg.solve(gram + mu * eye, h.T @ (target.double() - c)).T
 
 
-def apply(weights: Mapping[str, Tensor], shifts: Sequence[Tensor], values_only: bool = False) -> list[dict[str, Tensor]]:
-    """Y of many concepts, one dictionary each: one matrix product a layer for all of them."""
+def up_factors(weights: Mapping[str, Tensor], shifts: Sequence[Tensor], values_only: bool = False) -> list[dict[str, Tensor]]:
+    """``Y_l = W_l S`` of many concepts, one dictionary each: one matrix product per layer for all of them."""
     ranks = [s.shape[1] for s in shifts]
-    stacked = torch.cat(list(shifts), dim=1).float()
+    stacked = torch.cat(list(shifts), dim=1)
     result: list[dict[str, Tensor]] = [{} for _ in shifts]
     for name, weight in weights.items():
         if values_only and name.endswith(".to_k"):
             y = torch.zeros(weight.shape[0], sum(ranks))
         else:
-            y = weight.float() @ stacked.to(weight.device)
+            precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            y = precise @ stacked.to(precise.dtype).to(weight.device)
         for one, part in zip(result, y.split(ranks, dim=1), strict=True):
             one[name] = part.contiguous()
     return result

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .step import Step
+from .objective import Objective, Step
 
 
-class FMN:
+class FMN(Objective):
     """``L = Σ_l ‖A_l‖²``: the attention that image queries pay to the tokens of the concept's own words.
 
     ``A_l`` are the maps of layer l at those tokens, of all heads and queries; averaged over the batch.
     """
 
-    name, reads_words = "fmn", True
+    name = "fmn"
+    summary = "trained to pay no attention to the concept's words (Forget-Me-Not)"
+    moves, source, reads_words = "attention", "drawn", True
 
     def loss(self, step: Step) -> Tensor:
         assert step.words is not None

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .step import Step
+from .objective import Objective, Step
 
 
-class GCiRs:
+class GCiRs(Objective):
     """Eq. 2: ``L_cor = Avg( r(c; θ+Δθ) ⊙ r(c; θ) )`` with ``r(c; θ) = ε(x_t, c, t; θ) − ε(x_t, c_∅, t; θ)``.
 
-    Args:
-        protected: the empty prompt lies in A, so the delta leaves ``ε(x_t, c_∅)`` as it is: three passes, one with a graph.
-            False (mode unrestricted): four passes, two with a graph.
+    Where the empty prompt lies in A, the delta leaves ``ε(x_t, c_∅)`` as it is: three passes, one with a graph. Otherwise (mode
+    unrestricted) four passes, two with a graph.
     """
 
-    name, reads_words = "gcirs", False
-
-    def __init__(self, protected: bool = True) -> None:
-        self.protected = protected
+    name = "gcirs"
+    summary = "trained, erases most (SepME)"
+    warm_start, source, settles = True, "drawn", True
 
     def loss(self, step: Step) -> Tensor:
-        nothing = step.frozen(step.empty)
-        original = step.frozen(step.own) - nothing
-        return ((step.erased(step.own) - (nothing if self.protected else step.erased(step.empty))) * original).mean()
+        empty = step.frozen(step.empty)
+        original = step.frozen(step.own) - empty
+        return ((step.erased(step.own) - (empty if self.options.protects_empty else step.erased(step.empty))) * original).mean()

@@ -5,22 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .step import Step
+from .objective import Objective, Step
 
 
-class SDD:
+class SDD(Objective):
     """``L = Avg( (ε(x_t, c; θ+Δθ) − sg ε(x_t, c_∅; θ+Δθ))² )``, sg: without a gradient.
 
-    Args:
-        protected: the empty prompt lies in A, so that ``ε(x_t, c_∅)`` is the frozen model's. False (mode unrestricted): the student's own.
+    Where the empty prompt lies in A, ``ε(x_t, c_∅)`` is the frozen model's; otherwise (mode unrestricted) the student's own.
     """
 
-    name, reads_words = "sdd", False
-
-    def __init__(self, protected: bool = True) -> None:
-        self.protected = protected
+    name = "sdd"
+    summary = "trained to draw what the empty prompt draws"
 
     def loss(self, step: Step) -> Tensor:
         with torch.no_grad():
-            target = step.frozen(step.empty) if self.protected else step.erased(step.empty)
+            target = step.frozen(step.empty) if self.options.protects_empty else step.erased(step.empty)
         return (step.erased(step.own) - target).square().mean()

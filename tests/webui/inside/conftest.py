@@ -105,7 +105,7 @@ def delta_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with host.loaded_model() as model:
         planner = ui.part("sepme.plan.planner").Planner(model, book)
         for name in CONCEPTS:
-            delta = train.make_delta(planner, name, model, train.TrainOptions(objective="closed-form"))
+            delta = train.make_delta(planner, name, model, train.TrainOptions.for_mode(objective="closed-form"))
             host.library.save(delta)
     return models
 

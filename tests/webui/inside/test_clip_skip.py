@@ -15,7 +15,7 @@ def train(webui: Any, folder: Any) -> Any:
     modules.paths.models_path = str(folder)
     host = webui.part("scripts.webui.host")
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
-    options = webui.part("sepme.train").TrainOptions(objective="closed-form")
+    options = webui.part("sepme.train").TrainOptions.for_mode(objective="closed-form")
     with host.loaded_model() as model:
         delta = webui.part("sepme.train").make_delta(webui.part("sepme.plan.planner").Planner(model, book), "star", model, options)
     host.library.save(delta)

@@ -364,7 +364,7 @@ def make_delta(webui: Any) -> Any:
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
     with host.loaded_model() as model:
         planner = webui.part("sepme.plan.planner").Planner(model, book)
-        delta = train.make_delta(planner, "star", model, train.TrainOptions(objective="closed-form"))
+        delta = train.make_delta(planner, "star", model, train.TrainOptions.for_mode(objective="closed-form"))
     host.library.save(delta)
     return delta
 
