@@ -15,7 +15,7 @@ from torch import Tensor
 from ..concepts import Concept, ConceptBook
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..model.layers import diffusers_to_ldm
+from ..model.families.unet import diffusers_to_ldm
 from ..model.protocols import Encoding
 from ..plan.directions import EXACT_RTOL, PlanOptions, null_basis
 from ..plan.planner import Planner
