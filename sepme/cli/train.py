@@ -155,7 +155,7 @@ def _one_by_one(job: Job, todo: list[Group], paths: Mapping[str, Path], bar: Pro
             name = delta.concept.name
             check_replaceable(paths[name], name)  # time has passed
             delta.save(paths[name])
-            bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.info['losses'])} steps")
+            bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.facts.losses)} steps")
         checkpoint.unlink(missing_ok=True)
 
 

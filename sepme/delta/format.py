@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..concepts import Concept, normalised
+from ..concepts import normalised
 from ..errors import SepMEError
 from ..files import refuse_pickle
 from ..model.families import is_site
@@ -152,26 +152,3 @@ def plain_json(text: str) -> Any:
     if depth(data) > MAX_DEPTH:
         raise ValueError("nested too deeply")
     return data
-
-
-def check_info(info: Mapping[str, Any]) -> None:
-    """Raise an error (of any plain type) unless the facts that commands read have the types that they expect."""
-    for concept in info.get("known", []):
-        Concept(concept["name"], tuple(concept["prompts"]))
-    for prompt in info.get("preserve", {}).get("prompts", []):
-        prompt.encode()
-    objective, certificate = info.get("objective", {}), info.get("certificate", {})
-    objective.get("name", "").encode()
-    numbers = [objective.get("steps", 0), *info.get("losses", [])]
-    for name in ("leakage_linear", "leakage_gated"):
-        numbers += certificate.get(name, {}).values()
-    numbers += [certificate.get(n, 0) for n in ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")]
-    pooled = certificate.get("pooled") or {"mode": "", "residual": 0}
-    pooled["mode"].encode()
-    numbers.append(pooled["residual"])
-    preserve = info.get("preserve", {})
-    numbers += [preserve.get("count", 0), info.get("clip_skip", 0)]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-        raise ValueError("a figure is no number")
-    if not all(isinstance(v, str) for v in (info.get("kv_fingerprint", ""), certificate.get("mode", ""), preserve.get("sha256") or "")):
-        raise ValueError("kv_fingerprint, mode or sha256 is no text")

@@ -19,11 +19,15 @@ _sites: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # a 
 def text_layers(model: nn.Module) -> dict[str, AttentionLayer]:
     """Cross-attention modules of a host's or diffusers' denoiser, by the beginning that their sites have in common.
 
-    They come in the order of the forward pass; a model of no known family has none.
+    They come in the order of the forward pass; a model of no known family has none. The model may be compiled, as a whole or in parts:
+    ``torch.compile`` puts a module of its own around each.
     """
     if model not in _sites:
-        found = find(name for name, _ in model.named_modules())
-        _sites[model] = {site.rpartition(".")[0]: path.rpartition(".")[0] for site, path in found.items()}
+        paths: dict[str, str] = {}
+        for path, _ in model.named_modules():
+            paths.setdefault(path.replace("_orig_mod.", "").removesuffix("._orig_mod"), path)
+        found = find(paths)
+        _sites[model] = {site.rpartition(".")[0]: paths[name].rpartition(".")[0] for site, name in found.items()}
     return {layer: cast(AttentionLayer, model.get_submodule(path)) for layer, path in _sites[model].items()}
 
 

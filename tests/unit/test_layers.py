@@ -46,6 +46,22 @@ def test_all_cross_attention_is_found(sd15_shaped: UNet2DConditionModel) -> None
     assert len(found) == len(theirs) == 16
 
 
+def test_compiled_models_are_looked_through() -> None:
+    """``torch.compile`` around the whole, a block, a layer or a projection: the same names, and modules that hold the same weights."""
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    stock = weights(text_layers(model))
+    block = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn2.to_v = torch.compile(block.attn2.to_v)
+    model.mid_block.attentions[0].transformer_blocks[0].attn2 = torch.compile(model.mid_block.attentions[0].transformer_blocks[0].attn2)
+    model.up_blocks[1] = torch.compile(model.up_blocks[1])
+    found = weights(text_layers(torch.compile(model)))
+    assert list(found) == list(stock)
+    assert all(found[n].data_ptr() == stock[n].data_ptr() for n in stock)
+
+
 def test_unet_without_middle_attention() -> None:
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, layers_per_block=1,
