@@ -132,7 +132,7 @@ class ConceptDelta:
         """How to make it again."""
         return self.facts.recipe
 
-    @property
+    @cached_property
     def architecture(self) -> str:
         return architecture(self.shapes)
 

@@ -44,6 +44,12 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\*", r"(\d+)"))
 
 
+@cache
+def _any(projections: tuple[Projection, ...], naming: str) -> re.Pattern[str]:
+    """All their names in a naming at once: whole checkpoints have thousands of names that are none of them."""
+    return re.compile("|".join(_pattern(p.template(naming)).pattern for p in projections))
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """Models that read text in the same places.
@@ -73,12 +79,12 @@ class Family:
 
     def has(self, site: str) -> bool:
         """Whether a site has a name of the family."""
-        return any(p.numbers("site", site) is not None for p in self.projections)
+        return _any(self.projections, "site").fullmatch(site) is not None
 
     def recognises(self, shapes: Shapes) -> bool:
         """Whether these ``(d_out, d_in)`` by site are those of a model of the family."""
         d_ins = {d_in for d_in, _ in self.sizes}
-        return all(map(self.has, shapes)) and (not d_ins or {shape[1] for shape in shapes.values()} <= d_ins)
+        return (not d_ins or {shape[1] for shape in shapes.values()} <= d_ins) and all(map(self.has, shapes))
 
     def published(self, shapes: Shapes) -> str:
         """Name of the published architecture with these shapes; empty if there is none."""
@@ -87,9 +93,11 @@ class Family:
 
     def architecture(self, shapes: Shapes) -> str:
         """Name of the published architecture, or one made of d_in and the list of layers."""
+        if known := self.published(shapes):
+            return known
         d_ins = sorted({shape[1] for shape in shapes.values()})
         digest = hashlib.sha256(repr(sorted((n, tuple(s)) for n, s in shapes.items())).encode()).hexdigest()[:8]
-        return self.published(shapes) or f"{self.kind}-{'+'.join(map(str, d_ins))}x{len(shapes) // 2}-{digest}"
+        return f"{self.kind}-{'+'.join(map(str, d_ins))}x{len(shapes) // 2}-{digest}"
 
     def find(self, names: Iterable[str], group: str = CONTEXT) -> dict[str, str]:
         """Sites of a group in the order of the forward pass, and the name of each among ``names``.
@@ -132,7 +140,7 @@ class Family:
     def _renamed(self, names: Iterable[str], old: str, new: str) -> dict[str, str]:
         return {
             name: p.template(new).replace("*", "{}").format(*numbers)
-            for name in names
+            for name in filter(_any(self.projections, old).fullmatch, names)
             for p in self.projections
             if (numbers := p.numbers(old, name)) is not None
         }
