@@ -16,7 +16,6 @@ from ..sepme.delta.library import DeltaLibrary, Entry
 from ..sepme.errors import SepMEError
 from .facts import PageFacts, describe
 
-
 MAX_NAME, MAX_DEPTH = 200, 4  # characters and folders of a file name
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff\ufffd]')
 

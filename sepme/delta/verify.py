@@ -108,7 +108,7 @@ def clip_skip_warnings(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> 
     return [
         f"{d.concept.name!r} was made with {made} of CLIP's last layers skipped, here {now} are; its gate may stay shut, set the same."
         for d in deltas
-        if (made := d.info.get("clip_skip", 0)) != now
+        if (made := d.facts.clip_skip) != now
     ]
 
 
