@@ -23,8 +23,8 @@ from ..sepme.concepts import ConceptBook
 from ..sepme.delta.library import Entry, resolve
 from ..sepme.errors import SepMEError
 from . import host, workflow
+from .facts import describe
 from .graph import Graph
-from .shelf import describe
 
 REFUSED = "refused"
 APPLY, OUR_TEXT, CORE_TEXT, SWITCHES, TRAIN = "SepMEApply", "SepMETextEncode", "CLIPTextEncode", "SepMEConditioningToggles", "SepMETrain"

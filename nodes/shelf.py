@@ -1,25 +1,22 @@
-"""The delta files as the page sees them: listed with what their headers say, installed, renamed, deleted."""
+"""The delta files as the page sees them: listed, installed, renamed, deleted."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from ..sepme.concepts import reserved
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.delta.format import MAX_FILE, plain_json, read_header
+from ..sepme.delta.format import MAX_FILE
 from ..sepme.delta.library import DeltaLibrary, Entry
 from ..sepme.errors import SepMEError
+from .facts import PageFacts, describe
 
-Facts = dict[str, Any]
-
-MAX_NAME, MAX_DEPTH, SHOWN = 200, 4, 64  # characters and folders of a file name; prompts that are listed
+MAX_NAME, MAX_DEPTH = 200, 4  # characters and folders of a file name
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff\ufffd]')
 
 
@@ -59,7 +56,7 @@ class Shelf:
     def __init__(self, library: DeltaLibrary) -> None:
         self.library = library
 
-    def list(self) -> list[Facts]:
+    def list(self) -> list[PageFacts]:
         """All deltas, those that several files hold once, with the other files' names; headers are read once."""
         entries, copies = self.library.unique(), self.library.entries()
         names: dict[str, list[str]] = {}
@@ -85,7 +82,7 @@ class Shelf:
             raise SepMEError(f"The name {str(name)[:60]!r} is a link or a folder; choose another one.")
         return path
 
-    async def receive(self, name: Any, body: AsyncIterator[bytes], replace: bool) -> Facts:
+    async def receive(self, name: Any, body: AsyncIterator[bytes], replace: bool) -> PageFacts:
         """Install a delta from a stream: a file of its own beside the place, checked whole, then renamed.
 
         Raises:
@@ -112,7 +109,7 @@ class Shelf:
             if part is not None and os.path.exists(part):
                 os.unlink(part)
 
-    def _install(self, part: Path, path: Path, name: str, replace: bool) -> Facts:
+    def _install(self, part: Path, path: Path, name: str, replace: bool) -> PageFacts:
         try:
             delta = ConceptDelta.load(part)
         except SepMEError as error:
@@ -126,7 +123,7 @@ class Shelf:
             _rename(part, path, delta.concept.name)
         return describe(self.get(name))
 
-    def rename(self, old: Any, new: Any) -> Facts:
+    def rename(self, old: Any, new: Any) -> PageFacts:
         """Give a delta another name in its folder.
 
         Raises:
@@ -186,85 +183,3 @@ def _rename(source: Path, target: Path, concept: str) -> None:
         os.replace(source, target)
     else:
         source.unlink()
-
-
-def describe(entry: Entry, copies: Sequence[str] = ()) -> Facts:
-    """What the page shows of a delta and of other files that hold it; nothing is read but the header, and that once."""
-    stat = entry.path.stat()
-    facts = _facts(entry.path, stat.st_mtime_ns, stat.st_size)
-    return {"name": entry.name, "bytes": entry.bytes, "copies": list(copies), **json.loads(facts)}
-
-
-@lru_cache(maxsize=4096)
-def _facts(path: Path, mtime: int, size: int) -> str:
-    """As JSON: the cache must not be changed by who gets it, and text is small."""
-    metadata, declared = read_header(path)
-    info: dict[str, Any] = {}
-    for key in ("prompts", "gate", "certificate", "objective", "recipe", "known", "kv_fingerprint", "clip_skip"):
-        try:
-            info[key] = plain_json(metadata[key])
-        except (KeyError, ValueError, RecursionError):
-            info[key] = None
-    down = _mapping(declared.get("down")).get("shape")
-    rank = down[0] if isinstance(down, list) and down else 0
-    names = (metadata.get(key, "") for key in ("concept", "content_hash", "architecture"))
-    return json.dumps(facts_of(*names, rank, info))
-
-
-def facts_of_delta(delta: ConceptDelta) -> Facts:
-    """The same of a delta in memory."""
-    info = {**delta.info, "prompts": delta.concept.prompts, "gate": delta.gate}
-    return facts_of(delta.concept.name, delta.content_hash(), delta.architecture, delta.rank, info) | {"bytes": len(delta.to_bytes())}
-
-
-def facts_of(concept: str, content_hash: str, architecture: str, rank: Any, info: Mapping[str, Any]) -> Facts:
-    """The facts that a header and a delta in memory have in common; parts that are damaged are left out."""
-    certificate, prompts = _mapping(info.get("certificate")), info.get("prompts")
-    linear, gated = _numbers(certificate.get("leakage_linear")), _numbers(certificate.get("leakage_gated"))
-    train = {k: v for k, v in _mapping(_mapping(info.get("recipe")).get("train")).items() if isinstance(v, (int, float, str))}
-    return {
-        "concept": concept,
-        "content_hash": content_hash,
-        "architecture": architecture,
-        "kv_fingerprint": info.get("kv_fingerprint") if isinstance(info.get("kv_fingerprint"), str) else "",
-        "rank": rank if isinstance(rank, int) else 0,
-        "prompts": [str(p) for p in prompts[:SHOWN]] if isinstance(prompts, (list, tuple)) else [],
-        "known": [str(c.get("name", "")) for c in info.get("known") or () if isinstance(c, Mapping)][:1024],
-        "train": train,
-        "clip_skip": _number(info.get("clip_skip")) or 0,
-        "gate": _number(info.get("gate")),
-        "gate_low": _number(certificate.get("gate_low")),
-        "gate_high": _number(certificate.get("gate_high")),
-        "false_touch_rate": _number(certificate.get("false_touch_rate")),
-        "kept_energy": _number(certificate.get("kept_energy")),
-        "leakage": max(linear.values(), default=0.0),
-        "leakage_gated": max(gated.values(), default=0.0),
-        "leakage_by_name": linear,
-        "grade": grade(_number(info.get("gate")), certificate, gated),
-    }
-
-
-def grade(gate: float | None, certificate: Mapping[str, Any], gated: Mapping[str, float]) -> str:
-    """The certificate in one word.
-
-    ``poor``: prompts that must not change pass the gate, or the concept's own do not. ``fair``: ordinary prompts pass it, or it has
-    little room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no certificate.
-    """
-    low, high = _number(certificate.get("gate_low")), _number(certificate.get("gate_high"))
-    if gate is None or low is None or high is None:
-        return "unknown"
-    if any(gated.values()) or gate >= high:
-        return "poor"
-    return "fair" if _number(certificate.get("false_touch_rate")) or high - low < 0.1 * high else "good"
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    return {str(k): v for k, v in _mapping(value).items() if _number(v) is not None}

@@ -18,8 +18,8 @@ from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
 from . import host, queued
 from .concepts import join, lines
+from .facts import facts_of_delta
 from .live import Live
-from .shelf import facts_of_delta
 from .sockets import CATEGORY, Concepts, Deltas, LossMap
 
 RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken from, with guidance
@@ -160,14 +160,13 @@ def report(book: ConceptBook, made: Sequence[ConceptDelta]) -> str:
     """What was made and how separable it is, a few lines a delta."""
     parts = []
     for delta in made:
-        certificate, losses = delta.info["certificate"], delta.info["losses"]
+        certificate, losses = delta.certificate, delta.facts.losses
         trained = f"{len(losses)} steps, loss {losses[0]:.5f} to {losses[-1]:.5f}" if losses else "closed form"
-        leak = max(certificate["leakage_linear"].values(), default=0.0)
-        gated = max(certificate["leakage_gated"].values(), default=0.0)
         parts.append(
             f"{delta.concept.name}: {trained}; rank {delta.rank}, {len(delta.to_bytes()) / 1000:.0f} kB\n"
-            f"  leakage into known prompts {leak:.4f}, behind the gate {gated:.4f}; gate {certificate['gate_low']:.3f} < {delta.gate:.3f} "
-            f"< {certificate['gate_high']:.3f}; touches {certificate['false_touch_rate']:.1%} of ordinary prompts"
+            f"  leakage into known prompts {certificate.worst_leakage:.4f}, behind the gate {certificate.worst_leakage_gated:.4f}; "
+            f"gate {certificate.gate_low:.3f} < {delta.gate:.3f} < {certificate.gate_high:.3f}; "
+            f"touches {certificate.false_touch_rate:.1%} of ordinary prompts"
         )
     names = {d.concept.name for d in made}
     for inner, outer in book.overlaps():

@@ -19,12 +19,11 @@ Record = dict[str, Any]
 
 def record(delta: ConceptDelta, file: str, embedded: bool) -> Record:
     """What is kept of a delta; ``data`` is the file itself."""
-    recipe = delta.info.get("recipe", {})
     facts: Record = {"concept": delta.concept.name, "prompts": list(delta.concept.prompts), "anchor": delta.concept.anchor, "file": file}
-    facts["train"] = {k: v for k, v in recipe.get("train", {}).items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
-    known = delta.info.get("known", [])
-    facts["known"] = known if len(json.dumps(known)) <= MAX_KNOWN else [c.get("name", "") for c in known]
-    facts["preserve"] = delta.info.get("preserve", {}).get("prompts", [])
+    facts["train"] = {k: v for k, v in delta.recipe.train.items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
+    known = [{"name": c.name, "prompts": list(c.prompts)} for c in delta.known]
+    facts["known"] = known if len(json.dumps(known)) <= MAX_KNOWN else [c.name for c in delta.known]
+    facts["preserve"] = list(delta.preserve.prompts)
     return facts | ({"data": embed(delta)} if embedded else {})
 
 

@@ -57,6 +57,21 @@ def check_file_precision(path: Path) -> None:
                 check_precision(path, key, file.get_slice(key).get_dtype())
 
 
+def number(value: Any) -> Any:
+    """The value, read from JSON, if it is a number; else a :class:`TypeError`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError("a figure is no number")
+    return value
+
+
+def text(value: Any) -> str:
+    """The value, read from JSON, if it is valid text; else a :class:`TypeError` or :class:`ValueError`."""
+    if not isinstance(value, str):
+        raise TypeError("a name is no text")
+    value.encode()
+    return value
+
+
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 

@@ -170,7 +170,7 @@ def check_delta(data: bytes, path: Path) -> None:
     assert all(delta.up_factor(n).isfinite().all() and delta.up[n].shape[1] == delta.rank for n in delta.up)
     json.dumps(summary(delta, path), allow_nan=False).encode()
     json.dumps(delta.info, allow_nan=False, indent=2)
-    ", ".join(c["name"] for c in delta.info.get("known", [])).encode()
+    ", ".join(c.name for c in delta.known).encode()
     path.write_bytes(delta.to_bytes())
     assert ConceptDelta.load(path).content_hash() == delta.content_hash()
 

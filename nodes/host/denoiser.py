@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...sepme.errors import SepMEError
-from ...sepme.model.layers import ldm_layers
+from ...sepme.model.families import labels
+from ...sepme.model.layers import latent_side, text_layers
 from ...sepme.model.protocols import AttentionLayer
-from ...sepme.model.schedule import SIDES, DDIMDenoiser
+from ...sepme.model.schedule import DDIMDenoiser
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:
@@ -22,9 +23,9 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     Raises:
         SepMEError: it is no UNet of Stable Diffusion.
     """
-    layers = ldm_layers(model.diffusion_model)
+    layers = text_layers(model.diffusion_model)
     if not layers:
-        raise SepMEError(f"{type(model).__name__} is no SD1.x, SD2.x or SDXL model; SepME edits the text layers of those only.")
+        raise SepMEError(f"{type(model).__name__} is no {labels()} model; SepME edits the text layers of those only.")
     return layers
 
 
@@ -45,13 +46,12 @@ class UNetDenoiser(DDIMDenoiser):
         sampling = patcher.get_model_object("model_sampling")
         known = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and isinstance(sampling, comfy.model_sampling.EPS)
         if not known or isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)):
-            raise SepMEError("This model predicts neither noise nor v at discrete timesteps; use a plain SD1.x, SD2.x or SDXL.")
+            raise SepMEError(f"This model predicts neither noise nor v at discrete timesteps; use a plain {labels()}.")
         self.predicts_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         with torch.inference_mode(False):  # tensors that may take part in a graph
             self.alphas = 1 / (sampling.sigmas.detach().float().clone().square() + 1)
-        width = next(iter(self._layers.values())).to_k.in_features
         unet = self.model.model_config.unet_config
-        self.side = size // 8 if size else SIDES.get(width, unet.get("image_size", 64))
+        self.side = size // 8 if size else latent_side(self._layers) or unet.get("image_size", 64)
         levels = 2 ** (len(unet["channel_mult"]) - 1)
         if self.side % levels or self.side < levels:
             raise SepMEError(f"Images of this model have sides that are multiples of {8 * levels} pixels, not {size}.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
-from ...sepme.model.layers import architecture, diffusers_to_ldm
+from ...sepme.model.families import find, labels
+from ...sepme.model.layers import architecture
 from .demo import FOLDER as DEMO
-
-_KEY = re.compile(r"(?:model\.diffusion_model\.|diffusion_model\.)?(.+\.transformer_blocks\.\d+\.attn2\.to_[kv])\.weight")
 
 
 def web_routes() -> Any:
@@ -72,10 +69,8 @@ def architecture_of(checkpoint: str) -> str:
     Raises:
         SepMEError: no such checkpoint, a pickle, or no UNet of Stable Diffusion in it.
     """
-    if not checkpoint:
-        return _demo_architecture()
     refuse_pickle(Path(checkpoint))
-    path = folder_paths.get_full_path("checkpoints", checkpoint)
+    path = folder_paths.get_full_path("checkpoints", checkpoint) if checkpoint else str(next((DEMO / "unet").glob("*.safetensors")))
     if path is None:
         raise SepMEError(f"There is no checkpoint {checkpoint[:60]!r}; choose one that is installed.")
     stat = Path(path).stat()
@@ -84,26 +79,18 @@ def architecture_of(checkpoint: str) -> str:
 
 @lru_cache(maxsize=64)
 def _file_architecture(path: str, mtime: int, size: int) -> str:
-    shapes = {match[1]: shape for key, shape in _shapes(path).items() if (match := _KEY.fullmatch(key))}
-    if not shapes:
-        raise SepMEError(f"{Path(path).name} is no SD1.x, SD2.x or SDXL checkpoint; SepME edits the text layers of those only.")
-    return architecture(shapes)
-
-
-@lru_cache(maxsize=1)
-def _demo_architecture() -> str:
-    config = json.loads((DEMO / "unet" / "config.json").read_text(encoding="utf-8"))
-    levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
-    names = diffusers_to_ldm([[1] * blocks] * levels, 1, [[1] * (blocks + 1)] * levels)
-    (file,) = (DEMO / "unet").glob("*.safetensors")
-    found = ((key, shape, _KEY.fullmatch(key)) for key, shape in _shapes(str(file)).items())
-    return architecture({f"{names[m[1][:-5]]}.{m[1][-4:]}": shape for _, shape, m in found if m})
+    shapes = _shapes(path)
+    sites = find(shapes)
+    if not sites:
+        raise SepMEError(f"{Path(path).name} is no {labels()} checkpoint; SepME edits the text layers of those only.")
+    return architecture({site: shapes[name] for site, name in sites.items()})
 
 
 def _shapes(path: str) -> dict[str, tuple[int, int]]:
-    """Shapes by key, from the header alone."""
+    """Shapes of the weights by module, from the header alone."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys = [key for key in file.keys() if key.endswith(".weight")]  # noqa: SIM118 (not a dict)
+            return {key.removesuffix(".weight"): tuple(file.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError, ValueError, RuntimeError):
         raise SepMEError(f"{Path(path).name} is no safetensors file or is cut short; get it again.") from None

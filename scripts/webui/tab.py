@@ -161,11 +161,10 @@ def _book(text: str) -> ConceptBook:
 def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
     rows = []
     for delta, path in saved:
-        certificate = delta.info.get("certificate", {})
-        worst = max(certificate.get("leakage_linear", {}).values(), default=0.0)
-        facts = (delta.rank, delta.info["objective"]["steps"], delta.gate, worst, float(certificate.get("false_touch_rate") or 0.0))
+        certificate = delta.certificate
+        facts = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate, delta.grade)
         rows.append((delta.concept.name, *facts, path.relative_to(host.library.folder).as_posix()))
-    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "file"), rows)
+    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "certificate", "file"), rows)
 
 
 def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
@@ -192,15 +191,16 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             found = verify(model, deltas, on_progress=_shown(progress))
             skips = clip_skip_warnings(model, deltas)
-        made = {d.concept.name: d.info.get("kv_fingerprint", fingerprint) for d in deltas}
+        made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
         ]
-        heads = ("concept", "gate", "own prompts pass", "worst leakage before the gate", "behind it", "false touches", "holds")
+        leakage = ("worst leakage before the gate", "behind it")
+        heads = ("concept", "gate", "own prompts pass", *leakage, "false touches", "certificate", "holds")
         rows = [
             (c.concept, c.gate, f"{c.own_touched:.0%}", max(c.leakage_linear.values()), max(c.leakage_gated.values()), c.false_touch_rate,
-             "yes" if c.holds else "NO")
-            for c in found.checks
+             delta.grade, "yes" if c.holds else "NO")
+            for c, delta in zip(found.checks, deltas, strict=True)
         ]  # fmt: skip
         return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *skips, *found.warnings))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
-from ..model.layers import projections, unet_layers, weight_of, weights
+from ..model.layers import projections, text_layers, weight_of, weights
 from ..model.patch import patched
 from ..model.protocols import AttentionLayer
 
@@ -37,7 +37,7 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, AttentionLayer]:
-        return unet_layers(self.unet)
+        return text_layers(self.unet)
 
     def sample(self, steps: int) -> Tensor:
         """Latents after a DDIM run with guidance 7.5: the denoising loop alone, neither text encoder nor VAE."""
@@ -132,7 +132,7 @@ def barely_kept(layers: Mapping[str, AttentionLayer]) -> Iterator[None]:
 
 def merge(unet: Any, deltas: tuple[ConceptDelta, ...]) -> None:
     """Add the deltas to the K/V weights, as a merged LoRA does; other weights stay shared."""
-    for name, module in projections(unet_layers(unet)).items():
+    for name, module in projections(text_layers(unet)).items():
         weight = weight_of(module)
         merged = weight.float() + sum(d.weight_delta(name) for d in deltas)
         module.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
@@ -153,7 +153,7 @@ def add_adapters(unet: Any, deltas: tuple[ConceptDelta, ...]) -> None:
         unet.add_adapter(config, f"a{i}")
     unet.set_adapters([f"a{i}" for i in range(len(deltas))])
     unet.requires_grad_(False).to(unet.dtype)
-    for name, module in projections(unet_layers(unet)).items():
+    for name, module in projections(text_layers(unet)).items():
         adapted: Any = module
         for i, delta in enumerate(deltas):
             adapted.lora_A[f"a{i}"].weight.copy_(delta.down)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SepMEError
-from ..model.layers import projections, unet_layers, weights
+from ..model.layers import projections, text_layers, weights
 from ..model.patch import Forward, patched
 from ..model.protocols import AttentionLayer, Encoding
 from ..plan.directions import EXACT_RTOL, concept_basis, null_basis
@@ -78,7 +78,7 @@ class _Bare:
         return self.unet(x_t, t, encoder_hidden_states=context).sample
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
-        return unet_layers(self.unet)
+        return text_layers(self.unet)
 
     def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         a = self.alphas[t].view(-1, 1, 1, 1)
@@ -96,9 +96,9 @@ class Published:
 
     def __init__(self, teacher: Any, null: Tensor, options: TrainOptions) -> None:
         self.teacher, self.student, self.options = teacher, copy.deepcopy(teacher), options
-        self.modules = projections(unet_layers(self.student))
+        self.modules = projections(text_layers(self.student))
         self.scaled = options.beta * null.float()
-        kv = weights(unet_layers(self.student))
+        kv = weights(text_layers(self.student))
         self.w = {name: nn.Parameter(torch.zeros(len(weight), null.shape[1])) for name, weight in kv.items()}
         self.optimizer = torch.optim.Adam(self.w.values(), lr=options.learning_rate)
 

@@ -157,8 +157,8 @@ def reproject(
         planner.plan_all([d.concept.name for d in deltas])
         for delta, path in zip(deltas, paths, strict=True):
             name = delta.concept.name
-            if delta.info.get("kv_fingerprint") not in (None, fingerprint):
-                log.print(f"Warning: {name!r} was made on K/V weights {delta.info['kv_fingerprint']}, this model has {fingerprint}.")
+            if delta.facts.kv_fingerprint not in ("", fingerprint):
+                log.print(f"Warning: {name!r} was made on K/V weights {delta.facts.kv_fingerprint}, this model has {fingerprint}.")
             new = again(planner, delta, layers)
             linear = {c: float(ratios(planner.prompts.encodings[c].context, delta.down).max()) for c in planner.prompts.names if c != name}
             row: dict[str, Any] = {"from": delta.content_hash(), "leakage_before": max(linear.values(), default=0.0)}

@@ -17,7 +17,7 @@ def inspect(files: Files, as_json: Json = False) -> None:
     for path in files:
         delta = ConceptDelta.load(path)
         extra = {"prompts": delta.concept.prompts, "anchor": delta.concept.anchor, "d_in": delta.d_in, "projections": len(delta.up)}
-        known = [c["name"] for c in delta.info.get("known", [])]
+        known = [c.name for c in delta.known]
         data.append(summary(delta, path) | extra | {"known": known, "info": {k: v for k, v in delta.info.items() if k != "losses"}})
 
     def show() -> None:
@@ -31,29 +31,30 @@ def inspect(files: Files, as_json: Json = False) -> None:
 
 
 def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
-    certificate = delta.info.get("certificate", {})
+    certificate, objective = delta.certificate, delta.facts.objective
+    figures = certificate.to_json()
     keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
-    leak = {f"{k}_max": max(certificate.get(k, {}).values(), default=0.0) for k in ("leakage_linear", "leakage_gated")}
     return {
         "concept": delta.concept.name,
         "file": str(path),
         "bytes": path.stat().st_size,
         "rank": delta.rank,
-        "mode": certificate.get("mode", "?"),
+        "mode": certificate.mode,
         "architecture": delta.architecture,
-        "objective": delta.info.get("objective", {}).get("name", "?"),
-        "steps": delta.info.get("objective", {}).get("steps", 0),
+        "objective": objective.name,
+        "steps": objective.steps,
         "gate": delta.gate,
         "content_hash": delta.content_hash(),
-        **leak,
-        **{k: certificate.get(k) for k in keys},
+        "leakage_linear_max": certificate.worst_leakage,
+        "leakage_gated_max": certificate.worst_leakage_gated,
+        **{k: figures[k] for k in keys},
     }
 
 
 def show_summaries(rows: list[dict[str, Any]]) -> None:
     table = Table("concept", "rank", "mode", "kB", "objective", "steps", "leak (linear)", "leak (gated)", "gate", "margin", "file")
     for r in rows:
-        margin = f"{r['gate_low']:.3f} < {r['gate']:.3f} < {r['gate_high']:.3f}" if r["gate_low"] is not None else "?"
+        margin = f"{r['gate_low']:.3f} < {r['gate']:.3f} < {r['gate_high']:.3f}" if None not in (r["gate_low"], r["gate_high"]) else "?"
         table.add_row(
             r["concept"], str(r["rank"]), r["mode"], f"{r['bytes'] / 1000:.0f}", r["objective"], str(r["steps"]),
             f"{r['leakage_linear_max']:.4f}",

@@ -55,7 +55,7 @@ def verify(
     for delta in deltas:
         delta.check_fits(shapes(layers))
     fingerprint = kv_fingerprint(layers)
-    made = {d.concept.name: d.info.get("kv_fingerprint", fingerprint) for d in deltas}
+    made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas}
     with interruptible() as check, progress_bar() as bar:
         result = measure(host, deltas, preserve, progress(bar, check))
     warnings = [f"{n!r} was made on K/V weights {f}, this model has {fingerprint}." for n, f in made.items() if f != fingerprint]

@@ -20,8 +20,8 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import PLAIN, check_precision, refuse_pickle, write_atomically
+from ..model.families import family_of, find
 from .lora import GATE_OFF, weighed
-from .names import diffusers_names
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx", "*.onnx_data")
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the unmerged file
@@ -49,8 +49,9 @@ def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: st
     if out.suffix.lower() != ".safetensors":
         raise SepMEError(f"{out} is no name for a checkpoint; end it in .safetensors.")
     file = _File.open(model)
-    keys = {name: f"model.diffusion_model.{name}.weight" for name in chosen[0][0].up}
-    _check(model, chosen[0][0], [file], keys)
+    delta = chosen[0][0]
+    keys = _weights(family_of(delta.shapes).file_names(delta.up))
+    _check(model, delta, [file], keys)
     check_replaceable(out, inputs=[model, *(Path(d.file) for d, _ in chosen if d.file)])
     return write_atomically(out, file.merged(chosen, keys))
 
@@ -125,10 +126,14 @@ def _pieces(file: Any, count: int) -> Iterator[bytes]:
         yield piece
 
 
+def _weights(modules: Mapping[str, str]) -> dict[str, str]:
+    return {site: f"{name}.weight" for site, name in modules.items()}
+
+
 def _check(model: Path, delta: ConceptDelta, files: Sequence[_File], keys: Mapping[str, str]) -> None:
     """Raise unless the files hold exactly the delta's projections, in a precision that can be added to."""
-    entries = {key: entry for file in files for key, entry in file.entries.items() if ".attn2.to_" in key}
-    found = {key for key in entries if key.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))}
+    entries = {key: entry for file in files for key, entry in file.entries.items() if key.endswith(".weight")}
+    found = set(_weights(find(key.removesuffix(".weight") for key in entries)).values())
     shapes = {name: tuple(entries[key]["shape"]) for name, key in keys.items() if key in found}
     if shapes != delta.shapes or found != set(keys.values()):
         raise SepMEError(f"{model} is no model of the architecture {delta.architecture} of {delta.concept.name!r}; name the one it is for.")
@@ -141,8 +146,7 @@ def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path
     if not (model / "model_index.json").is_file() or not files:
         raise SepMEError(f"{model} is no diffusers folder with a UNet in safetensors; name one, or a single .safetensors file.")
     delta = chosen[0][0]
-    theirs = diffusers_names(dict.fromkeys(name.rsplit(".", 1)[0] for name in delta.up))
-    keys = {name: f"{theirs[name.rsplit('.', 1)[0]]}.{name.rsplit('.', 1)[1]}.weight" for name in delta.up}
+    keys = _weights(family_of(delta.shapes).to_diffusers(delta.up))
     _check(model, delta, files, keys)
     if out.resolve().is_relative_to(model.resolve()):
         raise SepMEError(f"{out} is the model itself or lies in it; write the merged one to a folder of its own.")

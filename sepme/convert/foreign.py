@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SepMEError, out_of_memory
 from ..files import check_precision, refuse_pickle
-from .names import diffusers_names
+from ..model.families import family_of
 
 PREFIX = re.compile(r"^(?:lora_unet_|base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|unet\.)+")
 DOWN = r"lora_down|lora_A|lora\.down|lora_linear_layer\.down"
@@ -75,11 +75,9 @@ def read_foreign(path: str | Path, base: Mapping[str, Tensor]) -> Foreign:
 
 def _aliases(base: Mapping[str, Tensor]) -> dict[str, str]:
     """Projection names by what others call them, dots written as underscores."""
-    layers = {name.rsplit(".", 1)[0] for name in base}
-    theirs = diffusers_names(layers)
-    pairs = [(name, *name.rsplit(".", 1)) for name in base]
-    both = [(name, f"{theirs[layer]}.{end}") for name, layer, end in pairs] + [(name, name) for name in base]
-    return {alias.replace(".", "_"): name for name, alias in both}
+    family = family_of({name: (weight.shape[0], weight.shape[1]) for name, weight in base.items()})
+    namings = family.to_diffusers(base), family.file_names(base)
+    return {PREFIX.sub("", name).replace(".", "_"): site for names in namings for site, name in names.items()}
 
 
 def _read(path: Path, aliases: Mapping[str, str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], int]:

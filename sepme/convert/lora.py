@@ -17,11 +17,9 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import safetensors_bytes, write_atomically
-from .names import kohya_names
+from ..model.families import family_of
 
 GATE_OFF = "off: a LoRA acts on every prompt, so what the gate keeps bit-identical changes by the linear leakage"
-BASE = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # kohya's names, by which AUTOMATIC1111 sorts its list
-SPEC = {"sd15": "stable-diffusion-v1/lora", "sd21": "stable-diffusion-v2-768-v/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -55,7 +53,7 @@ def lora(
         raise SepMEError(f"A LoRA cannot be written as {dtype}; choose float16, bfloat16 or float32.")
     chosen = weighed(deltas, strengths)
     tensors: dict[str, Tensor] = {}
-    for name, key in kohya_names(deltas[0].up).items():
+    for name, key in family_of(deltas[0].shapes).kohya_names(deltas[0].up).items():
         pairs = [_balanced(s * d.up_factor(name), d.down) for d, s in chosen]
         if any(up.any() for up, _ in pairs):  # values-only deltas leave to_k as it is
             up, down = (torch.cat(side, dim=axis) for side, axis in zip(zip(*pairs, strict=True), (1, 0), strict=True))
@@ -90,7 +88,9 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _metadata(chosen: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
-    architecture, rank = chosen[0][0].architecture, sum(d.rank for d, _ in chosen)
+    shapes, rank = chosen[0][0].shapes, sum(d.rank for d, _ in chosen)
+    family = family_of(shapes)
+    published = family.published(shapes)
     names = ", ".join(d.concept.name for d, _ in chosen)
     facts = {
         "sepme.concepts": json.dumps([{"name": d.concept.name, "strength": s, "content_hash": d.content_hash()} for d, s in chosen]),
@@ -99,12 +99,10 @@ def _metadata(chosen: Sequence[tuple[ConceptDelta, float]]) -> dict[str, str]:
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": SPEC.get(architecture, f"{architecture}/lora"),
+        "modelspec.architecture": f"{family.modelspec if published else family.architecture(shapes)}/lora",
         "modelspec.title": f"SepME: {names}",
         "modelspec.description": f"Erases {names}. The row gate is off in a LoRA; SepME's own files have it.",
     }
     if any(d.pooled is not None for d, _ in chosen):
         facts["sepme.pooled"] = "left out: a LoRA cannot replace the pooled text vector"
-    if architecture in BASE:
-        facts |= {"ss_base_model_version": BASE[architecture], "ss_v2": str(architecture == "sd21")}
-    return facts
+    return {**facts, **(family.lora_facts if published else {})}

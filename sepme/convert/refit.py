@@ -70,7 +70,7 @@ def order_gap(
     Args:
         book: everything known in the end, the delta's own concept included. planner_of: a planner for a part of it.
     """
-    before = {c["name"] for c in delta.info.get("known", [])} | {delta.concept.name}
+    before = {c.name for c in delta.known} | {delta.concept.name}
     late = [c for c in book.concepts if c.name not in before]
     ends = []
     for arriving in (late, late[::-1]):
@@ -88,13 +88,13 @@ def known_to(deltas: Sequence[ConceptDelta], book: ConceptBook) -> ConceptBook:
     concepts = {normalised(d.concept.name): d.concept for d in deltas}
     ordered = [concepts.pop(normalised(c.name), c) for c in book.concepts] + list(concepts.values())
     names, prompts = ({normalised(c.name) for c in ordered}, {normalised(p) for c in ordered for p in c.prompts})
-    for entry in (e for d in deltas for e in d.info.get("known", [])):
-        if normalised(entry["name"]) not in names and not prompts & {normalised(p) for p in entry["prompts"]}:
-            ordered.append(Concept(entry["name"], tuple(entry["prompts"])))
-            names.add(normalised(entry["name"]))
-            prompts |= {normalised(p) for p in entry["prompts"]}
-    kept = [p for d in deltas for p in d.info.get("preserve", {}).get("prompts", [])]
-    preserve = dict.fromkeys([*book.preserve, *(p for p in kept if normalised(p) not in prompts)])
+    for concept in (c for d in deltas for c in d.known):
+        if normalised(concept.name) not in names and not prompts & {normalised(p) for p in concept.prompts}:
+            ordered.append(concept)
+            names.add(normalised(concept.name))
+            prompts |= {normalised(p) for p in concept.prompts}
+    preserved = [p for d in deltas for p in d.preserve.prompts]
+    preserve = dict.fromkeys([*book.preserve, *(p for p in preserved if normalised(p) not in prompts)])
     return replace(book, concepts=tuple(ordered), preserve=tuple(preserve))
 
 
@@ -114,7 +114,7 @@ def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, Attent
     changes = ((name, delta.weight_delta(name)) for name in delta.up)
     facts = {"from": delta.content_hash(), "rank": delta.rank}
     old = {k: v for k, v in delta.info.items() if k in KEPT}
-    recipe = {"reproject": {"from": facts["from"], "recipe": delta.info.get("recipe", {})}}
+    recipe = {"reproject": {"from": facts["from"], "recipe": delta.recipe.data}}
     return _delta(planner, delta.concept, changes, layers, old, "reprojected", facts, recipe)
 
 

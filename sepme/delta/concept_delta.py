@@ -24,8 +24,10 @@ from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
 from ..model.layers import architecture
+from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
-from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, check_info, header_hash, plain_json, read_header
+from .facts import DAMAGE, Facts, Preserve, Recipe
+from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, header_hash, plain_json, read_header
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ConceptDelta:
         down: ``(k, d_in)`` float32, orthonormal rows.
         up: ``(d_out, k)`` float16 by projection name (``<layer>.to_k``); times ``scale`` of the same name it is Y.
         gate: γ of the row gate.
-        info: JSON-able facts: known, preserve, objective, recipe, kv_fingerprint, certificate, clip_skip.
+        info: JSON-able, what else stands in the header; :attr:`facts` is what it means.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
         file: path that it was read from, with forward slashes; empty if from no file.
     """
@@ -100,7 +102,37 @@ class ConceptDelta:
         scales = [torch.full((len(self.up[n]),), self.scale[n]) for n in self.projections]
         return torch.cat([self.up[n].T for n in self.projections], dim=1), torch.cat(scales)
 
+    @cached_property
+    def facts(self) -> Facts:
+        """How it was made and what was measured."""
+        return Facts.from_info(self.info)
+
     @property
+    def certificate(self) -> Certificate:
+        """What was measured of the subspace and the gate."""
+        return self.facts.certificate
+
+    @property
+    def grade(self) -> str:
+        """The certificate in one word: good, fair, poor or unknown."""
+        return self.certificate.grade(self.gate)
+
+    @property
+    def known(self) -> tuple[Concept, ...]:
+        """The other concepts that it was made to leave alone."""
+        return self.facts.known
+
+    @property
+    def preserve(self) -> Preserve:
+        """The prompts that it was made to leave alone."""
+        return self.facts.preserve
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to make it again."""
+        return self.facts.recipe
+
+    @cached_property
     def architecture(self) -> str:
         return architecture(self.shapes)
 
@@ -199,8 +231,8 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         concept = Concept(metadata["concept"], tuple(prompts), metadata.get("anchor", ""))
         gate = float(metadata["gate"])
         info = {k: plain_json(v) for k, v in metadata.items() if k not in OWN and not k.startswith("modelspec.")}
-        check_info(info)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        Facts.from_info(info)
+    except DAMAGE as error:
         raise SepMEError(f"{path}: its metadata is damaged ({first_line(error)}); get the file again.") from None
     if not 0 <= gate <= MAX_GATE:
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")

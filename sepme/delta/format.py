@@ -6,15 +6,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..concepts import Concept, normalised
+from ..concepts import normalised
 from ..errors import SepMEError
 from ..files import refuse_pickle
+from ..model.families import is_site
 
 FORMAT = "sepme.delta/1"
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
@@ -22,7 +22,6 @@ MAX_GATE = 1e6  # of a share of a token's length: 1 or more never opens
 MAX_NUMBER = 1 << 64  # of anything in a header: seeds are the largest that is meant
 POOLED = ("pooled.down", "pooled.anchor")
 OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}  # metadata that is no info
-_UP = re.compile(r"up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
 
 
 def header_hash(metadata: Mapping[str, str]) -> str:
@@ -95,9 +94,9 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     if not (1 <= rank <= MAX_RANK and 1 <= d_in <= MAX_WIDTH):
         raise SepMEError(f"{path}: 'down' has the impossible shape {rank} x {d_in}; this is no delta.")
     for name, entry in declared.items():
-        if name in ("down", *POOLED) or (name.endswith(".scale") and _UP.fullmatch(name[:-6]) and name[:-6] in declared):
+        if name in ("down", *POOLED) or (name.endswith(".scale") and _is_up(name[:-6]) and name[:-6] in declared):
             continue
-        if not _UP.fullmatch(name):
+        if not _is_up(name):
             raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
         if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
             raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
@@ -107,7 +106,7 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
         scale = declared.get(f"{name}.scale")
         if not isinstance(scale, dict) or scale.get("dtype") != "F32" or scale.get("shape") != []:
             raise SepMEError(f"{path}: the scale of tensor {name!r} is missing; the file is damaged.")
-    if not any(_UP.fullmatch(name) for name in declared):
+    if not any(map(_is_up, declared)):
         raise SepMEError(f"{path}: it holds no up-factors; the file is damaged.")
     _check_pooled(path, *(declared.get(name) for name in POOLED))
 
@@ -122,6 +121,10 @@ def _check_pooled(path: Path, down: Any, anchor: Any) -> None:
         raise SepMEError(f"{path}: {POOLED[0]!r} has the impossible shape {rank} x {width}; the file is damaged.")
     if not isinstance(anchor, dict) or anchor.get("dtype") != "F32" or anchor.get("shape") != [rank]:
         raise SepMEError(f"{path}: tensor {POOLED[1]!r} is missing or is not a float32 vector of {rank} values; the file is damaged.")
+
+
+def _is_up(name: str) -> bool:
+    return name.startswith("up.") and is_site(name[3:])
 
 
 def _is_shape(value: Any, dims: int) -> bool:
@@ -149,26 +152,3 @@ def plain_json(text: str) -> Any:
     if depth(data) > MAX_DEPTH:
         raise ValueError("nested too deeply")
     return data
-
-
-def check_info(info: Mapping[str, Any]) -> None:
-    """Raise an error (of any plain type) unless the facts that commands read have the types that they expect."""
-    for concept in info.get("known", []):
-        Concept(concept["name"], tuple(concept["prompts"]))
-    for prompt in info.get("preserve", {}).get("prompts", []):
-        prompt.encode()
-    objective, certificate = info.get("objective", {}), info.get("certificate", {})
-    objective.get("name", "").encode()
-    numbers = [objective.get("steps", 0), *info.get("losses", [])]
-    for name in ("leakage_linear", "leakage_gated"):
-        numbers += certificate.get(name, {}).values()
-    numbers += [certificate.get(n, 0) for n in ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims")]
-    pooled = certificate.get("pooled") or {"mode": "", "residual": 0}
-    pooled["mode"].encode()
-    numbers.append(pooled["residual"])
-    preserve = info.get("preserve", {})
-    numbers += [preserve.get("count", 0), info.get("clip_skip", 0)]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
-        raise ValueError("a figure is no number")
-    if not all(isinstance(v, str) for v in (info.get("kv_fingerprint", ""), certificate.get("mode", ""), preserve.get("sha256") or "")):
-        raise ValueError("kv_fingerprint, mode or sha256 is no text")

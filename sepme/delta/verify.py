@@ -86,7 +86,7 @@ def verify(
         on_progress("Verifying", i, len(deltas))
         name = delta.concept.name
         statistic = ratios(own[name].context, delta.down)
-        prompts = {c["name"]: [p for p in c["prompts"] if not mentions(p, name)] for c in delta.info.get("known", [])}
+        prompts = {c.name: [p for p in c.prompts if not mentions(p, name)] for c in delta.known}
         leakage = {n: _worst(encode(encoder, p), delta) for n, p in prompts.items() if p}
         leakage |= {"(empty prompt)": _worst(empty, delta)} | ({"(preserved prompts)": worst[name]} if name in worst else {})
         foreign = ratios(ordinary, delta.down)[[not mentions(p, name) for p in strangers]]
@@ -108,7 +108,7 @@ def clip_skip_warnings(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> 
     return [
         f"{d.concept.name!r} was made with {made} of CLIP's last layers skipped, here {now} are; its gate may stay shut, set the same."
         for d in deltas
-        if (made := d.info.get("clip_skip", 0)) != now
+        if (made := d.facts.clip_skip) != now
     ]
 
 
@@ -120,7 +120,7 @@ def _preserved(
     encoder: TextEncoder, deltas: Sequence[ConceptDelta], path: str | Path | None, on_progress: OnProgress
 ) -> tuple[dict[str, float], list[str]]:
     """Worst statistic by concept on preserved prompts, the listed and those of the file; and what was not checked."""
-    listed = {d.concept.name: tuple(d.info.get("preserve", {}).get("prompts", ())) for d in deltas}
+    listed = {d.concept.name: d.preserve.prompts for d in deltas}
     encodings = {prompts: encode(encoder, prompts) for prompts in set(listed.values()) if prompts}
     worst = {d.concept.name: _worst(encodings[p], d) for d in deltas if (p := listed[d.concept.name])}
     digests = {p: hashlib.sha256("".join(f"{line}\n" for line in p).encode()) for p in set(listed.values())}
@@ -135,11 +135,11 @@ def _preserved(
             on_progress("Preserve file", done, file.size)
     warnings = []
     for delta in deltas:
-        name, facts = delta.concept.name, delta.info.get("preserve", {})
-        if facts.get("sha256") in (None, digests[listed[name]].hexdigest()):
+        name, facts = delta.concept.name, delta.preserve
+        if facts.sha256 in ("", digests[listed[name]].hexdigest()):
             continue
         if path is None:
-            missing = facts.get("count", 0) - len(listed[name])
+            missing = facts.count - len(listed[name])
             warnings.append(f"{missing} preserved prompts of {name!r} are not in its file and were not checked; give them with --preserve.")
         else:
             warnings.append(f"{path} is not the preserve file that {name!r} was made with; it was checked all the same.")

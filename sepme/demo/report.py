@@ -67,7 +67,7 @@ def heat_map(matrix: Tensor, names: Sequence[str], title: str) -> str:
 def loss_curves(deltas: dict[str, ConceptDelta]) -> str:
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for name, delta in deltas.items():
-        losses = torch.tensor(delta.info["losses"])
+        losses = torch.tensor(delta.facts.losses)
         axes.plot(losses / losses[0].abs().clamp_min(1e-9), label=name, linewidth=1)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_xlabel("step")
@@ -124,7 +124,7 @@ def write_report(
         ],
         losses=loss_curves(deltas["gcirs"]),
         deltas=[
-            {"name": n, "rank": d.rank, "gate": d.gate, "certificate": d.info["certificate"], "hash": d.content_hash()[:12]}
+            {"name": n, "rank": d.rank, "gate": d.gate, "certificate": d.certificate.to_json(), "hash": d.content_hash()[:12]}
             for n, d in deltas["gcirs"].items()
         ],
     )

@@ -192,17 +192,17 @@ def make(host: DiffusersHost, cell: Condition, planners: dict[Any, Planner]) -> 
     planned = time.perf_counter()
     how = TrainOptions.for_mode(objective=cell.objective, values_only=cell.values_only)
     deltas: list[ConceptDelta] = [make_delta(planners[key], n, host, how) for n in NAMES[: cell.count]]
-    certificates = [d.info["certificate"] for d in deltas]
-    worst = [max(c["leakage_linear"].values()) for c in certificates]
+    certificates = [d.certificate for d in deltas]
+    worst = [c.worst_leakage for c in certificates]
     facts = {
         "leakage_worst": max(worst),
         "leakage_median": median(worst),
-        "leakage_gated_worst": max(v for c in certificates for v in c["leakage_gated"].values()),
-        "kept_energy_min": min(c["kept_energy"] for c in certificates),
-        "gate_separates": sum(c["gate_overlap"] == 0 for c in certificates) / cell.count,
-        "false_touch_rate": sum(c["false_touch_rate"] for c in certificates) / cell.count,
-        "rank_median": median(c["rank"] for c in certificates),
-        "null_dims_min": min(c["null_dims"] for c in certificates),
+        "leakage_gated_worst": max(c.worst_leakage_gated for c in certificates),
+        "kept_energy_min": min(c.kept_energy for c in certificates),
+        "gate_separates": sum(c.gate_overlap == 0 for c in certificates) / cell.count,
+        "false_touch_rate": sum(c.false_touch_rate for c in certificates) / cell.count,
+        "rank_median": median(c.rank for c in certificates),
+        "null_dims_min": min(c.null_dims for c in certificates),
         "seconds_plan": planned - started,
         "seconds_fill": time.perf_counter() - planned,
     }

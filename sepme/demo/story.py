@@ -286,7 +286,7 @@ def tell(host: DiffusersHost, out: Path, images: int = 20, concepts: int = 12, o
     for objective, key in (("gcirs", "gcirs"), ("closed-form", "closed_form")):
         deltas, seconds = make_all(host, planner, names, TrainOptions.for_mode(objective=objective), out / "deltas" / key, on_progress)
         composition = Composition(tuple(deltas.values()))
-        certificates = [d.info["certificate"] for d in deltas.values()]
+        certificates = [d.certificate for d in deltas.values()]
         gated: dict[bool, dict[str, Any]] = {}
         for gate in (True, False):
             what = f"{'G-CiRs' if key == 'gcirs' else 'Closed form'}: pictures, gate {'on' if gate else 'off'}"
@@ -299,15 +299,15 @@ def tell(host: DiffusersHost, out: Path, images: int = 20, concepts: int = 12, o
 
             figures, show = story.measure(composition, gate, tick)
             figures |= story.half_precision(half, composition, gate, half_stock)
-            linear = max(v for c in certificates for v in c["leakage_linear"].values())
+            linear = max(c.worst_leakage for c in certificates)
             figures["leakage_linear_max"] = linear
-            figures["leakage_gated_max"] = max(v for c in certificates for v in c["leakage_gated"].values()) if gate else linear
+            figures["leakage_gated_max"] = max(c.worst_leakage_gated for c in certificates) if gate else linear
             gated[gate] = figures
             shows[f"{key}{'' if gate else '_gate_off'}"] = show
             matrices[f"{key}{'' if gate else '_gate_off'}"] = interference(host, planner, composition, gate)
         results[key] = gated[True] | {
-            "false_touch_rate": sum(c["false_touch_rate"] for c in certificates) / len(certificates),
-            "kept_energy_min": min(c["kept_energy"] for c in certificates),
+            "false_touch_rate": sum(c.false_touch_rate for c in certificates) / len(certificates),
+            "kept_energy_min": min(c.kept_energy for c in certificates),
             "delta_bytes_max": max((out / "deltas" / key / f"{file_name(n)}.safetensors").stat().st_size for n in names),
             "seconds_per_concept": seconds,
             "gate_off": gated[False],

@@ -177,9 +177,9 @@ def _made(path: Path, planner: Planner, options: TrainOptions) -> ConceptDelta |
     if not path.exists() or not _times(path).exists():
         return None
     delta = ConceptDelta.load(path)
-    recipe = delta.info.get("recipe", {})
-    same = recipe.get("train") == asdict(options) and recipe.get("book") == json.loads(planner.book.dumps())
-    return delta if same and recipe.get("plan") == asdict(planner.options) else None
+    recipe = delta.recipe
+    same = recipe.train == asdict(options) and recipe.book == json.loads(planner.book.dumps())
+    return delta if same and recipe.plan == asdict(planner.options) else None
 
 
 def _times(path: Path) -> Path:

@@ -204,4 +204,4 @@ def order_gaps(easel: Easel, planner_of: Callable[[ConceptBook], Planner], optio
 
 
 def losses(deltas: Mapping[str, ConceptDelta]) -> dict[str, list[float]]:
-    return {name: list(d.info.get("losses", [])) for name, d in deltas.items()}
+    return {name: list(d.facts.losses) for name, d in deltas.items()}

@@ -14,7 +14,7 @@ from ..apply.projector import KVProjector
 from ..apply.toggles import Toggles, merge, parse_tags, strengths
 from ..checks import SEEDS, check_finite, check_number
 from ..errors import SepMEError
-from ..model.layers import unet_layers
+from ..model.layers import text_layers
 from ..model.protocols import AttentionLayer, Encoding
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 
@@ -42,7 +42,7 @@ class DiffusersHost:
         steps = 2 ** (len(self.unet.config.block_out_channels) - 1)
         if size is not None and (size < 1 or size % (steps * pipe.vae_scale_factor)):
             raise SepMEError(f"Images of this model have sides that are multiples of {steps * pipe.vae_scale_factor} pixels, not {size}.")
-        self._layers = unet_layers(pipe.unet)
+        self._layers = text_layers(pipe.unet)
 
     @staticmethod
     def load(model: str, dtype: torch.dtype = torch.float32, options: LoadOptions | None = None) -> DiffusersHost:

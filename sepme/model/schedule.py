@@ -13,8 +13,6 @@ from torch import Tensor
 from ..checks import check_finite
 from .protocols import AttentionLayer, Denoiser
 
-SIDES = {768: 64, 1024: 64, 2048: 128}  # latents of SD1.x, SD2.x and SDXL, by width of the context
-
 
 def timesteps(steps: int, total: int) -> Tensor:
     """``(steps,)`` int64, descending: every ``total / steps``-th training timestep, shifted by one as Stable Diffusion does."""

@@ -97,8 +97,8 @@ def capacity(
 
         planner = Planner(encoder, extended(book, count), options, on_progress=progress)
         certificates = [s.certificate for s in planner.plan_all().values()]
-        linear = [max(c.leakage_linear.values()) for c in certificates]
-        gated = [max(c.leakage_gated.values()) for c in certificates]
+        linear = [c.worst_leakage for c in certificates]
+        gated = [c.worst_leakage_gated for c in certificates]
         kept = [c.kept_energy for c in certificates]
         rows.append(
             CapacityRow(
@@ -111,7 +111,7 @@ def capacity(
                 kept_energy_min=min(kept),
                 kept_energy_median=median(kept),
                 gate_open=sum(s.certificate.gate_high > s.gate for s in planner.plan_all().values()) / count,
-                dims_left=min(c.null_dims for c in certificates),
+                dims_left=int(min(c.null_dims for c in certificates)),
             )
         )
     return rows

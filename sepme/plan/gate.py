@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from ..files import number, text
 
 # Rounding c to bfloat16 moves it by at most 2⁻⁹ ‖c‖, and so the statistic by at most 2⁻⁸; float16 is finer.
 ROUNDING = 2.0**-8
@@ -30,7 +33,7 @@ class Certificate:
             All are the worst that rounding to half precision makes of them.
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
         rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
-            leaves under the tolerance). mode: how D was chosen, ``auto`` resolved.
+            leaves under the tolerance). Both are whole numbers. mode: how D was chosen, ``auto`` resolved.
         pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
     """
 
@@ -40,18 +43,57 @@ class Certificate:
     gate_low: float
     gate_high: float
     false_touch_rate: float
-    rank: int
-    null_dims: int
+    rank: float
+    null_dims: float
     mode: str = "tolerance"
     pooled: dict[str, Any] | None = None
 
     @property
     def gate_overlap(self) -> float:
         """By how much prompts that must stay untouched reach into the concept's own; 0 when the gate separates them."""
-        return max(0.0, self.gate_low - self.gate_high)
+        return max(self.gate_low - self.gate_high, 0.0)
+
+    @property
+    def worst_leakage(self) -> float:
+        """The worst of ``leakage_linear``: what the strongest known prompt feels of a delta without its gate."""
+        return max(self.leakage_linear.values(), default=0.0)
+
+    @property
+    def worst_leakage_gated(self) -> float:
+        """The worst of ``leakage_gated``: 0 where the gate spares every known prompt."""
+        return max(self.leakage_gated.values(), default=0.0)
+
+    def grade(self, gate: float) -> str:
+        """The certificate in one word, for a gate of this threshold.
+
+        ``poor``: prompts that must not change pass the gate, or the concept's own do not. ``fair``: ordinary prompts pass it, or it
+        has little room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no figures.
+        """
+        if any(map(isnan, (gate, self.gate_low, self.gate_high))):
+            return "unknown"
+        if any(self.leakage_gated.values()) or gate >= self.gate_high:
+            return "poor"
+        return "fair" if self.false_touch_rate > 0 or self.gate_high - self.gate_low < 0.1 * self.gate_high else "good"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"gate_overlap": self.gate_overlap}
+        """As it stands in files; figures that are not known are None."""
+        facts = asdict(self) | {"gate_overlap": self.gate_overlap}
+        return {key: None if isinstance(value, float) and isnan(value) else value for key, value in facts.items()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Certificate:
+        """The certificate that stands in a file; figures that it does not say become NaN.
+
+        Raises:
+            TypeError, ValueError, AttributeError, KeyError: something is of another type than it should be.
+        """
+        linear, gated = ({n: number(v) for n, v in data.get(f"leakage_{kind}", {}).items()} for kind in ("linear", "gated"))
+        names = ("kept_energy", "gate_low", "gate_high", "false_touch_rate", "rank", "null_dims")
+        pooled = data.get("pooled")
+        if pooled is not None:
+            text(pooled["mode"]), number(pooled["residual"])
+        figures = {name: number(data.get(name, nan)) for name in names}
+        return Certificate(linear, gated, **figures, mode=text(data.get("mode", "?")), pooled=pooled)
 
 
 @cache

@@ -14,33 +14,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sepme.convert import export_lora
-from sepme.convert.names import diffusers_names
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
-from sepme.model.layers import diffusers_to_ldm, projections, unet_layers, weights
+from sepme.model.families.unet import diffusers_to_ldm
+from sepme.model.layers import projections, text_layers, weights
 
 SD15 = ([[1, 1], [1, 1], [1, 1], [0, 0]], 1, [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
-SDXL = ([[0, 0], [2, 2], [10, 10]], 10, [[10, 10, 10], [2, 2, 2], [0, 0, 0]])
-SMALL = ([[1], [1]], 1, [[1, 1], [0, 0]])
-LARGE = ([[0, 0, 0], [1, 1, 1], [0, 0, 0], [3, 3, 3]], 3, [[3, 3, 3, 3], [0] * 4, [1] * 4, [0] * 4])
-NO_MIDDLE = ([[1]], 0, [[1, 1]])
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-@pytest.mark.parametrize("blocks", [SD15, SDXL, SMALL, LARGE, NO_MIDDLE])
-def test_names_invert_the_known_map(blocks: Any) -> None:
-    known = diffusers_to_ldm(*blocks)
-    assert diffusers_names(known.values()) == {ldm: theirs for theirs, ldm in known.items()}
-
-
-@pytest.mark.parametrize("layers", [["transformer.1.attn2"], ["middle_block.1.transformer_blocks.0.attn2"], []])
-def test_foreign_layers_have_no_names(layers: list[str]) -> None:
-    with pytest.raises(SepMEError, match="not those of a Stable Diffusion UNet"):
-        diffusers_names(layers)
 
 
 def test_kohya_key_of_sd15(make_random_delta: Callable[..., ConceptDelta], tmp_path: Path) -> None:
@@ -83,7 +67,7 @@ def test_factors_strengths_and_metadata(
 def host_names(host: Any) -> dict[str, str]:
     """Canonical names by diffusers' names, found in the UNet itself."""
     by_module = {id(m): n for n, m in host.unet.named_modules()}
-    return {by_module[id(layer)]: ldm for ldm, layer in unet_layers(host.unet).items()}
+    return {by_module[id(layer)]: ldm for ldm, layer in text_layers(host.unet).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -116,7 +100,7 @@ def test_diffusers_loads_every_kind(kind: str, make_random_delta: Callable[..., 
     """The published layouts, SDXL's blocks of two and ten transformers included."""
     pytest.importorskip("peft")
     pipe = ldm_files.pipeline(kind)
-    layers = unet_layers(pipe.unet)
+    layers = text_layers(pipe.unet)
     before = weights(layers)
     delta = make_random_delta("star", {n: (w.shape[0], w.shape[1]) for n, w in before.items()})
     pipe.load_lora_weights(export_lora([delta], tmp_path / "lora.safetensors", dtype=torch.float32))

@@ -24,7 +24,7 @@ from sepme.convert.refit import refit, response_gap
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
 from sepme.hosts.diffusers import DiffusersHost
-from sepme.model.layers import projections, unet_layers, weights
+from sepme.model.layers import projections, text_layers, weights
 from sepme.plan.directions import PlanOptions
 from sepme.plan.gate import ratios
 from sepme.plan.planner import Planner
@@ -56,7 +56,7 @@ def star(planner: Planner, host: Any) -> ConceptDelta:
 def theirs(host: Any) -> dict[str, str]:
     """diffusers' module names by projection name."""
     by_module = {id(m): n for n, m in host.unet.named_modules()}
-    return {f"{ldm}.{p}": f"{by_module[id(layer)]}.{p}" for ldm, layer in unet_layers(host.unet).items() for p in ("to_k", "to_v")}
+    return {f"{ldm}.{p}": f"{by_module[id(layer)]}.{p}" for ldm, layer in text_layers(host.unet).items() for p in ("to_k", "to_v")}
 
 
 def lora_files(host: Any, delta: ConceptDelta, folder: Path) -> dict[str, Path]:
@@ -189,7 +189,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def test_single_file_merged(kind: str, dtype: torch.dtype, make_random_delta: Callable[..., ConceptDelta], tmp_path: Path) -> None:
     """The same keys, shapes and types; K and V changed by Σ s ΔW, all else byte-identical; imported back as a difference."""
     pipe = ldm_files.pipeline(kind)
-    kv = weights(unet_layers(pipe.unet))
+    kv = weights(text_layers(pipe.unet))
     shapes = {n: (w.shape[0], w.shape[1]) for n, w in kv.items()}
     deltas = [make_random_delta("star", shapes, seed=1, size=0.1), make_random_delta("moon", shapes, seed=2, size=0.1)]
     model = ldm_files.save_single_file(
@@ -209,7 +209,7 @@ def test_single_file_merged(kind: str, dtype: torch.dtype, make_random_delta: Ca
     assert metadata["modelspec.title"] == "x"
     assert metadata["sepme.gate"].startswith("off")
     assert "sshs_model_hash" not in metadata
-    foreign = read_foreign(out, weights(unet_layers(pipe.unet)))
+    foreign = read_foreign(out, weights(text_layers(pipe.unet)))
     assert set(foreign.changes) == set(kv)
     assert foreign.others == len(before) - len(kv)
 
@@ -392,7 +392,7 @@ def test_models_that_cannot_be_merged_into(make_host: Callable[..., Any], star: 
 
 def test_overflow_is_refused(make_random_delta: Callable[..., ConceptDelta], tmp_path: Path) -> None:
     pipe = ldm_files.pipeline("sd1")
-    shapes = {n: (w.shape[0], w.shape[1]) for n, w in weights(unet_layers(pipe.unet)).items()}
+    shapes = {n: (w.shape[0], w.shape[1]) for n, w in weights(text_layers(pipe.unet)).items()}
     model = ldm_files.save_single_file(pipe.to(torch.float16), "sd1", tmp_path / "model.safetensors")
     with pytest.raises(SepMEError, match="would overflow F16"):
         export_checkpoint([make_random_delta("star", shapes, size=1e6)], model, tmp_path / "out.safetensors")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sepme.model.layers import architecture, diffusers_to_ldm, kv_fingerprint, projections, unet_layers, weights
+from sepme.model.layers import architecture, kv_fingerprint, projections, text_layers, weights
 
 SD15 = [f"input_blocks.{i}.1" for i in (1, 2, 4, 5, 7, 8)] + ["middle_block.1"] + [f"output_blocks.{i}.1" for i in range(3, 12)]
 
@@ -28,7 +28,7 @@ def sd15_shaped() -> UNet2DConditionModel:
 
 def test_sd15_names_in_forward_order(sd15_shaped: UNet2DConditionModel) -> None:
     """The 16 canonical names, and their order is the order in which a forward pass meets them."""
-    layers = unet_layers(sd15_shaped)
+    layers = text_layers(sd15_shaped)
     assert list(layers) == tail(SD15)
     met, names = [], {id(layer): name for name, layer in layers.items()}
     handles = [layer.register_forward_hook(lambda m, a, o: met.append(names[id(m)])) for layer in layers.values()]
@@ -41,29 +41,25 @@ def test_sd15_names_in_forward_order(sd15_shaped: UNet2DConditionModel) -> None:
 
 def test_all_cross_attention_is_found(sd15_shaped: UNet2DConditionModel) -> None:
     theirs = {n for n, _ in sd15_shaped.named_modules() if n.endswith("attn2")}
-    found = {id(m) for m in unet_layers(sd15_shaped).values()}
+    found = {id(m) for m in text_layers(sd15_shaped).values()}
     assert found == {id(sd15_shaped.get_submodule(n)) for n in theirs}
     assert len(found) == len(theirs) == 16
 
 
-def test_sdxl_names() -> None:
-    """SDXL: no attention in the first block, depths 2 and 10; 70 layers."""
-    names = list(diffusers_to_ldm([[0, 0], [2, 2], [10, 10]], 10, [[10, 10, 10], [2, 2, 2], [0, 0, 0]]).values())
-    assert len(names) == len(set(names)) == 70
-    blocks = list(dict.fromkeys(n.split(".transformer")[0] for n in names))
-    assert blocks == [f"input_blocks.{i}.1" for i in (4, 5, 7, 8)] + ["middle_block.1"] + [f"output_blocks.{i}.1" for i in range(6)]
-    assert names[-1] == "output_blocks.5.1.transformer_blocks.1.attn2"
-
-
-def test_names_map_one_to_one() -> None:
-    names = diffusers_to_ldm([[1, 1], [0, 0]], 0, [[0, 0, 0], [1, 1, 1]])
-    assert names == {
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2": "input_blocks.1.1.transformer_blocks.0.attn2",
-        "down_blocks.0.attentions.1.transformer_blocks.0.attn2": "input_blocks.2.1.transformer_blocks.0.attn2",
-        "up_blocks.1.attentions.0.transformer_blocks.0.attn2": "output_blocks.3.1.transformer_blocks.0.attn2",
-        "up_blocks.1.attentions.1.transformer_blocks.0.attn2": "output_blocks.4.1.transformer_blocks.0.attn2",
-        "up_blocks.1.attentions.2.transformer_blocks.0.attn2": "output_blocks.5.1.transformer_blocks.0.attn2",
-    }
+def test_compiled_models_are_looked_through() -> None:
+    """``torch.compile`` around the whole, a block, a layer or a projection: the same names, and modules that hold the same weights."""
+    model = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    stock = weights(text_layers(model))
+    block = model.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn2.to_v = torch.compile(block.attn2.to_v)
+    model.mid_block.attentions[0].transformer_blocks[0].attn2 = torch.compile(model.mid_block.attentions[0].transformer_blocks[0].attn2)
+    model.up_blocks[1] = torch.compile(model.up_blocks[1])
+    found = weights(text_layers(torch.compile(model)))
+    assert list(found) == list(stock)
+    assert all(found[n].data_ptr() == stock[n].data_ptr() for n in stock)
 
 
 def test_unet_without_middle_attention() -> None:
@@ -71,11 +67,11 @@ def test_unet_without_middle_attention() -> None:
         sample_size=8, block_out_channels=(4, 8), norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2, layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), mid_block_type=None,
     )  # fmt: skip
-    assert list(unet_layers(unet)) == tail(["input_blocks.3.1", "output_blocks.0.1", "output_blocks.1.1"])
+    assert list(text_layers(unet)) == tail(["input_blocks.3.1", "output_blocks.0.1", "output_blocks.1.1"])
 
 
 def test_projections_and_weights(sd15_shaped: UNet2DConditionModel) -> None:
-    layers = unet_layers(sd15_shaped)
+    layers = text_layers(sd15_shaped)
     modules = projections(layers)
     assert len(modules) == 32
     first = tail(SD15)[0]
@@ -88,7 +84,7 @@ def test_projections_and_weights(sd15_shaped: UNet2DConditionModel) -> None:
 
 @pytest.mark.parametrize(("d_in", "count", "name"), [(768, 32, "sd15"), (1024, 32, "sd21"), (2048, 140, "sdxl")])
 def test_known_architectures(d_in: int, count: int, name: str) -> None:
-    assert architecture({f"l{i}": (320, d_in) for i in range(count)}) == name
+    assert architecture({f"input_blocks.{i}.1.transformer_blocks.0.attn2.to_k": (320, d_in) for i in range(count)}) == name
 
 
 def test_structural_architectures_tell_models_apart() -> None:

@@ -24,7 +24,8 @@ from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
 from sepme.hosts import ldm, loading, tokenizers
 from sepme.hosts.diffusers import DiffusersHost, LoadOptions
-from sepme.model.layers import architecture, diffusers_to_ldm, kv_fingerprint
+from sepme.model.families.unet import diffusers_to_ldm
+from sepme.model.layers import architecture, kv_fingerprint
 from sepme.plan.directions import PlanOptions
 from sepme.plan.gate import ordinary_prompts
 from sepme.plan.planner import Planner

@@ -9,7 +9,8 @@ from modules import shared
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
-from ....sepme.model.layers import architecture, ldm_layers, shapes
+from ....sepme.model.families import labels
+from ....sepme.model.layers import architecture, shapes, text_layers
 from ....sepme.model.protocols import AttentionLayer
 
 CHUNK = 77  # tokens of a prompt's chunk
@@ -38,9 +39,9 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     Raises:
         SepMEError: it has none that a delta could be for.
     """
-    layers = ldm_layers(unet_of(model))
+    layers = text_layers(unet_of(model))
     if not layers:
-        raise SepMEError("The loaded checkpoint is no SD1.x, SD2.x or SDXL; SepME edits the text layers of those only.")
+        raise SepMEError(f"The loaded checkpoint is no {labels()}; SepME edits the text layers of those only.")
     return layers
 
 

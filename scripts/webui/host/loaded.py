@@ -12,9 +12,9 @@ from modules import devices, prompt_parser, shared
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
-from ....sepme.model.layers import leave_inference_mode, shapes
+from ....sepme.model.layers import latent_side, leave_inference_mode
 from ....sepme.model.protocols import AttentionLayer, Encoding
-from ....sepme.model.schedule import SIDES, DDIMDenoiser
+from ....sepme.model.schedule import DDIMDenoiser
 from .checkpoint import CHUNK, ClipSkip, attention_layers, crossattn, is_forge, load_forge, unet_of, use_clip_skip
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
@@ -35,8 +35,7 @@ class LoadedModel(DDIMDenoiser):
         if kind not in ("epsilon", "v"):
             raise SepMEError(f"The loaded checkpoint predicts {kind}; SepME trains on those that predict noise or v.")
         self.predicts_v = kind == "v"
-        width = shapes(self._layers).popitem()[1][1]
-        self.side = SIDES.get(width, getattr(self.unet, "image_size", 64))
+        self.side = latent_side(self._layers) or getattr(self.unet, "image_size", 64)
         self._tail: Tensor | None = None
         self.clip_skip = ClipSkip(model).clip_skip
 

@@ -97,7 +97,12 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     assert status.count("<tr>") == 3, status
     assert (page.models / "sepme" / "new" / "house.safetensors").exists()
     assert generate(page, "a house", True, ["house"], "", True, "auto")[0] != generate(page, "a house")[0]
+    grades = [part for part in ("good", "fair", "poor") if f">{part}<" in status]
+    assert "certificate" in status
+    assert grades
     status, _ = call(page, "sepme_verify", ["house", "tree"])
+    assert "certificate" in status
+    assert [part for part in ("good", "fair", "poor") if f">{part}<" in status] == grades  # the one that ComfyUI shows
     assert status.count("yes") == 2, status
     status, _ = call(page, "sepme_export", ["house"], "LoRA", "houses", "")
     assert "Wrote" in status

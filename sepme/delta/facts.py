@@ -1,0 +1,121 @@
+"""What a delta's header says of how it was made and what was measured, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..concepts import Concept
+from ..files import number, text
+from ..plan.gate import Certificate
+from .format import plain_json
+
+DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RecursionError)  # what reading a damaged part raises
+
+
+@dataclass(frozen=True)
+class Preserve:
+    """Prompts that must not change: of a short list the prompts, of any its length and SHA-256."""
+
+    prompts: tuple[str, ...] = ()
+    count: int = 0
+    sha256: str = ""
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Preserve:
+        prompts = tuple(map(text, data.get("prompts", ())))
+        return Preserve(prompts, number(data.get("count", 0)), text(data.get("sha256") or ""))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a delta again, as it stands in the file: the settings of training and planning, the concept book."""
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Recipe:
+        for key in ("train", "plan"):
+            data.get(key, {}).items()
+        return Recipe(data)
+
+    @property
+    def train(self) -> Mapping[str, Any]:
+        return self.data.get("train", {})
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        return self.data.get("plan", {})
+
+    @property
+    def book(self) -> Any:
+        return self.data.get("book")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Name of the objective that was trained, and how many steps it took."""
+
+    name: str = "?"
+    steps: int = 0
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Objective:
+        return Objective(text(data.get("name", "?")), number(data.get("steps", 0)))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that is known of a delta beside its tensors, concept and gate.
+
+    Attributes:
+        certificate: what was measured; its figures are NaN where the file does not say them.
+        known: the concepts that it leaves alone. preserve: the prompts that it leaves alone.
+        losses: of every step. kv_fingerprint: of the checkpoint that it was made on, empty if unknown.
+        clip_skip: how many of CLIP's last layers were skipped.
+    """
+
+    certificate: Certificate = field(default_factory=lambda: Certificate.from_json({}))
+    known: tuple[Concept, ...] = ()
+    preserve: Preserve = Preserve()
+    recipe: Recipe = Recipe()
+    objective: Objective = Objective()
+    losses: tuple[float, ...] = ()
+    kv_fingerprint: str = ""
+    clip_skip: int = 0
+
+    @staticmethod
+    def from_info(info: Mapping[str, Any]) -> Facts:
+        """The facts that stand in ``ConceptDelta.info``.
+
+        Raises:
+            One of ``DAMAGE``: something is of another type than it should be.
+        """
+        return Facts(**{name: read(info[name]) for name, read in _READERS.items() if name in info})
+
+    @staticmethod
+    def from_header(metadata: Mapping[str, str]) -> Facts:
+        """The facts of a file that is not loaded; damaged ones are left out."""
+        found: dict[str, Any] = {}
+        for name, read in _READERS.items():
+            with suppress(*DAMAGE):
+                found[name] = read(plain_json(metadata[name]))
+        return Facts(**found)
+
+
+def _known(data: Sequence[Mapping[str, Any]]) -> tuple[Concept, ...]:
+    return tuple(Concept(entry["name"], tuple(entry["prompts"])) for entry in data)
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "certificate": Certificate.from_json,
+    "known": _known,
+    "preserve": Preserve.from_json,
+    "recipe": Recipe.from_json,
+    "objective": Objective.from_json,
+    "losses": lambda data: tuple(map(number, data)),
+    "kv_fingerprint": text,
+    "clip_skip": number,
+}

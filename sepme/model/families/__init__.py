@@ -1,0 +1,51 @@
+"""Families of models, one data file each; every file here with a ``FAMILY`` is one (see README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .family import CONTEXT, Family, Projection, Shapes
+from .unet import ENDS
+from .unet import FAMILY as UNET
+
+_FILES = (import_module(f".{module.name}", __name__) for module in iter_modules(__path__))
+_PUBLISHED = [file.FAMILY for file in _FILES if getattr(file, "FAMILY", UNET) is not UNET]
+FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises a model has it
+
+__all__ = ["CONTEXT", "FAMILIES", "Family", "Projection", "Shapes", "ends", "family_of", "find", "is_site", "labels"]
+
+
+def family_of(shapes: Shapes) -> Family:
+    """The family of a model with these ``(d_out, d_in)`` by site; UNets of unpublished sizes if there is no other."""
+    return next((f for f in FAMILIES if f.recognises(shapes)), UNET)
+
+
+def find(names: Iterable[str]) -> dict[str, str]:
+    """Sites that read the context, in the order of the forward pass, and the name of each among ``names``; see :meth:`Family.find`."""
+    names = list(names)
+    return next((found for family in FAMILIES if (found := family.find(names))), {})
+
+
+def is_site(name: str) -> bool:
+    """Whether some family has a site of this name."""
+    return any(family.has(name) for family in FAMILIES)
+
+
+@cache
+def ends(layer: str) -> dict[str, str]:
+    """Names of a layer's modules by the last part of its sites' names; those of UNets for a layer of no known family."""
+    for family in FAMILIES:
+        sites = (f"{layer}.{p.site.rpartition('.')[2]}" for p in family.projections)
+        paths = family.file_names(site for site in sites if family.has(site))
+        if paths:
+            return {site.rpartition(".")[2]: path.rpartition(".")[2] for site, path in paths.items()}
+    return {end: end for end in ENDS}
+
+
+def labels() -> str:
+    """What people call the models, as messages list them: ``SD1.x, SD2.x or SDXL``."""
+    *most, last = [f.label for f in FAMILIES if f.label]
+    return f"{', '.join(most)} or {last}"
