@@ -1,4 +1,4 @@
-"""All methods of an evaluation under their keys: this project's, the rivals' losses under weight decoupling and as published, baselines."""
+"""All methods of an evaluation under their keys: this project's, the baselines' losses under weight decoupling and as published, baselines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import Progress, TrainOptions, make_delta
-from .closed import speed, uce
+from .closed_forms import speed, uce
 from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed
 from .lora import train_lora
 
-RIVALS = {"esd": "trajectory", "sdd": "trajectory", "ablation": "anchor", "fmn": "drawn"}  # where the published form takes x_t from
+PUBLISHED = {"esd": "trajectory", "sdd": "trajectory", "ablation": "anchor", "fmn": "drawn"}  # where the published form takes x_t from
 KEYS = (
-    "sepme_gcirs", "sepme_closed_form", *RIVALS, *(f"{r}_wd" for r in RIVALS),
+    "sepme_gcirs", "sepme_closed_form", *PUBLISHED, *(f"{r}_wd" for r in PUBLISHED),
     "uce", "speed", "lora_sum", "negative_prompt", "keyword_filter",
 )  # fmt: skip
 EVERYTHING = "everything"
@@ -39,7 +39,7 @@ class Made:
 
 
 @dataclass
-class Workshop:
+class MethodMaker:
     """Makes methods, each in a folder of its own; what is there from the same settings is not made again.
 
     Attributes:
@@ -79,9 +79,9 @@ class Workshop:
             return self._lora(given)
         objective = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}.get(key, key.removesuffix("_wd"))
         planner = self._planner(given.pop("anchor", None))
-        if key in RIVALS:
+        if key in PUBLISHED:
             return self._published(
-                key, planner, _options(key, {"source": RIVALS[key]} | given | {"objective": objective, "mode": "unrestricted"})
+                key, planner, _options(key, {"source": PUBLISHED[key]} | given | {"objective": objective, "mode": "unrestricted"})
             )
         options = _options(key, given | {"objective": objective, "mode": "subspace"})
         planner.plan_all()

@@ -1,4 +1,4 @@
-"""Closed-form rivals: one solve for a whole set of concepts, nothing to toggle."""
+"""Closed-form baselines: one solve for a whole set of concepts, nothing to toggle."""
 
 from __future__ import annotations
 
