@@ -17,10 +17,11 @@ from ..errors import SepMEError
 from ..files import refuse_pickle
 
 FORMAT = "sepme.delta/1"
+CONTEXT = "context"  # the site of a context edit among the up-factors
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
 POOLED = ("pooled.down", "pooled.anchor")
 OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}  # metadata that is no info
-_UP = re.compile(r"up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
+_UP = re.compile(r"up\.context|up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
 
 
 def header_hash(metadata: Mapping[str, str]) -> str:
@@ -78,8 +79,9 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
         if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
             raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
         shape = entry["shape"]
-        if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH:
-            raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected (d_out, {rank}); the file is damaged.")
+        if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH or (name == f"up.{CONTEXT}" and shape[0] != d_in):
+            rows = d_in if name == f"up.{CONTEXT}" else "d_out"
+            raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected ({rows}, {rank}); the file is damaged.")
         scale = declared.get(f"{name}.scale")
         if not isinstance(scale, dict) or scale.get("dtype") != "F32" or scale.get("shape") != []:
             raise SepMEError(f"{path}: the scale of tensor {name!r} is missing; the file is damaged.")

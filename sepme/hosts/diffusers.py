@@ -206,11 +206,11 @@ class DiffusersHost:
                 on_step(index)
             return kwargs
 
-        def run(pooled: tuple[Tensor, Tensor] | None) -> Tensor:
+        def run(contexts: tuple[Tensor, Tensor], pooled: tuple[Tensor, Tensor] | None) -> Tensor:
             extra = {} if pooled is None else {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
             out = self.pipe(
-                prompt_embeds=cond.context,
-                negative_prompt_embeds=uncond.context,
+                prompt_embeds=contexts[1],
+                negative_prompt_embeds=contexts[0],
                 latents=self.latents(seeds),
                 height=self.side * self.pipe.vae_scale_factor,
                 width=self.side * self.pipe.vae_scale_factor,
@@ -228,16 +228,22 @@ class DiffusersHost:
         pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
         with torch.no_grad():
             if composition is None or not composition.deltas:
-                return run(pooled)
+                return run((uncond.context, cond.context), pooled)
             base = toggles or {}
             rows = [merge(base, t) for t in tags]
+            table = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.names)
+            plain = torch.cat([uncond.context, cond.context])
             if pooled is not None:
-                both = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.names)
-                contexts = torch.cat([uncond.context, cond.context])
-                first, second = composition.replace_pooled(torch.cat(pooled), contexts, both, gate).chunk(2)
-                pooled = first, second
-            if guidance > 1:
-                rows = [merge(base, negative_tags)] * len(rows) + rows
-            table = strengths(rows, composition.names)
+                pooled = _halves(composition.replace_pooled(torch.cat(pooled), plain, table, gate))
+            edited = _halves(composition.edit_context(plain, table, gate))
+            if not composition.columns:
+                return run(edited, pooled)
+            if guidance <= 1:
+                table = table[len(rows) :]
             with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table):
-                return run(pooled)
+                return run(edited, pooled)
+
+
+def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = rows.chunk(2)
+    return first, second
