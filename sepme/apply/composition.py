@@ -48,15 +48,15 @@ class Composition:
             if normalised(delta.concept.name) in seen:
                 raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
             seen.add(normalised(delta.concept.name))
+            layered = next((d for d in self.deltas if d.projections), delta)
+            if delta.projections:
+                delta.check_fits(layered.shapes, f"the delta of {layered.concept.name!r}")
             first = self.deltas[0]
             if delta.d_in != first.d_in:
                 raise SepMEError(
                     f"The deltas of {delta.concept.name!r} ({delta.d_in} channels) and {first.concept.name!r} ({first.d_in}) are for "
                     "different text encoders; load those of one model."
                 )
-            if delta.projections:
-                layered = next(d for d in self.deltas if d.projections)
-                delta.check_fits(layered.shapes, f"the delta of {layered.concept.name!r}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class Composition:
         """Project, gate and weigh with the deltas of which ``acting`` is true."""
         if not any(acting):
             return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
-        h, weight = self._weigh(context, strengths, gate)
+        h, weight = self.weigh(context, strengths, gate)
         weight *= torch.tensor(acting, device=weight.device)
         owner, active = self.owner.to(h.device), weight.any(dim=0)
         rows, concepts, columns = (mask.nonzero().squeeze(1) for mask in (weight.any(dim=1), active, active[owner]))
@@ -155,7 +155,7 @@ class Composition:
         """
         if not self.deltas:
             return pooled
-        _, weight = self._weigh(context, strengths, gate)
+        _, weight = self.weigh(context, strengths, gate)
         result = pooled.float().clone()
         for i, delta in enumerate(self.deltas):
             rows = weight[:, i].nonzero().squeeze(1)
@@ -166,7 +166,7 @@ class Composition:
             result[rows] += weight[rows, i][:, None] * delta.pooled.shift(pooled[rows])
         return result.to(pooled.dtype)
 
-    def _weigh(self, context: Tensor, strengths: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, context: Tensor, strengths: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
         """``c D`` ``(rows, tokens, R)`` float32 and strengths behind the gate ``(rows, N)``."""
         if context.shape[-1] != self.down.shape[1]:
             raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")

@@ -72,12 +72,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
-    from ..demo.story import tell
+    from ..demo.run import run_demo
 
     check_writable(out)
     host = load_host("demo")
     with interruptible() as check, progress_bar() as bar:
-        metrics = tell(host, out, images, concepts, progress(bar, check))
+        metrics = run_demo(host, out, images, concepts, progress(bar, check))
 
     def show() -> None:
         table = Table("", "G-CiRs", "closed form")

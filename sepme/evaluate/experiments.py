@@ -15,10 +15,10 @@ from ..delta.concept_delta import ConceptDelta
 from ..plan.gate import ratios
 from ..plan.planner import Planner
 from ..train import TrainOptions, make_delta
-from .prompt_sets import Batch
-from .sampler import Sampler
 from .erasers import Separable
 from .measure import apart
+from .prompt_sets import Batch
+from .sampler import Sampler
 
 CELLS = ("leakage", "noise", "image", "accuracy")
 
@@ -47,24 +47,33 @@ def interference(sampler: Sampler, eraser: Separable, gate: bool, count: int = 4
             if whole is None:
                 continue
             batch = whole.first(count)
-            stock = sampler.stock(batch)
             encoding = host.encode(batch.prompts)
-            generator = torch.Generator().manual_seed(77)
-            x = torch.randn(stock.latents.shape, generator=generator).to(host.device, stock.latents.dtype)
-            t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
-            with torch.no_grad():
-                plain = host.predict(x, t, encoding.context, encoding.pooled)
+            moved = noise_moved(sampler, eraser, batch, gate)
             for i, name in enumerate(names):
-                drawn = sampler.sample(batch, eraser, [name], gate)
-                with torch.no_grad(), eraser.acting(host, [name], gate):
-                    moved = host.predict(x, t, encoding.context, encoding.pooled)
+                sampled = sampler.sample(batch, eraser, [name], gate)
                 leak = float(ratios(encoding.context.cpu(), downs[name]).max())
                 table["leakage"][i][j] = 0.0 if gate and leak <= gates[name] else leak
-                table["noise"][i][j] = float((moved - plain).norm() / plain.norm())
-                table["image"][i][j] = apart(sampler, [(batch, drawn)])[1]
-                table["accuracy"][i][j] = drawn.accuracy
+                table["noise"][i][j] = moved[i]
+                table["image"][i][j] = apart(sampler, [(batch, sampled)])[1]
+                table["accuracy"][i][j] = sampled.accuracy
         result[kind] = table
     return {"names": names, "kinds": result}
+
+
+def noise_moved(sampler: Sampler, eraser: Separable, batch: Batch, gate: bool) -> list[float]:
+    """``‖Δε‖ / ‖ε‖`` on a batch's prompts, by which of the suite's concepts is erased alone."""
+    host = sampler.host
+    encoding = host.encode(batch.prompts)
+    x = torch.randn((len(batch.prompts), *host.latent_shape), generator=torch.Generator().manual_seed(77)).to(host.device, host.dtype)
+    t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
+    result = []
+    with torch.no_grad():
+        plain = host.predict(x, t, encoding.context, encoding.pooled)
+        for name in sampler.suite.names:
+            with eraser.acting(host, [name], gate):
+                moved = host.predict(x, t, encoding.context, encoding.pooled)
+            result.append(float((moved - plain).norm() / plain.norm()))
+    return result
 
 
 def subsets(sampler: Sampler, eraser: Separable, gate: bool, count: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""All methods of an evaluation under their keys: this project's, the baselines' losses under weight decoupling and as published, baselines."""
+"""All methods of an evaluation under their keys: this project's, published ones under weight decoupling and as published, baselines."""
 
 from __future__ import annotations
 

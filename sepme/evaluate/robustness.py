@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import projections, weight_of
+from .erasers import Eraser
 from .prompt_sets import Batch
 from .sampler import Sampler
-from .erasers import Eraser
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import TrainOptions
-from .sampler import Sampler
-from .erasers import Eraser, Separable
 from .classifiers import make_classifier, measures
+from .erasers import Eraser, Separable
+from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
 from .methods import KEYS, MethodMaker
 from .report import write_report
 from .robustness import Budget, attack, resurgence
-from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
+from .sampler import Sampler
 from .suite import Suite
 
 DETAILED = ("sepme_gcirs", "sepme_closed_form")

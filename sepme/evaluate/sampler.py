@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..model.protocols import Encoding
-from .erasers import Eraser
 from .classifiers import Classifier
+from .erasers import Eraser
 from .prompt_sets import Batch, PromptSets
 from .suite import Suite
 
@@ -71,7 +71,7 @@ class Sampler:
         return lambda prompts, seeds, **options: eraser.generate(self.host, prompts, seeds, erased, gate, **options)
 
     def _latents(self, batch: Batch, generate: Callable[..., Tensor]) -> Tensor:
-        """Sampled ``suite.batch`` at once, under every method in the same company: matrix products of other row counts round differently."""
+        """``suite.batch`` at once, the same ones under every method: matrix products of other row counts round differently."""
         parts, size = [], self.suite.batch
         for i in range(0, len(batch.prompts), size):
             self.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from ..apply.toggles import Toggles, merge, parse_tags, strengths
 from ..errors import SepMEError
 from ..model.layers import unet_layers
 from ..model.protocols import AttentionLayer, Encoding
+from ..model.schedule import TRAJECTORY, Schedule, ScheduledDenoiser
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 
 __all__ = ["DEMO", "DiffusersHost", "LoadOptions"]
 
 
-class DiffusersHost:
+class DiffusersHost(ScheduledDenoiser):
     """A pipeline as text encoder and denoiser; its parameters are frozen. ``size``: pixels of an image's side, the model's own if None."""
 
     def __init__(self, pipe: Any, size: int | None = None) -> None:
@@ -57,8 +58,20 @@ class DiffusersHost:
         return DiffusersHost(load_pipeline(model, options), options.size)
 
     @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        return Schedule.diffusion(self.scheduler.alphas_cumprod, self.prediction)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.unet.config.in_channels, self.side, self.side)
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
@@ -78,85 +91,19 @@ class DiffusersHost:
             pooled = getattr(out, "text_embeds", None)
         return Encoding(torch.cat(states, dim=-1), masks[0], pooled)
 
-    def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        """ε; of a model that predicts v: ``ε = α_t v + σ_t x_t``, in float32."""
-        out = self._forward(x_t, t, context, extra)
-        if self.prediction == "epsilon":
-            return out
-        alpha2 = self.scheduler.alphas_cumprod.to(x_t.device)[t].float().reshape(-1, *[1] * (x_t.dim() - 1))
-        return (alpha2.sqrt() * out.float() + (1 - alpha2).sqrt() * x_t.float()).to(out.dtype)
-
-    def _forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:
         """What the UNet itself returns, ε or v. SDXL's size conditioning: drawn and wanted at this size, nothing cropped."""
         added = None
         if self.unet.config.get("addition_embed_type") == "text_time":
-            if pooled is None:
+            if extra is None:
                 raise SepMEError("This model reads a pooled text vector beside the context; pass it as 'extra'.")
             side = self.side * self.pipe.vae_scale_factor
             ids = torch.tensor([side, side, 0, 0, side, side], device=x.device, dtype=context.dtype).expand(len(x), -1)
-            added = {"text_embeds": pooled, "time_ids": ids}
+            added = {"text_embeds": extra, "time_ids": ids}
         return self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)
-
-    def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.scheduler.add_noise(x_0, noise, t)
-
-    def latents(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal start latents ``(seeds, 4, h, w)``, one generator a seed."""
-        shape = (self.unet.config.in_channels, self.side, self.side)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(noise).to(self.device, self.unet.dtype)
-
-    @property
-    def timesteps(self) -> int:
-        return int(self.scheduler.config.num_train_timesteps)
-
-    def _runs(
-        self, context: Tensor, empty: Tensor, generator: torch.Generator, extra: Any, steps: int, guidance: float
-    ) -> Iterator[Tensor]:
-        """DDIM runs of the model as it is: the start latents, then the latents after every step."""
-        x = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
-        self.scheduler.set_timesteps(steps, device=self.device)
-        both = torch.cat([empty, context])
-        yield x
-        for t in self.scheduler.timesteps:
-            nothing, something = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
-            x = self.scheduler.step(nothing + guidance * (something - nothing), t, x).prev_sample
-            yield x
-
-    def trajectory(
-        self,
-        context: Tensor,
-        empty: Tensor,
-        generator: torch.Generator,
-        extra: Any = None,
-        steps: int = 25,
-        guidance: float = 3.0,
-        on_step: Callable[[], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        points = []
-        for x in self._runs(context, empty, generator, extra, steps, guidance):
-            points.append(x)
-            if on_step is not None:
-                on_step()
-        return torch.stack(points[:-1]), self.scheduler.timesteps.clone()
-
-    def drawn(
-        self,
-        context: Tensor,
-        empty: Tensor,
-        generator: torch.Generator,
-        extra: Any = None,
-        steps: int = 50,
-        guidance: float = 7.5,
-        on_step: Callable[[], None] | None = None,
-    ) -> Tensor:
-        for x in self._runs(context, empty, generator, extra, steps, guidance):  # noqa: B007
-            if on_step is not None:
-                on_step()
-        return x
 
     @property
     def image_size(self) -> int:
@@ -173,6 +120,13 @@ class DiffusersHost:
                 on_step()
         return torch.cat(latents)
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``(n, 3, height, width)`` float32 in [-1, 1] of latents ``(n, 4, h, w)``."""
+        vae = self.pipe.vae
+        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return vae.decode(scaled).sample.float().clamp(-1, 1)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -181,8 +135,8 @@ class DiffusersHost:
         toggles: Toggles | None = None,
         *,
         negative: str = "",
-        steps: int = 25,
-        guidance: float = 3.0,
+        steps: int = TRAJECTORY.steps,
+        guidance: float = TRAJECTORY.guidance,
         gate: bool = True,
         keep: bool = True,
         backend: str = "auto",
@@ -220,10 +174,7 @@ class DiffusersHost:
                 callback_on_step_end=step_end,
                 **extra,
             )
-            if latents_only:
-                return out.images
-            vae = self.pipe.vae
-            return vae.decode(out.images.to(vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+            return out.images if latents_only else self.decode(out.images)
 
         pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
         with torch.no_grad():

@@ -62,7 +62,7 @@ def test_the_host_knows_the_model(world: World) -> None:
 
     kinds = {"sd2": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}
     assert type(world.model.model) is kinds[world.kind]
-    assert world.denoiser.predicts_v is (world.kind == "sd2")
+    assert (world.denoiser.schedule.prediction == "v_prediction") is (world.kind == "sd2")
     assert world.delta.architecture == ARCHITECTURE[world.kind]
 
 
