@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import host, queued
 from .apply import SepMEApply
 from .concepts import SepMEConcept, SepMEConceptBook
 from .deltas import SepMEExport, SepMELoadDelta, SepMESaveDeltas
@@ -32,4 +33,5 @@ NODES: list[type[io.ComfyNode]] = [
 class SepMEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register()  # the page's routes
+        host.watch_prompts(queued.on_prompt)
         return NODES

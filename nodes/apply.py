@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..sepme.apply.toggles import parse_json
 from ..sepme.delta.concept_delta import ConceptDelta
-from . import host
+from . import host, queued
 from .sockets import CATEGORY, TOGGLES_TIP, Deltas
 
 
@@ -22,7 +22,8 @@ class SepMEApply(io.ComfyNode):
             category=CATEGORY,
             description="Erase concepts from a MODEL. Weights stay as they are: a toggle costs nothing, and pictures without "
             "the concept keep every bit. Works before or after LoRA loaders. A prompt's own <erase:...> and <keep:...> tags go "
-            "before these toggles.",
+            "before these toggles. Model Save and merges take weights only, so the erasure is not in their files: share deltas, or "
+            "a LoRA of them by SepME Export.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the deltas were made for, or one of the same architecture."),
                 Deltas.Input("deltas", tooltip="From SepME Load Delta, SepME Train, or a chain of them."),
@@ -39,10 +40,12 @@ class SepMEApply(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def execute(
         cls, model: Any, deltas: Sequence[ConceptDelta], toggles: str = "{}", backend: str = "auto", gate: bool = True
     ) -> io.NodeOutput:
+        queued.refuse(cls.hidden)
         return io.NodeOutput(host.apply_deltas(model, tuple(deltas), parse_json(toggles), gate, backend))

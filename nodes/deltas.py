@@ -15,9 +15,10 @@ from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.library import DeltaLibrary
 from ..sepme.errors import SepMEError
 from . import host, workflow
+from .prefix import filled
 from .sockets import CATEGORY, Deltas
 
-PREFIX_TIP = "Put before the concept's name; with / for subfolders."
+PREFIX_TIP = "Put before the concept's name; with / for subfolders, and %date:yyyy-MM-dd% or %hour% for the time."
 
 
 class SepMESaveDeltas(io.ComfyNode):
@@ -45,7 +46,7 @@ class SepMESaveDeltas(io.ComfyNode):
 
     @classmethod
     def execute(cls, deltas: Sequence[ConceptDelta], filename_prefix: str = "", embed: bool = False) -> io.NodeOutput:
-        library, texts = host.delta_library, []
+        library, texts, filename_prefix = host.delta_library, [], filled(filename_prefix)
         for delta in deltas:  # all names and sizes are good before anything is written
             library.place(f"{filename_prefix}{file_name(delta.concept.name)}")
         records = {delta.content_hash(): workflow.record(delta, "", embed) for delta in deltas}
@@ -152,6 +153,7 @@ class SepMEExport(io.ComfyNode):
     def execute(cls, deltas: Sequence[ConceptDelta], format: str = "delta", filename_prefix: str = "") -> io.NodeOutput:
         if not deltas:
             raise SepMEError("There are no deltas to export; connect SepME Load Delta or SepME Train.")
+        filename_prefix = filled(filename_prefix)
         if format == "delta":
             paths = [host.delta_library.save(delta, filename_prefix) for delta in deltas]
         else:

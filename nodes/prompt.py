@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..sepme.apply.toggles import parse_json, parse_tags
 from ..sepme.errors import SepMEError
-from . import host
+from . import host, queued
 from .sockets import CATEGORY, TOGGLES_TIP
 
 OWN = "as SepME Apply says"
@@ -32,15 +32,17 @@ class SepMETextEncode(io.ComfyNode):
                 io.Conditioning.Output(),
                 io.String.Output("cleaned_text", display_name="cleaned text", tooltip="The prompt without tags."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip: Any, text: str, toggles: str = "{}") -> io.NodeOutput:
+        queued.refuse(cls.hidden)
         if clip is None:
             raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         cleaned, tags = parse_tags(text)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(cleaned))
-        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags), cleaned)
+        return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags, host.clip_skip(clip)), cleaned)
 
 
 class SepMEConditioningToggles(io.ComfyNode):
@@ -57,8 +59,10 @@ class SepMEConditioningToggles(io.ComfyNode):
                 io.String.Input("toggles", default="{}", tooltip=f"{TOGGLES_TIP}{OWN}."),
             ],
             outputs=[io.Conditioning.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, conditioning: list[Any], toggles: str = "{}") -> io.NodeOutput:
+        queued.refuse(cls.hidden)
         return io.NodeOutput(host.toggled(conditioning, parse_json(toggles)))

@@ -2,7 +2,7 @@
 
 | route | does |
 |---|---|
-| ``GET /sepme/deltas`` | ``{"deltas": [facts]}``: every delta in models/sepme |
+| ``GET /sepme/deltas`` | ``{"deltas": [facts]}``: every delta in models/sepme, one that several files hold once, with their names |
 | ``POST /sepme/deltas?name=N&replace=true`` | installs the body as N; 409 if another file has the name, unless told to replace it |
 | ``DELETE /sepme/deltas?name=N&content_hash=H`` | deletes N if it is the delta with this hash |
 | ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |

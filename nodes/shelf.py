@@ -6,11 +6,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..sepme.concepts import reserved
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.format import MAX_FILE, plain_json, read_header
 from ..sepme.delta.library import DeltaLibrary, Entry
@@ -19,7 +20,6 @@ from ..sepme.errors import SepMEError
 Facts = dict[str, Any]
 
 MAX_NAME, MAX_DEPTH, SHOWN = 200, 4, 64  # characters and folders of a file name; prompts that are listed
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff\ufffd]')
 
 
@@ -45,7 +45,7 @@ def checked_name(name: Any) -> str:
         raise SepMEError(f"A delta's file name ends in .safetensors and has at most {MAX_NAME} characters; choose such a one.")
     parts = name.split("/")
     for part in parts:
-        bad = not part or part.startswith((".", " ")) or part.endswith((".", " ")) or _FORBIDDEN.search(part) or _RESERVED.fullmatch(part)
+        bad = not part or part.startswith((".", " ")) or reserved(part) or _FORBIDDEN.search(part)
         if bad or part.lower() == ".safetensors":
             raise SepMEError(f"The file name {name[:60]!r} is not allowed; use plain names, with / for subfolders.")
     if len(parts) > MAX_DEPTH:
@@ -60,8 +60,12 @@ class Shelf:
         self.library = library
 
     def list(self) -> list[Facts]:
-        """All deltas; headers are read once."""
-        return [describe(entry) for entry in self.library.entries()]
+        """All deltas, those that several files hold once, with the other files' names; headers are read once."""
+        entries, copies = self.library.unique(), self.library.entries()
+        names: dict[str, list[str]] = {}
+        for copy in copies:
+            names.setdefault(copy.content_hash, []).append(copy.name)
+        return [describe(entry, names[entry.content_hash][1:]) for entry in entries]
 
     def get(self, name: Any) -> Entry:
         """The delta of this name.
@@ -116,6 +120,8 @@ class Shelf:
         os.chmod(part, 0o644)
         if replace:
             os.replace(part, path)
+        elif there := [e for e in self.library.entries() if (e.content_hash, e.concept) == (delta.content_hash(), delta.concept.name)]:
+            return describe(min(there, key=lambda e: e.name != name))  # installed already
         elif not (path.exists() and path.read_bytes() == part.read_bytes()):
             _rename(part, path, delta.concept.name)
         return describe(self.get(name))
@@ -126,7 +132,7 @@ class Shelf:
         Raises:
             Absent, Taken, SepMEError.
         """
-        entry = self.get(checked_name(old))
+        entry = self.get(old)
         if old == new:
             return describe(entry)
         folder = self._folder(entry)
@@ -144,7 +150,7 @@ class Shelf:
         Raises:
             Absent: no delta of this name has this hash.
         """
-        entry = self.get(checked_name(name))
+        entry = self.get(name)
         if not content_hash or entry.content_hash != content_hash:
             raise Absent(f"{entry.name!r} is not the delta that was shown; load the list again.")
         self._folder(entry)
@@ -182,11 +188,11 @@ def _rename(source: Path, target: Path, concept: str) -> None:
         source.unlink()
 
 
-def describe(entry: Entry) -> Facts:
-    """What the page shows of a delta; nothing is read but the header, and that once."""
+def describe(entry: Entry, copies: Sequence[str] = ()) -> Facts:
+    """What the page shows of a delta and of other files that hold it; nothing is read but the header, and that once."""
     stat = entry.path.stat()
     facts = _facts(entry.path, stat.st_mtime_ns, stat.st_size)
-    return {"name": entry.name, "bytes": entry.bytes, **json.loads(facts)}
+    return {"name": entry.name, "bytes": entry.bytes, "copies": list(copies), **json.loads(facts)}
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +200,7 @@ def _facts(path: Path, mtime: int, size: int) -> str:
     """As JSON: the cache must not be changed by who gets it, and text is small."""
     metadata, declared = read_header(path)
     info: dict[str, Any] = {}
-    for key in ("prompts", "gate", "certificate", "objective", "recipe", "known", "kv_fingerprint"):
+    for key in ("prompts", "gate", "certificate", "objective", "recipe", "known", "kv_fingerprint", "clip_skip"):
         try:
             info[key] = plain_json(metadata[key])
         except (KeyError, ValueError, RecursionError):
@@ -225,6 +231,7 @@ def facts_of(concept: str, content_hash: str, architecture: str, rank: Any, info
         "prompts": [str(p) for p in prompts[:SHOWN]] if isinstance(prompts, (list, tuple)) else [],
         "known": [str(c.get("name", "")) for c in info.get("known") or () if isinstance(c, Mapping)][:1024],
         "train": train,
+        "clip_skip": _number(info.get("clip_skip")) or 0,
         "gate": _number(info.get("gate")),
         "gate_low": _number(certificate.get("gate_low")),
         "gate_high": _number(certificate.get("gate_high")),

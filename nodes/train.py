@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sepme.concepts import ConceptBook, normalised
+from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError
 from ..sepme.model.layers import shapes, weights
@@ -16,7 +16,7 @@ from ..sepme.train import Progress, TrainOptions, make_delta, plan_options
 from ..sepme.train.objectives import OBJECTIVES
 from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import MODES
-from . import host
+from . import host, queued
 from .concepts import join, lines
 from .live import Live
 from .shelf import facts_of_delta
@@ -40,7 +40,8 @@ class SepMETrain(io.ComfyNode):
                 Concepts.Input("concepts", tooltip="All known concepts; each delta leaves the others' prompts alone."),
                 io.String.Input(
                     "erase", default="*", optional=True,
-                    tooltip="Names to erase, separated by commas or lines; * for all. The other concepts are only kept safe.",
+                    tooltip="Names to erase, separated by commas or lines; * for all. A name with a comma in it stands in double "
+                    'quotes: "cruise, tom". The other concepts are only kept safe.',
                 ),
                 io.String.Input(
                     "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."
@@ -80,7 +81,7 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.String.Output("report", display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -119,6 +120,7 @@ class SepMETrain(io.ComfyNode):
                 made.append(delta)
         job.next()
         facts = tuple(facts_of_delta(d) for d in made)
+        queued.remember(cls.hidden, facts)
         return io.NodeOutput((*known, *made), {"loss": loss_map}, report(book, made), ui={"sepme_made": facts})
 
 
@@ -128,7 +130,8 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     Raises:
         SepMEError: a name that is not among the concepts, nothing to erase, or a concept that is erased already.
     """
-    wanted = [name.strip() for name in erase.replace("\n", ",").split(",") if name.strip()]
+    whole = {normalised(c.name) for c in concepts.concepts}  # a line that is a name is that name, commas or not
+    wanted = [name for line in erase.splitlines() for name in ([line] if normalised(line) in whole else split_names(line))]
     names = [c.name for c in concepts.concepts] if wanted == ["*"] else list(dict.fromkeys(concepts[n].name for n in wanted))
     if not names:
         raise SepMEError("Nothing is to be erased; write names into 'erase', or * for all concepts.")

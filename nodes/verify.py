@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..sepme.apply.composition import Composition
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.delta.verify import Verification, verify
+from ..sepme.delta.verify import Verification, clip_skip_warnings, verify
 from ..sepme.errors import SepMEError
 from . import host
 from .pictures import heat_map
@@ -43,10 +43,11 @@ class SepMEVerify(io.ComfyNode):
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
         composition = Composition(tuple(deltas))
         job = host.Job(1)
-        result = verify(host.ClipEncoder(clip), deltas, on_progress=job.stage)
+        encoder = host.ClipEncoder(clip)
+        result = verify(encoder, deltas, on_progress=job.stage)
         job.next()
         image = heat_map(result.matrix, composition.names, composition.names, composition.gates.tolist())
-        text = report(result)
+        text = "\n".join([report(result), *clip_skip_warnings(encoder, deltas)])
         return io.NodeOutput(text, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | {"text": (text,)})
 
 

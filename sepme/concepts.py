@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,12 +16,27 @@ from .errors import SepMEError
 
 TEMPLATES = ("{}", "a {}", "a photo of {}", "a picture of {}", "a painting of {}", "{} style", "in the style of {}")
 MAX_NAME, MAX_PROMPT, MAX_BOOK_BYTES = 128, 2000, 1 << 20
+MAX_FILE_NAME = 190  # bytes; file systems take 255, endings and numbers included
+_DEVICES = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 
 
 def file_name(concept: str) -> str:
-    """File name of a concept's delta: word characters of its name, joined by '-'."""
-    name = "-".join(re.findall(r"\w+", concept.casefold())) or "concept"
-    return name.encode()[:200].decode(errors="ignore")  # file systems take 255 bytes, endings included
+    """File name of a concept's delta: the words of its name joined by '-'.
+
+    A name that is more than words between spaces or hyphens (``C++``), too long for a file system or reserved by Windows gets a digest
+    behind it: one concept always has the same file name, and two have the same only if they differ in hyphens alone.
+    """
+    name = normalised(concept)
+    plain = "-".join(re.findall(r"\w+", name))
+    short = plain.encode()[:MAX_FILE_NAME].decode(errors="ignore") or "concept"
+    if plain == short == name.replace(" ", "-") and not reserved(plain):
+        return plain
+    return f"{short}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def reserved(name: str) -> bool:
+    """Whether Windows cannot hold a file of this name: a device's name before the first dot, or a dot or space at the end."""
+    return _DEVICES.fullmatch(name.split(".")[0].strip()) is not None or name != name.rstrip(". ")
 
 
 @dataclass(frozen=True)
@@ -51,8 +68,35 @@ class Concept:
 
 @lru_cache(maxsize=1 << 14)  # books of a thousand names compare every pair
 def normalised(text: str) -> str:
-    """Case-folded text with single spaces, for comparing names and prompts."""
-    return " ".join(text.casefold().split())
+    """Case-folded, composed text (NFC) with single spaces, for comparing names and prompts."""
+    return unicodedata.normalize("NFC", " ".join(unicodedata.normalize("NFC", text).casefold().split()))
+
+
+def split_names(text: str, separators: str = ",\n") -> list[str]:
+    """Names of a list that somebody typed, without empty ones; a name that holds a separator stands in double quotes, its own doubled.
+
+    Raises:
+        SepMEError: a quote is not closed.
+    """
+    between = f"[{re.escape(separators)}]"
+    item = re.compile(rf'\s*(?:"((?:[^"]|"")*)"|“([^“”]*)”)\s*(?:{between}|\Z)|(.*?)(?:{between}|\Z)', re.DOTALL)
+    names, place = [], 0
+    while place < len(text):
+        found = item.match(text, place)
+        assert found is not None  # the last alternative takes anything
+        if found[3] is not None and re.match(r'\s*["“][^"”]*\Z', text[place:]):
+            raise SepMEError(f"The quote at {text[place:].strip()[:40]!r} is not closed; put one quote before and one behind the name.")
+        quoted, curly, plain = found.groups()
+        names.append((quoted.replace('""', '"') if quoted is not None else curly or plain or "").strip())
+        place = found.end()
+    return [name for name in names if name]
+
+
+def join_names(names: Sequence[str], separators: str = ",\n") -> str:
+    """A list that :func:`split_names` reads again, joined by the first separator; names are quoted where they must be."""
+    plain = re.compile(rf'[^{re.escape(separators)}"“]+')
+    glue = f"{separators[0]} " if separators[0] == "," else separators[0]
+    return glue.join(name if plain.fullmatch(name) else '"{}"'.format(name.replace('"', '""')) for name in names)
 
 
 def mentions(text: str, name: str) -> bool:
@@ -142,6 +186,10 @@ class ConceptBook:
         import yaml
 
         class Loader(yaml.SafeLoader):
+            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+                _once([(self.construct_object(key, deep=True), None) for key, _ in node.value], source)
+                return super().construct_mapping(node, deep)
+
             def compose_node(self, parent: Any, index: Any) -> Any:
                 if self.check_event(yaml.events.AliasEvent):
                     raise yaml.YAMLError("aliases are not allowed")
@@ -155,7 +203,15 @@ class ConceptBook:
         if len(text) > MAX_BOOK_BYTES:
             raise SepMEError(f"{source} is larger than {MAX_BOOK_BYTES >> 20} MB; concept books are short lists of names.")
         try:
+            return ConceptBook.parse(json.loads(text.lstrip("\ufeff"), object_pairs_hook=lambda pairs: _once(pairs, source)), source)
+        except SepMEError:
+            raise
+        except (ValueError, RecursionError):  # no JSON, so YAML, which reads most JSON too, but neither tabs nor escaped emoji
+            pass
+        try:
             data = yaml.load(text, Loader=Loader)
+        except SepMEError:
+            raise
         except (
             yaml.YAMLError,
             RecursionError,
@@ -174,7 +230,7 @@ class ConceptBook:
     def load(path: str | Path) -> ConceptBook:
         """Read a ``.yaml`` or ``.json`` book; its preserve file is looked for beside it."""
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 text = file.read(MAX_BOOK_BYTES + 1)
         except UnicodeDecodeError:
             raise SepMEError(f"{path} is not a text file; a concept book is YAML or JSON in UTF-8.") from None
@@ -188,6 +244,16 @@ class ConceptBook:
         concepts = [{"name": c.name, "prompts": list(c.prompts), "anchor": c.anchor} for c in self.concepts]
         file = {"preserve_file": self.preserve_file} if self.preserve_file else {}
         return json.dumps({"concepts": concepts, "preserve": list(self.preserve)} | file, indent=2)
+
+
+def _once(pairs: list[tuple[Any, Any]], source: str) -> dict[Any, Any]:
+    """The pairs of a mapping, unless a key is written twice: the first would be lost."""
+    seen: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise SepMEError(f"{source} has {str(key)[:40]!r} twice in one place; write it once, with everything under it.")
+        seen[key] = value
+    return seen
 
 
 def _known_keys(data: Mapping[str, Any], known: set[str], source: str) -> None:

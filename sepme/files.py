@@ -9,11 +9,16 @@ import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import SepMEError
+
+PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}  # by name in a safetensors header
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -31,6 +36,25 @@ def refuse_pickle(path: Path) -> None:
     """Raise :class:`SepMEError` for a file that is a pickle by its name; it is not opened."""
     if path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"):
         raise SepMEError(f"{path} is a pickle by its name; pickles can run code and are never opened, use a .safetensors file.")
+
+
+def check_precision(path: Path, key: str, dtype: Any) -> None:
+    """Raise :class:`SepMEError` unless a tensor holds plain numbers: quantised ones mean nothing without their scales.
+
+    Args:
+        dtype: torch's, or its name in a safetensors header.
+    """
+    if dtype not in PLAIN and dtype not in PLAIN.values():
+        what = str(dtype).removeprefix("torch.")
+        raise SepMEError(f"{path} is quantised ({what} at {key[:120]}); use the float16, bfloat16 or float32 file instead.")
+
+
+def check_file_precision(path: Path) -> None:
+    """The same for all tensors of a safetensors file but the position numbers of text encoders; only its header is read."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            if not key.endswith("position_ids"):
+                check_precision(path, key, file.get_slice(key).get_dtype())
 
 
 def first_line(error: Exception) -> str:

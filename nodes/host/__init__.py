@@ -1,12 +1,15 @@
 """Everything that touches ComfyUI's internals: its text encoders, UNets, patches, folders, progress. Nodes use nothing else of it."""
 
+from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
 from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
 from .jobs import Job, check_interrupted, trainable
-from .page import architecture_of, tell_page, web_routes
+from .page import architecture_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
-from .text import ClipEncoder
+from .text import ClipEncoder, clip_skip
+
+SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module, which is the path of a folder here
 
 __all__ = [
     "ClipEncoder",
@@ -17,13 +20,18 @@ __all__ = [
     "attention_layers",
     "check_interrupted",
     "checkpoint_names",
+    "clip_skip",
     "delta_library",
     "delta_names",
     "demo_model",
     "load_checkpoint",
     "lora_folder",
+    "notice",
+    "outputs_of",
+    "saves",
     "tell_page",
     "toggled",
     "trainable",
+    "watch_prompts",
     "web_routes",
 ]

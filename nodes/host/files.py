@@ -19,7 +19,14 @@ FOLDER = "sepme"
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
-delta_library = DeltaLibrary(lambda: folder_paths.get_folder_paths(FOLDER))
+
+def delta_folders() -> list[str]:
+    """Where delta files are: models/sepme first, whatever was registered before or after it; new files go there."""
+    own = os.path.join(folder_paths.models_dir, FOLDER)
+    return list(dict.fromkeys([own, *folder_paths.get_folder_paths(FOLDER)]))
+
+
+delta_library = DeltaLibrary(delta_folders)
 
 
 def delta_names() -> list[str]:

@@ -1,10 +1,11 @@
-"""What the page needs of ComfyUI: its web server, and architectures without loading a model."""
+"""What the page needs of ComfyUI: its web server, kinds of nodes, and architectures without loading a model."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,39 @@ def web_routes() -> Any:
     return getattr(_server(), "routes", None)
 
 
-def tell_page(event: str, data: dict[str, Any]) -> None:
-    """Send a message to the page whose prompt is running."""
+def tell_page(event: str, data: dict[str, Any], client: str | None = None) -> None:
+    """Send a message to a page, or to the one whose prompt is running."""
     server = _server()
     if server is not None:
-        server.send_sync(event, data, server.client_id)
+        server.send_sync(event, data, client or server.client_id)
+
+
+def notice(text: str, node: str | None = None, client: str | None = None) -> None:
+    """Have the page show a sentence that is no error, about a node or about the one that runs."""
+    server = _server()
+    if server is not None:
+        tell_page("sepme.notice", {"node": node or server.last_node_id, "text": text}, client)
+
+
+def watch_prompts(handler: Callable[[Any], Any]) -> None:
+    """Have every prompt that is queued pass through ``handler``, which may change it; nothing where no server runs."""
+    server = _server()
+    if server is not None:
+        server.add_on_prompt_handler(handler)
+
+
+def outputs_of(kind: str) -> tuple[str, ...]:
+    """Types of the outputs of a kind of node; none of a kind that is not installed."""
+    return tuple(map(str, getattr(_kinds().get(kind), "RETURN_TYPES", None) or ()))
+
+
+def saves(kind: str) -> bool:
+    """Whether a kind of node hands nothing on, as those that write files do."""
+    return bool(getattr(_kinds().get(kind), "OUTPUT_NODE", False)) and not outputs_of(kind)
+
+
+def _kinds() -> dict[str, Any]:
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
 
 
 def _server() -> Any:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from ...sepme.apply.composition import Composition
 from ...sepme.apply.projector import KVProjector
+from ...sepme.apply.row_strengths import row_strengths
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.verify import clip_skip_warnings
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
+from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
 TOGGLES, TAGS = "toggles", "tags"  # of CONDITIONING[KEY]: set by nodes, and by the prompt's own text, which beats them
+SKIP = "clip_skip"  # of CONDITIONING[KEY]: of the CLIP that read the text, where one of our nodes had it read
 
 log = logging.getLogger("sepme")
 
@@ -47,7 +51,7 @@ class Applied:
 
     def _strengths(self, own: Mapping[str, Toggles]) -> Tensor:
         """``(N,)`` of a CONDITIONING."""
-        return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.names)[0]
+        return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.deltas)[0]
 
     def start(self, patcher: Any) -> None:
         self._projectors.clear()
@@ -66,7 +70,12 @@ class Applied:
         inner = self.inner["extra_conds"]
         if not self._running:
             return inner(**kwargs)
-        own = self._strengths(kwargs.pop(KEY, None) or {})
+        facts = kwargs.pop(KEY, None) or {}
+        own = self._strengths(facts)
+        if SKIP in facts:
+            encoder: Any = SimpleNamespace(clip_skip=facts[SKIP])
+            for warning in clip_skip_warnings(encoder, self.composition.deltas):
+                self._say(warning)
         if bool(((own < 0) | (own > 1)).any()):
             self._say("A strength lies outside 0 to 1: negative ones amplify the concept, larger ones overshoot.")
         pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
@@ -116,13 +125,10 @@ class Applied:
     def _rows(self, rows: Tensor | None, context: Tensor) -> Tensor:
         if rows is None:  # a caller that makes its arguments itself
             return self.default
-        rows = rows.to("cpu", torch.float32)
-        if len(rows) == len(context):
-            return rows
-        if bool((rows == rows[0]).all()):
-            return rows[0]
-        self._say("Another extension split or joined the batch of prompts; all of it gets the toggles of SepME Apply.")
-        return self.default
+        match = row_strengths(context, rows.to("cpu", torch.float32), self.default)
+        if not match.known:
+            self._say("Another extension split or joined the batch of prompts; all of it gets the toggles of SepME Apply.")
+        return match.strengths
 
     def _unknown_rows(self) -> None:
         self._say("Another extension added prompts to the batch (attention couple?); those get the toggles of SepME Apply.")
@@ -131,7 +137,9 @@ class Applied:
         if text not in self._said:
             self._said.add(text)
             log.warning(text)
+            notice(text)
 
+    @torch.compiler.disable  # a compiled MODEL calls it as it is: what it does changes with every prompt
     def project(self, name: str, context: Tensor) -> Tensor | None:
         """Keys or values of the model that runs at the moment; None when none does."""
         projector: KVProjector | None = getattr(self._current, "projector", None)
@@ -198,11 +206,18 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     return clone
 
 
-def toggled(conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None) -> list[Any]:
-    """A CONDITIONING that carries toggles, set by a node, and tags of its own text; those that it carries already count where not named."""
+def toggled(
+    conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None, clip_skip: int | None = None
+) -> list[Any]:
+    """A CONDITIONING that carries toggles, set by a node, and tags of its own text; those that it carries already count where not named.
+
+    It may also carry the clip skip that it was read with.
+    """
     result = []
     for tensor, facts in conditioning:
         own = facts.get(KEY, {})
-        merged = {TOGGLES: merge(own.get(TOGGLES, {}), toggles or {}), TAGS: merge(own.get(TAGS, {}), tags or {})}
+        merged = {**own, TOGGLES: merge(own.get(TOGGLES, {}), toggles or {}), TAGS: merge(own.get(TAGS, {}), tags or {})}
+        if clip_skip is not None:
+            merged[SKIP] = clip_skip
         result.append([tensor, {**facts, KEY: merged}])
     return result

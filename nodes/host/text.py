@@ -24,6 +24,18 @@ Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks o
 _ORDINARY: WeakKeyDictionary[Any, tuple[Any, dict[tuple[str, ...], Encoding]]] = WeakKeyDictionary()
 
 
+def clip_skip(clip: Any) -> int:
+    """See :attr:`ClipEncoder.clip_skip`; 0 where it cannot be told."""
+    asked = clip.layer_idx
+    model = clip.cond_stage_model
+    encoder = getattr(model, str(getattr(model, "clip", "")), None) or getattr(model, "clip_l", None) or getattr(model, "clip_g", None)
+    own = getattr(encoder, "options_default", ("last", None))[:2]
+    last = -1 if own[0] == "last" or own[1] is None else own[1]
+    if asked is None or abs(asked) > getattr(encoder, "num_layers", 99):  # ComfyUI takes the last layer then
+        asked = last if asked is None else -1
+    return int(last - asked)
+
+
 class ClipEncoder:
     """Encodes prompts as CLIPTextEncode does, without weights: parentheses are plain text.
 
@@ -39,6 +51,11 @@ class ClipEncoder:
             raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         self.clip = clip
         self.has_pooled = "g" in self._tokens("")  # SDXL; other UNets do not read the pooled vector
+
+    @property
+    def clip_skip(self) -> int:
+        """How many more of the last layers are skipped than this kind of encoder skips by itself (SDXL's skips one)."""
+        return clip_skip(self.clip)
 
     def _tokens(self, prompt: str) -> Tokens:
         tokens: Tokens = self.clip.tokenize(prompt, disable_weights=True)

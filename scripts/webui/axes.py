@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
+from ...sepme.concepts import split_names
+from ...sepme.delta.library import Entry
 from . import host
-from .shelf import labels
+from .shelf import find, labels
 
 JOINT = "+"  # commas separate an axis's values
+NOTHING = ("none", "nothing")  # the first that is no concept's name
 
 
 def _strength(p: Any, value: float, values: list[float]) -> None:
@@ -15,8 +20,37 @@ def _strength(p: Any, value: float, values: list[float]) -> None:
 
 
 def _concepts(p: Any, value: str, values: list[str]) -> None:
-    chosen = [name.strip() for name in value.split(JOINT)]
-    p.sepme_concepts = [] if chosen == ["none"] else [name for name in chosen if name]
+    p.sepme_concepts = concepts_of(value, host.library.entries())
+
+
+def concepts_of(value: str, entries: Sequence[Entry]) -> list[str]:
+    """The concepts of one value of the axis: one, or several joined by ``+``.
+
+    A name that has a ``+`` in it is known by its file, or stands in quotes.
+    """
+    if find(value, entries):
+        return [value.strip()]
+    if '"' in value:
+        return split_names(value, JOINT)
+    names, parts = [], value.split(JOINT)
+    while parts:
+        lengths = (n for n in range(len(parts), 0, -1) if find(JOINT.join(parts[:n]), entries))
+        length = next(lengths, 0)
+        if not length:  # some name is unknown: what is surely a joint
+            return [name.strip() for name in re.split(rf"\s\{JOINT}\s", value) if name.strip()]
+        names.append(JOINT.join(parts[:length]).strip())
+        del parts[:length]
+    return names
+
+
+def is_nothing(concepts: Sequence[str], entries: Sequence[Entry]) -> bool:
+    """Whether a value of the axis means that nothing is to be erased."""
+    return not concepts or (len(concepts) == 1 and concepts[0] in NOTHING and not find(concepts[0], entries))
+
+
+def _choices() -> list[str]:
+    entries = host.library.entries()
+    return [*[word for word in NOTHING if not find(word, entries)][:1], *labels(entries)]
 
 
 def add_axes() -> None:
@@ -27,4 +61,4 @@ def add_axes() -> None:
         if option is None or not isinstance(axes, list) or any(a.label == "SepME strength" for a in axes):
             continue
         axes.append(option("SepME strength", float, _strength))
-        axes.append(option("SepME concepts", str, _concepts, choices=lambda: ["none", *labels(host.library.entries())]))
+        axes.append(option("SepME concepts", str, _concepts, choices=_choices, prepare=split_names))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 KEYS = CONCEPTS, GATE, TAGS, NOTE = "SepME concepts", "SepME gate", "SepME tags", "SepME note"
 HASH_LENGTH = 10
-_RECORD = re.compile(rf"(.+?) \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e-?[0-9]+)?)(?:, |$)")
-ANY_TAG = re.compile(r"<(?:erase|keep):[^>]*>", re.IGNORECASE)
+_END = rf" \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e[-+]?[0-9]+)?)(?:, |$)"
+_RECORD = re.compile(rf'(?:"((?:[^"]|"")*)"|(.+?)){_END}', re.DOTALL)
 
 
 class Record(NamedTuple):
@@ -21,11 +21,17 @@ class Record(NamedTuple):
 
 
 def write(records: Sequence[Record]) -> str:
-    return ", ".join(f"{r.name} ({r.hash[:HASH_LENGTH]}): {r.strength:g}" for r in records)
+    return ", ".join(f"{_quoted(r.name)} ({r.hash[:HASH_LENGTH]}): {r.strength:g}" for r in records)
+
+
+def _quoted(name: str) -> str:
+    """In quotes, its own doubled, where a name would be read as something else."""
+    return '"{}"'.format(name.replace('"', '""')) if name.startswith('"') or re.search(_END, name) else name
 
 
 def read(params: Mapping[str, str], key: str = CONCEPTS) -> list[Record] | None:
     """The records of a parsed infotext; None where it says nothing of a picture's settings at all."""
     if key in params:
-        return [Record(name, digest, float(strength)) for name, digest, strength in _RECORD.findall(params[key])]
+        found = _RECORD.findall(params[key])
+        return [Record(quoted.replace('""', '"') or plain, digest, float(strength)) for quoted, plain, digest, strength in found]
     return [] if "Steps" in params else None

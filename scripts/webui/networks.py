@@ -7,7 +7,7 @@ from typing import Any
 from ...sepme.apply.toggles import merge, parse_tags
 from ...sepme.errors import SepMEError
 from . import host
-from .script import add_tags
+from .script import add_tags, say
 
 
 class TagNetwork(host.ExtraNetwork):  # type: ignore[misc,name-defined]
@@ -19,7 +19,7 @@ class TagNetwork(host.ExtraNetwork):  # type: ignore[misc,name-defined]
             try:
                 tags = merge(tags, parse_tags(f"<{self.name}:{':'.join(params.items)}>")[1])
             except SepMEError as error:
-                p.comment(f"SepME: {error}")
+                say(p, str(error))
         add_tags(p, tags)
 
     def deactivate(self, p: Any) -> None:

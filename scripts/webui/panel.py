@@ -11,13 +11,14 @@ from typing import Any
 import gradio as gr
 
 from ...sepme.apply.projector import BACKENDS
-from ...sepme.delta.library import DeltaLibrary
+from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
 from . import infotext
 from .host import InputAccordion
 from .settings import Settings
-from .shelf import by_hash, choose, label_of, labels
+from .shelf import by_concept, by_hash, find, label_of, labels
 
+GRADIO_3 = gr.__version__.startswith("3.")
 HELP = (
     "Delta files are read from <code>models/sepme</code>. In prompts and negative prompts: <code>&lt;erase:name&gt;</code>, "
     "<code>&lt;erase:name:0.7&gt;</code>, <code>&lt;keep:name&gt;</code>; a prompt's own tags go before what is set here."
@@ -29,7 +30,7 @@ BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 def delta_choice(library: DeltaLibrary, label: str, elem_id: str) -> Any:
     """A multi-select of delta files. Gradio 4 takes values that are not in the list only where it is told to; files come and go."""
-    known = {} if gr.__version__.startswith("3.") else {"allow_custom_value": True}
+    known = {} if GRADIO_3 else {"allow_custom_value": True}
     return gr.Dropdown(list(labels(library.entries())), value=[], multiselect=True, label=label, elem_id=elem_id, scale=8, **known)
 
 
@@ -67,21 +68,25 @@ class Panel:
 
     def _rows(self, chosen: Sequence[str], strengths: str) -> str:
         """A switch and a slider a concept; ``javascript/sepme.js`` writes what they say into the strengths."""
-        try:
-            settings = Settings.parse(True, list(chosen or []), strengths)
-        except SepMEError as error:
-            return f'<p class="sepme-error">{html.escape(str(error))}</p>'
         entries = self.library.entries()
         if not chosen:
             hint = "Choose concepts above." if entries else "There are no delta files yet: make some in the tab SepME, or copy some there."
             return f'<p class="sepme-hint">{hint}</p>'
-        return "".join(self._row(label, choose(label, entries, ""), settings) for label in settings.concepts)
+        found = {label: find(label, entries) for label in chosen}
+        try:
+            settings = Settings.parse(True, list(chosen), strengths)
+            known = {key: s for key, s in settings.strengths.items() if found.get(key) != []}  # files come and go
+            table, _ = by_concept(known, list({e.content_hash: e for files in found.values() for e in files}.values()), entries)
+        except SepMEError as error:
+            return f'<p class="sepme-error">{html.escape(str(error))}</p>'
+        return "".join(self._row(label, files, settings.strengths | table) for label, files in found.items())
 
     @staticmethod
-    def _row(label: str, entry: Any, settings: Settings) -> str:
-        name = entry.concept if entry is not None else label
-        strength = settings.strength(name)
-        facts = f"{entry.bytes / 1000:.0f} kB, {entry.architecture}" if entry is not None else "no such file; refresh, or take it out"
+    def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float]) -> str:
+        """The row of what is chosen under this label, of no file or (for different checkpoints) of several."""
+        name = files[0].concept if files else label
+        strength = strengths.get(name, 1.0)
+        facts = "; ".join(f"{e.bytes / 1000:.0f} kB, {e.architecture}" for e in files) or "no such file; refresh, or take it out"
         quoted = html.escape(name, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
@@ -123,4 +128,4 @@ class Panel:
 def _warn(text: str) -> None:
     print(text)
     with suppress(Exception):  # outside of an event there is no page to show it on
-        gr.Warning(text)
+        gr.Warning(text if GRADIO_3 else html.escape(text))  # later ones show it as HTML

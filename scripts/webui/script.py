@@ -9,14 +9,17 @@ from typing import Any
 
 from ...sepme.apply.composition import Composition
 from ...sepme.apply.toggles import merge
+from ...sepme.checks import check_number
 from ...sepme.concepts import normalised
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.library import Entry
+from ...sepme.delta.verify import clip_skip_warnings
 from ...sepme.errors import SepMEError
 from . import host, infotext
+from .axes import is_nothing
 from .panel import Panel
 from .settings import Settings, Tables, Tags, take_tags
-from .shelf import choose, load
+from .shelf import by_concept, choose, find, load, with_hash
 
 
 @dataclass
@@ -33,20 +36,20 @@ class Run:
     """What this extension keeps of one generation."""
 
     settings: Settings
-    deltas: dict[str, ConceptDelta]
+    chosen: list[Entry]
     batch: Batch | None = None
-    attached: host.Attached | None = None
+    attached: host.ModelPatch | None = None
 
     @property
-    def panel(self) -> dict[str, float]:
-        """Strengths of the concepts chosen in the panel."""
-        return {d.concept.name: self.settings.strength(d.concept.name) for d in self.deltas.values()}
+    def strengths(self) -> dict[Entry, float]:
+        """Of the files chosen in the panel."""
+        return {e: self.settings.strength(e.concept) for e in self.chosen}
 
 
 _runs: list[Run] = []  # the one whose deltas are on the model, if any
 
 
-def _say(p: Any, text: str) -> None:
+def say(p: Any, text: str) -> None:
     """Show a sentence below the picture, in its infotext (all that the API returns) and in the log, once a run."""
     text = text.replace(str(host.library.folder), "models/sepme")  # pictures are shared
     said = p.extra_generation_params.get(infotext.NOTE, "")
@@ -89,39 +92,56 @@ def _attach(p: Any, run: Run) -> None:
         return
     positive, negative = batch.hires if batch.hires is not None and getattr(p, "is_hr_pass", False) else (batch.positive, batch.negative)
     try:
-        deltas = dict(run.deltas) | _of_tags(p, run, [*positive, *negative])
+        deltas, concepts = _meant(p, run, [*positive, *negative])
         if not deltas:
             return
-        tables = Tables.make(Composition(tuple(deltas.values())), run.panel, positive, negative)
+        rows = ([{concepts[n]: s for n, s in row.items() if n in concepts} for row in part] for part in (positive, negative))
+        tables = Tables.make(Composition(tuple(deltas.values())), {e.concept: s for e, s in run.strengths.items()}, *rows)
         if tables.idle:
             return
-        run.attached = host.Attached(p, tables, run.settings, lambda text: _say(p, text))
+        for warning in clip_skip_warnings(host.ClipSkip(p.sd_model), list(deltas.values())):
+            say(p, warning)
+        run.attached = host.ModelPatch(p, tables, run.settings, lambda text: say(p, text))
         _runs.append(run)
     except SepMEError as error:
-        _say(p, f"nothing is erased. {error}")
+        say(p, f"nothing is erased. {error}")
 
 
-def _of_tags(p: Any, run: Run, rows: Sequence[Tags]) -> dict[str, ConceptDelta]:
-    """Deltas that tags name and the panel does not; names without a file are said, and change nothing."""
-    found: dict[str, ConceptDelta] = {}
-    names = {normalised(n): n for row in rows for n in row}
-    for key, name in names.items():
-        if key in {normalised(d.concept.name) for d in run.deltas.values()}:
+def _meant(p: Any, run: Run, rows: Sequence[Tags]) -> tuple[dict[str, ConceptDelta], dict[str, str]]:
+    """The panel's deltas with those that only tags name, by concept; and the concept that each tag's name means.
+
+    Names that mean none of them are said, and change nothing.
+    """
+    entries = {normalised(e.concept): e for e in run.chosen}
+    concepts: dict[str, str] = {}
+    for name in dict.fromkeys(n for row in rows for n in row):
+        try:
+            entry = _for_tag(p, name, list(entries.values()))
+            load(entry)
+        except SepMEError as error:
+            say(p, f"the tag of {name[:60]!r} does nothing. {error}")
             continue
-        entry = _for_tag(p, name)
-        if entry is None:
-            _say(p, f"there is no delta of {name[:60]!r} for this checkpoint in models/sepme; its tag does nothing.")
-            continue
-        delta = load(entry)
-        found[normalised(delta.concept.name)] = delta
-    return found
+        entries[normalised(entry.concept)] = entry
+        concepts[name] = entry.concept
+    return {concept: load(entry) for concept, entry in entries.items()}, concepts
 
 
-def _for_tag(p: Any, name: str) -> Entry | None:
-    """The file of a concept that a tag names, for the loaded checkpoint."""
-    architecture = host.architecture_of(p.sd_model)
-    entry = choose(name, host.library.entries(), architecture)
-    return entry if entry is not None and entry.architecture == architecture else None
+def _for_tag(p: Any, name: str, chosen: Sequence[Entry]) -> Entry:
+    """The file that a tag means: one of those that are chosen, or another one for the loaded checkpoint.
+
+    Raises:
+        SepMEError: there is none, or several; or one of a concept of which another file is chosen.
+    """
+    entries, architecture = host.library.entries(), host.architecture_of(p.sd_model)
+    meant = {e.content_hash for e in find(name, entries)}
+    if len(own := [e for e in chosen if e.content_hash in meant]) == 1:
+        return own[0]
+    entry = choose(name, [e for e in entries if e.architecture == architecture], architecture)
+    if entry is None:
+        raise SepMEError(f"There is no delta of {name[:60]!r} for this checkpoint in {host.library.folder}.")
+    if other := next((e for e in chosen if normalised(e.concept) == normalised(entry.concept)), None):
+        raise SepMEError(f"It is another file than {with_hash(other)!r}, which is chosen already; only one of a concept can be on.")
+    return entry
 
 
 class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
@@ -148,48 +168,44 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
         for key in infotext.KEYS:  # the cells of an X/Y/Z plot share them
             p.extra_generation_params.pop(key, None)
         try:
-            settings = _override(p, Settings.parse(*args))
             entries = host.library.entries()
+            settings = _override(p, Settings.parse(*args), entries)
             chosen = _panel_entries(p, settings, entries)
-            deltas = {normalised(e.concept): load(e) for e in chosen}
-            if len(deltas) < len(chosen):
-                raise SepMEError("Two of the chosen files erase the same concept; choose one of them.")
-            p.sepme_run = Run(settings, deltas)
-            _record(p, p.sepme_run, chosen)
+            if settings.enabled:
+                strengths, idle = by_concept(settings.strengths, chosen, entries)
+                settings = replace(settings, strengths=strengths)
+                if idle and getattr(p, "is_api", False):  # the page keeps strengths of concepts that are chosen again later
+                    say(p, f"the strength of {', '.join(idle)[:200]} has no effect, since it is not chosen.")
+            p.sepme_run = Run(settings, chosen)
+            _record(p, p.sepme_run)
         except SepMEError as error:
-            _say(p, f"nothing is erased. {error}")
+            say(p, f"nothing is erased. {error}")
 
     def before_process_batch(self, p: Any, *args: Any, prompts: list[str], **kwargs: Any) -> None:
         """Take the tags out of prompts and negative prompts, before the host reads its own tags and encodes them."""
         run: Run | None = getattr(p, "sepme_run", None)
-        negatives = p.negative_prompts
-        try:
-            texts, positive = take_tags(prompts)
-            negative_texts, negative = take_tags(negatives)
-        except SepMEError as error:
-            _say(p, f"the tags are left out. {error}")
-            texts, positive = [_without(t) for t in prompts], [{} for _ in prompts]
-            negative_texts, negative = [_without(t) for t in negatives], [{} for _ in negatives]
-        prompts[:], negatives[:] = texts, negative_texts
+        prompts[:], positive = _taken(p, prompts)
+        p.negative_prompts[:], negative = _taken(p, p.negative_prompts)
+        hires = self._take_hires_tags(p, len(prompts)) if getattr(p, "enable_hr", False) else None
         if run is not None:
-            run.batch = Batch(positive, negative, self._hires_tags(p, len(prompts)))
+            run.batch = Batch(positive, negative, hires)
 
-    def _hires_tags(self, p: Any, count: int) -> tuple[list[Tags], list[Tags]] | None:
-        """The hires pass has prompts of its own, by default the same; the host cuts them into batches after this."""
-        if not getattr(p, "enable_hr", False):
-            return None
-        part = slice(p.iteration * p.batch_size, p.iteration * p.batch_size + count)
-        try:
-            return take_tags(p.all_hr_prompts[part])[1], take_tags(p.all_hr_negative_prompts[part])[1]
-        except SepMEError as error:
-            _say(p, f"the tags of the hires prompts are left out. {error}")
-            return [{} for _ in range(count)], [{} for _ in range(count)]
+    def _take_hires_tags(self, p: Any, count: int) -> tuple[list[Tags], list[Tags]]:
+        """The hires pass has prompts of its own, by default the same. The host cuts them into batches after this, and writes the whole
+        lists into the infotext: until then they are others."""
+        start = p.iteration * p.batch_size
+        part = slice(start, start + count)
+        p.sepme_hires = (p.all_hr_prompts, p.all_hr_negative_prompts)
+        p.all_hr_prompts, p.all_hr_negative_prompts = list(p.all_hr_prompts), list(p.all_hr_negative_prompts)
+        p.all_hr_prompts[part], positive = _taken(p, p.all_hr_prompts[part])
+        p.all_hr_negative_prompts[part], negative = _taken(p, p.all_hr_negative_prompts[part])
+        return positive, negative
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        """The hires pass's negative prompts are not parsed by the host: take the tags out."""
-        for name in ("hr_prompts", "hr_negative_prompts"):
-            if getattr(p, "enable_hr", False) and getattr(p, name, None):
-                setattr(p, name, [_without(t) for t in getattr(p, name)])
+        """The host has cut the hires prompts: it gets its lists back."""
+        if getattr(p, "sepme_hires", None) is not None:
+            p.all_hr_prompts, p.all_hr_negative_prompts = p.sepme_hires
+            p.sepme_hires = None
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Attach anew for every pass; the Forges throw earlier patches away, and call this twice for hires."""
@@ -204,22 +220,22 @@ class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
         _release()
 
 
-def _record(p: Any, run: Run, chosen: Sequence[Entry]) -> None:
+def _record(p: Any, run: Run) -> None:
     """Write what is on into the infotext: the panel's deltas with strengths, and which files the prompts' tags mean."""
-    records = [infotext.Record(e.concept, e.content_hash, run.settings.strength(e.concept)) for e in chosen]
-    texts = [*p.all_prompts, *p.all_negative_prompts, *getattr(p, "all_hr_prompts", []), *getattr(p, "all_hr_negative_prompts", [])]
-    with suppress(SepMEError):  # said when the batch is read
-        tags = merge(*take_tags(list(dict.fromkeys(texts)))[1])
-        found = [(_for_tag(p, name), strength) for name, strength in tags.items()]
-        used = [infotext.Record(e.concept, e.content_hash, s) for e, s in found if e is not None and e not in chosen]
-        if used:
-            p.extra_generation_params[infotext.TAGS] = infotext.write(used)
-        records_and_tags = [*records, *(infotext.Record(n, "", s) for n, s in tags.items())]
-        odd = sorted({r.name for r in records_and_tags if not 0 <= r.strength <= 1})
-        if odd:
-            _say(p, f"the strength of {', '.join(odd)} lies outside 0 to 1; negative ones amplify, larger ones overshoot.")
-    if records:
-        p.extra_generation_params[infotext.CONCEPTS] = infotext.write(records)
+    texts = [*p.all_prompts, *p.all_negative_prompts]
+    if getattr(p, "enable_hr", False):  # those of the hires pass are None without it
+        texts += [*p.all_hr_prompts, *p.all_hr_negative_prompts]
+    tags = merge(*take_tags(list(dict.fromkeys(texts)))[1])
+    named = {}
+    for name, strength in tags.items():
+        with suppress(SepMEError):  # said when the batch is drawn
+            named[_for_tag(p, name, run.chosen)] = strength
+    for key, strengths in ((infotext.TAGS, {e: s for e, s in named.items() if e not in run.chosen}), (infotext.CONCEPTS, run.strengths)):
+        if strengths:
+            p.extra_generation_params[key] = infotext.write([infotext.Record(e.concept, e.content_hash, s) for e, s in strengths.items()])
+    odd = sorted({e.concept for e, s in (*named.items(), *run.strengths.items()) if not 0 <= s <= 1})
+    if odd:
+        say(p, f"the strength of {', '.join(odd)} lies outside 0 to 1; negative ones amplify, larger ones overshoot.")
     if not run.settings.gate:
         p.extra_generation_params[infotext.GATE] = "off"
 
@@ -231,34 +247,45 @@ def add_tags(p: Any, tags: Mapping[str, float]) -> None:
         run.batch.positive = [merge(tags, row) for row in run.batch.positive]
 
 
-def _override(p: Any, settings: Settings) -> Settings:
-    """What an X/Y/Z plot asks for, instead of the panel's."""
+def _override(p: Any, settings: Settings, entries: Sequence[Entry]) -> Settings:
+    """What an X/Y/Z plot asks for, instead of the panel's.
+
+    Raises:
+        SepMEError: a strength that is none.
+    """
     concepts, strength = getattr(p, "sepme_concepts", None), getattr(p, "sepme_strength", None)
     if concepts is not None:
-        settings = replace(settings, enabled=bool(concepts), concepts=tuple(concepts))
-    return settings if strength is None else replace(settings.at(strength), enabled=True)
+        wanted = () if is_nothing(concepts, entries) else tuple(dict.fromkeys(concepts))
+        settings = replace(settings, enabled=bool(wanted), concepts=wanted)
+    if strength is not None:
+        check_number("SepME strength", strength, -100, 100)
+        settings = replace(settings, enabled=True, overall=strength)
+    return settings
 
 
 def _panel_entries(p: Any, settings: Settings, entries: Sequence[Entry]) -> list[Entry]:
     """Files of the concepts chosen in the panel.
 
     Raises:
-        SepMEError: there is none of a name.
+        SepMEError: there is none of a name, or several; or two files erase one concept.
     """
-    chosen = []
-    for label in settings.concepts if settings.enabled else ():
-        entry = choose(label, entries, host.architecture_of(p.sd_model))
+    chosen: dict[str, Entry] = {}
+    for name in settings.concepts if settings.enabled else ():
+        entry = choose(name, entries, host.architecture_of(p.sd_model))
         if entry is None:
             raise SepMEError(
-                f"There is no delta {label[:60]!r} for this checkpoint in {host.library.folder}; put its file there and refresh."
+                f"There is no delta {name[:60]!r} for this checkpoint in {host.library.folder}; put its file there and refresh."
             )
-        chosen.append(entry)
-    return chosen
+        load(entry)
+        chosen[entry.content_hash] = entry
+    if len({normalised(e.concept) for e in chosen.values()}) < len(chosen):
+        raise SepMEError("Two of the chosen files erase the same concept; choose one of them.")
+    return list(chosen.values())
 
 
-def _without(text: str) -> str:
-    """A prompt without tags, also where they cannot be read."""
-    try:
-        return take_tags([text])[0][0]
-    except SepMEError:
-        return infotext.ANY_TAG.sub(" ", text).strip()
+def _taken(p: Any, prompts: Sequence[str]) -> tuple[list[str], list[Tags]]:
+    """Prompts without tags, and the tags of each; what cannot be read is said."""
+    texts, tags, wrong = take_tags(prompts)
+    for sentence in wrong:
+        say(p, f"the tags of a prompt are left out. {sentence}")
+    return texts, tags

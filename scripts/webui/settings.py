@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from ...sepme.concepts import normalised
 from ...sepme.errors import SepMEError
 
 Tags = dict[str, float]
+_ANY_TAG = re.compile(r"<(?:erase|keep)[^\w>][^>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Settings:
 
     Attributes:
         enabled: whether the panel's concepts are on; prompt tags work either way.
-        concepts: labels of delta files. strengths: by concept name; 1 where not given.
+        concepts: names, labels, files or hashes of deltas. strengths: by the same, 1 where not given; ``overall`` goes before them.
     """
 
     enabled: bool = False
@@ -32,6 +34,7 @@ class Settings:
     strengths: Mapping[str, float] = field(default_factory=dict)
     gate: bool = True
     backend: str = "auto"
+    overall: float | None = None
 
     @staticmethod
     def parse(*args: Any) -> Settings:
@@ -52,14 +55,10 @@ class Settings:
             raise SepMEError(f"SepME has no backend {str(backend)[:40]!r}; choose one of {', '.join(BACKENDS)}.")
         return Settings(enabled, tuple(dict.fromkeys(concepts)), table, gate, backend)
 
-    def at(self, strength: float) -> Settings:
-        """The same with every concept at this strength."""
-        return replace(self, strengths=dict.fromkeys(self.strengths, strength) | {"*": strength})
-
-    def strength(self, name: str) -> float:
-        """Of a concept chosen in the panel."""
+    def strength(self, concept: str) -> float:
+        """Of a concept chosen in the panel; strengths are by concept here."""
         table = {normalised(k): v for k, v in self.strengths.items()}
-        return table.get(normalised(name), table.get("*", 1.0))
+        return self.overall if self.overall is not None else table.get(normalised(concept), 1.0)
 
 
 def _switch(value: Any, default: bool, place: str) -> bool:
@@ -68,14 +67,18 @@ def _switch(value: Any, default: bool, place: str) -> bool:
     return default if value is None else bool(value)
 
 
-def take_tags(prompts: Sequence[str]) -> tuple[list[str], list[Tags]]:
-    """Prompts without tags, and the tags of each.
-
-    Raises:
-        SepMEError: a tag that cannot be read.
-    """
-    pairs = [parse_tags(p) for p in prompts]
-    return [text for text, _ in pairs], [tags for _, tags in pairs]
+def take_tags(prompts: Sequence[str]) -> tuple[list[str], list[Tags], list[str]]:
+    """Prompts without tags, the tags of each, and a sentence for each tag that cannot be read: its prompt is left without tags."""
+    texts, tags, wrong = [], [], []
+    for prompt in prompts:
+        try:
+            text, found = parse_tags(prompt)
+        except SepMEError as error:
+            text, found = _ANY_TAG.sub("", prompt), {}
+            wrong.append(str(error))
+        texts.append(text)
+        tags.append(found)
+    return texts, tags, list(dict.fromkeys(wrong))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""Delta files as the panel names them: by concept where that is enough, with the beginning of the hash where it is not."""
+"""Delta files as users name them: by concept, by label (concept and the beginning of the hash), by file or by hash, everywhere the same."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from ...sepme.concepts import normalised
 from ...sepme.delta.concept_delta import ConceptDelta
-from ...sepme.delta.library import Entry
+from ...sepme.delta.library import Entry, resolve
+from ...sepme.errors import SepMEError
 from .infotext import HASH_LENGTH
 
 
@@ -29,17 +30,50 @@ def with_hash(entry: Entry) -> str:
     return f"{entry.concept} [{entry.content_hash[:HASH_LENGTH]}]"
 
 
+def find(wanted: str, entries: Sequence[Entry]) -> list[Entry]:
+    """The files that a text means, best first; of files with the same content one."""
+    return list({entries[i].content_hash: entries[i] for i in reversed(resolve(wanted, entries))}.values())[::-1]
+
+
 def choose(wanted: str, entries: Sequence[Entry], architecture: str) -> Entry | None:
-    """The file that a label, concept name, file name or hash means; of several the one for this architecture."""
-    key = normalised(wanted)
-    found = [e for e in entries if key in (normalised(e.concept), normalised(with_hash(e)), normalised(e.name), e.content_hash)]
-    fitting = [e for e in found if e.architecture == architecture]
-    return next(iter(fitting or found), None)
+    """The file that a text means; of several the one for this architecture.
+
+    Raises:
+        SepMEError: it means several.
+    """
+    found = find(wanted, entries)
+    fitting = [e for e in found if e.architecture == architecture] or found
+    if len(fitting) > 1:
+        raise SepMEError(f"{wanted[:60]!r} means several files; write {' or '.join(repr(with_hash(e)) for e in fitting[:3])}.")
+    return fitting[0] if fitting else None
 
 
 def by_hash(digest: str, entries: Sequence[Entry]) -> Entry | None:
     """The file whose content hash begins so."""
     return next((e for e in entries if e.content_hash.startswith(digest)), None)
+
+
+def by_concept(strengths: Mapping[str, float], chosen: Sequence[Entry], entries: Sequence[Entry]) -> tuple[dict[str, float], list[str]]:
+    """Strengths of the chosen files by concept, whatever they were keyed by; and keys of files that are there and not chosen.
+
+    Raises:
+        SepMEError: a key that means no file, or several of the chosen ones; two for the same.
+    """
+    table: dict[str, float] = {}
+    idle = []
+    for key, strength in strengths.items():
+        meant = {e.content_hash for e in find(key, entries)}
+        concepts = [e.concept for e in chosen if e.content_hash in meant]
+        if not meant:
+            names = ", ".join(e.concept for e in chosen) or "none"
+            raise SepMEError(f"The strengths name {key[:60]!r}, and there is no such delta; chosen concepts: {names[:200]}.")
+        if len(concepts) > 1 or (concepts and concepts[0] in table):
+            raise SepMEError(f"In the strengths {key[:60]!r} and another key mean the same, or it means several; name each concept once.")
+        if concepts:
+            table[concepts[0]] = strength
+        else:
+            idle.append(key)
+    return table, idle
 
 
 def load(entry: Entry) -> ConceptDelta:

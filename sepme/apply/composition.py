@@ -10,8 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..concepts import normalised
-from ..delta.concept_delta import ConceptDelta
+from ..delta.concept_delta import ConceptDelta, check_apart
 from ..delta.format import CONTEXT
 from ..errors import SepMEError
 from .ops import no_autocast
@@ -43,11 +42,8 @@ class Composition:
     deltas: tuple[ConceptDelta, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        check_apart(self.deltas)
         for delta in self.deltas:
-            if normalised(delta.concept.name) in seen:
-                raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
-            seen.add(normalised(delta.concept.name))
             layered = next((d for d in self.deltas if d.projections), delta)
             if delta.projections:
                 delta.check_fits(layered.shapes, f"the delta of {layered.concept.name!r}")

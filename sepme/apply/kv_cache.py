@@ -1,9 +1,9 @@
-"""Keys and values kept across denoising steps: found by content, by one comparison a forward pass, least recently used out first."""
+"""Keys and values of earlier denoising steps: found by the content of their prompts, the least recently used let go of first."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,51 +13,73 @@ from torch import Tensor, nn
 from .composition import Touch
 
 MAX_BATCHES = 32  # a comparison looks at all of them
-MAX_SEEN = 8  # contexts of one forward pass known by address; extensions that make one a layer would fill the memory
 
 
 @dataclass(eq=False)
 class Batch:
-    """What is kept of one prompt batch.
+    """Keys and values of one batch of prompts.
 
     Attributes:
-        context: ``(rows, tokens, d_in)``, a copy. strengths: a copy. key: whatever else keys and values depend on.
+        context: ``(rows, tokens, d_in)``, a copy. strengths: of its rows, a copy. key: whatever else keys and values depend on.
         touch: what the batch meets of the composition.
-        outputs: by projection name, keys or values and the :func:`fingerprint` of the module that made them.
+        outputs: by projection name, the :func:`fingerprint` of the module, keys or values, and their version counter.
+        bytes: of all these tensors.
+        copies: hand out copies, because somebody wrote into what was handed out.
     """
 
     context: Tensor
     strengths: Tensor
     key: Hashable
     touch: Touch
-    outputs: dict[str, tuple[Hashable, Tensor]] = field(default_factory=dict)
-    bytes: int = 0
+    outputs: dict[str, tuple[Hashable, Tensor, int]] = field(default_factory=dict, init=False)
+    bytes: int = field(default=0, init=False)
+    copies: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.context, self.strengths = self.context.detach().clone(), self.strengths.detach().clone()
+        self.drop()
+
+    def get(self, name: str, made_by: Hashable) -> Tensor | None:
+        """Keys or values made by a module in this state; None where there are none, or somebody wrote into them."""
+        maker, output, written = self.outputs.get(name, (None, self.context, 0))
+        if maker != made_by:
+            return None
+        if output._version != written:
+            self.drop()
+            self.copies = True
+            return None
+        return output.clone() if self.copies else output
+
+    def put(self, name: str, made_by: Hashable, output: Tensor) -> Tensor:
+        """Store keys or values.
+
+        Returns:
+            what to hand out: extensions write into keys and values, which must show.
+        """
+        if name in self.outputs:
+            self.bytes -= _bytes(self.outputs[name][1])
+        output = _counted(output)
+        self.outputs[name] = made_by, output, output._version
+        self.bytes += _bytes(output)
+        return output.clone() if self.copies else output
+
+    def drop(self) -> None:
+        """Let go of keys and values."""
+        self.outputs.clear()
+        self.bytes = _bytes(self.context) + _bytes(self.touch.h)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A context met in this forward pass. Holding it keeps its address from being used again."""
-
-    context: Tensor
-    strengths: Tensor
-    versions: tuple[int | None, int | None]
-    key: Hashable
-    batch: Batch
-
-
-class Kept:
-    """Prompt batches, most recently used last.
+class KVCache:
+    """Batches of prompts, the most recently used last.
 
     Args:
-        max_bytes: cap on what is kept; a cap below one batch keeps nothing.
+        max_bytes: cap on what is held; below the size of one batch no keys and values are held at all.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.comparisons = 0
         self._batches: list[Batch] = []
-        self._seen: dict[tuple[Any, ...], _Seen] = {}
-        self._names: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -69,81 +91,22 @@ class Kept:
     def clear(self) -> None:
         """Forget everything."""
         self._batches.clear()
-        self.begin_pass()
 
-    def begin_pass(self) -> None:
-        """Another forward pass begins: contexts are compared by content again."""
-        self._names.clear()
-        self._seen.clear()
-
-    def find(
-        self,
-        name: str,
-        context: Tensor,
-        given: Tensor,
-        key: Hashable,
-        strengths: Callable[[Tensor], Tensor],
-        touch: Callable[[Tensor, Tensor], Touch],
-    ) -> Batch:
-        """The batch of this context: by identity within a forward pass, by content across passes.
-
-        A projection that asks again starts another pass, so a context that was written over between two passes is noticed even in
-        inference mode, where tensors have no version counter.
-
-        Args:
-            name: the projection that asks. given: the strengths of this pass.
-            strengths: those of the context's rows; called where the address is not known. touch: called where the batch is new.
-        """
-        if name in self._names:
-            self.begin_pass()
-        self._names.add(name)
-        where = (context.data_ptr(), context.shape, context.stride(), context.dtype, context.device)
-        versions = (_version(context), _version(given))
-        seen = self._seen.get(where)
-        if seen is not None and seen.strengths is given and seen.versions == versions and seen.key == key:
-            return seen.batch
-        rows = strengths(context)
-        batch = self._same(context, rows, key)
-        if batch is None:
-            made = touch(context, rows)
-            batch = Batch(context.detach().clone(), rows.detach().clone(), key, made)
-            batch.bytes = _bytes(batch.context) + _bytes(made.h)
-        else:
-            self._batches.remove(batch)
-        self._batches.append(batch)
-        del self._batches[:-MAX_BATCHES]
-        if len(self._seen) < MAX_SEEN or where in self._seen:
-            self._seen[where] = _Seen(context, given, versions, key, batch)
-        return batch
-
-    def store(self, batch: Batch, name: str, made_by: Hashable, output: Tensor) -> None:
-        """Keep an output, and let go of what is over the cap."""
-        if name in batch.outputs:
-            batch.bytes -= _bytes(batch.outputs[name][1])
-        batch.outputs[name] = (made_by, output)
-        batch.bytes += _bytes(output)
-        over = self.bytes - self.max_bytes
-        while over > 0 and self._batches[0] is not batch:
-            over -= self._batches.pop(0).bytes
-        if over > 0:
-            batch.bytes -= sum(_bytes(out) for _, out in batch.outputs.values())
-            batch.outputs.clear()
-
-    def _same(self, context: Tensor, strengths: Tensor, key: Hashable) -> Batch | None:
-        """The kept batch with this content. All candidates are compared before any answer is waited for: one wait a call."""
+    def get(self, context: Tensor, strengths: Tensor, key: Hashable) -> Batch | None:
+        """The batch with this content. All candidates are compared before any answer is waited for: one wait for the GPU."""
         self.comparisons += 1
         candidates, answers = [], []
         for batch in reversed(self._batches):
-            kept = batch.context
-            if (kept.shape, kept.dtype, kept.device, batch.key) != (context.shape, context.dtype, context.device, key):
+            held = batch.context
+            if (held.shape, held.dtype, held.device, batch.key) != (context.shape, context.dtype, context.device, key):
                 continue
             if (batch.strengths.shape, batch.strengths.device) != (strengths.shape, strengths.device):
                 continue
             equal = (batch.strengths == strengths).all()
             if strengths.device == context.device:
-                equal = equal & (kept == context).all()
+                equal = equal & (held == context).all()
             elif equal:
-                equal = (kept == context).all()
+                equal = (held == context).all()
             else:
                 continue
             candidates.append(batch)
@@ -152,14 +115,26 @@ class Kept:
             return None
         return next((b for b, same in zip(candidates, torch.stack(answers).tolist(), strict=True) if same), None)
 
+    def put(self, batch: Batch) -> None:
+        """Hold a batch as the most recently used one, and let go of what is over the limits."""
+        if batch in self._batches:
+            self._batches.remove(batch)
+        self._batches.append(batch)
+        del self._batches[:-MAX_BATCHES]
+        over = self.bytes - self.max_bytes
+        while over > 0 and self._batches[0] is not batch:
+            over -= self._batches.pop(0).bytes
+        if over > 0:
+            batch.drop()
+
 
 def fingerprint(module: nn.Module) -> Hashable:
     """What changes when a projection's parameters are replaced, moved, cast or written to, or PEFT's adapters switched.
 
-    Writes that go past PyTorch's version counter (``.data``, inference mode) do not show: hosts name those in ``KVProjector.state``.
+    Writes that go past PyTorch's version counter (``.data``, inference mode) do not show: hosts name those in :attr:`Pass.state`.
     """
     parameters: list[Any] = list(module._parameters.values()) if not module._modules else list(module.parameters())
-    state = tuple((weakref.ref(p), _address(p), _version(p), p.dtype, p.device) for p in parameters if p is not None)
+    state = tuple((weakref.ref(p), _address(p), version(p), p.dtype, p.device) for p in parameters if p is not None)
     return (weakref.ref(module), state, _adapters(module) if module._modules else None)
 
 
@@ -176,10 +151,18 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
+def _counted(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor with a version counter, which inference tensors do not have."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
     """The in-place version counter; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version

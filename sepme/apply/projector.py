@@ -17,7 +17,8 @@ from ..model.layers import projections, shapes
 from ..model.patch import Forward, patched
 from ..model.protocols import AttentionLayer
 from .composition import Composition, Touch
-from .kv_cache import Batch, Kept, fingerprint
+from .forward_pass import Pass
+from .kv_cache import Batch, KVCache, fingerprint
 from .ops import PROJECT_KV, add_to_rows, add_to_rows_eager, project_kv, project_kv_eager, split, why_not
 
 BACKENDS = ("auto", "exact", "fused", "eager")
@@ -27,39 +28,6 @@ def plain_weight(module: nn.Module, forward: Forward) -> Tensor | None:
     """The weight ``(d_out, d_in)`` of a projection that is nothing but ``c Wᵀ``; None if the host does anything else there."""
     plain = getattr(forward, "__func__", None) is nn.Linear.forward and getattr(forward, "__self__", None) is module
     return module.weight if plain and isinstance(module, nn.Linear) and module.bias is None else None
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One forward pass of a host that leaves the patch in place.
-
-    Attributes:
-        prompts: the batch ``(rows, tokens, d_in)`` that the strengths belong to. default: ``(N,)`` of rows found in no prompt.
-    """
-
-    prompts: Tensor | None
-    default: Tensor
-    on_unknown: Callable[[], None]
-
-    def strengths(self, context: Tensor, given: Tensor) -> Tensor:
-        """Strengths of the rows of a context, which may be others than the batch's: another extension added or split rows."""
-        if given.dim() == 1 or len(given) == len(context):
-            return given
-        if bool((given == self.default).all()):
-            return self.default
-        table = self.default.repeat(len(context), 1)
-        found = torch.zeros(len(context), dtype=torch.bool, device=context.device)
-        if self.prompts is not None:
-            tokens = min(context.shape[1], self.prompts.shape[1])
-            same = (context[:, None, :tokens] == self.prompts[None, :, :tokens].to(context)).flatten(2).all(dim=2)
-            for start in range(len(given) - len(context) + 1):  # prompts of the same tokens may differ in strengths: a part of the batch
-                if bool(same.diagonal(start).all()):
-                    return given[start : start + len(context)]
-            found = same.any(dim=1)
-            table[found.cpu()] = given[same.int().argmax(dim=1)[found].cpu()]
-        if not bool(found.all()):
-            self.on_unknown()
-        return table
 
 
 @dataclass(frozen=True)
@@ -88,12 +56,6 @@ class KVProjector:
         keep: keep keys and values across steps (same prompt, strengths and weights); the environment's SEPME_KEEP=0 switches it off in
             every host. max_bytes: cap on what is kept.
 
-    Attributes:
-        strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; None outside of the passes of a host that
-            leaves the patch in place. May be changed between forward passes.
-        state: anything that keys and values depend on and that does not show in parameters and their version counters (a host's
-            own count of weight patches); a change makes everything be computed again.
-
     Raises:
         SepMEError: deltas of another model, an unknown backend.
     """
@@ -114,56 +76,60 @@ class KVProjector:
         self.keep = keep and os.environ.get("SEPME_KEEP") != "0"
         for delta in composition.deltas[:1]:
             delta.check_fits(shapes(layers))
-        self.strengths: Tensor | None = torch.ones(len(composition.deltas))
-        self.state: Hashable = None
-        self._pass: _Pass | None = None
-        self.kept = Kept(max_bytes)
+        self.cache = KVCache(max_bytes)
+        self._pass: Pass | None = None
         self._sites: dict[str, _Site] = {}
         self._held: tuple[Any, Tensor] | None = None
 
     @contextmanager
     def attached(self, strengths: Tensor | None = None) -> Iterator[KVProjector]:
-        """Patch the model inside the block.
+        """Patch the model inside the block, however often it is called there.
 
         Args:
-            strengths: as the attribute; all 1 by default.
+            strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of every batch; all 1 by default.
         """
-        self.strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
+        strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
         try:
-            with patched(self.modules, self.wrap):
+            with patched(self.modules, self.wrap), self.forward_pass(strengths):
                 yield self
         finally:
             self.clear()
 
     @contextmanager
     def forward_pass(
-        self, strengths: Tensor, prompts: Tensor | None = None, default: Tensor | None = None, on_unknown: Callable[[], None] = lambda: None
-    ) -> Iterator[None]:
-        """One forward pass of a host that leaves the patch in place; after it the patch does nothing until the next.
+        self,
+        strengths: Tensor,
+        prompts: Tensor | None = None,
+        default: Tensor | None = None,
+        on_unknown: Callable[[], None] = lambda: None,
+        state: Hashable = None,
+    ) -> Iterator[Pass]:
+        """One forward pass. Outside of it the patch does nothing, so hosts may leave it in place.
 
         Args:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch.
             prompts: the batch ``(rows, tokens, d_in)``. Where a projection meets other rows, because another extension added some,
                 each gets the strengths of the prompt with the same tokens.
             default: ``(N,)`` for rows that are no prompt of the batch; all 1 by default. on_unknown: called when there are such rows.
+            state: anything that keys and values depend on and that does not show in parameters and their version counters (a host's
+                own count of weight patches); under another state everything is computed again.
         """
         default = torch.ones(len(self.composition.deltas)) if default is None else default
-        self.strengths, self._pass = strengths, _Pass(prompts, default, on_unknown)
-        self.kept.begin_pass()
+        outer, self._pass = self._pass, Pass(strengths, prompts, default, on_unknown, state)
         try:
-            yield
+            yield self._pass
         finally:
-            self.strengths = self._pass = None
-            self.kept.begin_pass()
+            self._pass = outer
 
     def clear(self) -> None:
         """Forget all keys and values."""
-        self.kept.clear()
+        self.cache.clear()
         self._held = None
 
     @property
     def kept_bytes(self) -> int:
-        return self.kept.bytes
+        """Bytes in the cache: contexts, H, keys and values."""
+        return self.cache.bytes
 
     def wrap(self, name: str, module: nn.Module, forward: Forward, weight: Callable[[], Tensor | None] | None = None) -> Forward:
         """The projection's ``forward`` with the deltas added. Hosts that leave it in place call :meth:`clear` after a run.
@@ -176,24 +142,24 @@ class KVProjector:
         return lambda context: self.project(name, module, forward, context)
 
     def project(self, name: str, module: nn.Module, forward: Forward, context: Tensor) -> Tensor:
-        """Keys or values ``(rows, tokens, d_out)`` of a context: ``forward``'s own, with the deltas added where there are strengths."""
-        if self.strengths is None:
+        """Keys or values ``(rows, tokens, d_out)`` of a context: ``forward``'s own, with the deltas added while a pass lasts."""
+        current = self._pass
+        if current is None:
             return forward(context)
         site = self._sites.get(name)
         if site is None or site.module is not module or site.forward != forward:
             self._sites[name] = _Site(module, forward, partial(plain_weight, module, forward))
         if torch.is_grad_enabled():
-            return self._exact(name, context, self._touch(context, self._strengths(context)))
-        autocast = torch.get_autocast_dtype(context.device.type) if torch.is_autocast_enabled(context.device.type) else None
-        batch = self.kept.find(name, context, self.strengths, (self.state, autocast), self._strengths, self._touch)
-        hit = batch.outputs.get(name)
-        if hit is not None and hit[0] == fingerprint(module):
-            return hit[1]
+            return self._exact(name, context, self.composition.touch(context, current.rows(context), self.gate))
+        batch = self._batch(current, name, context)
+        output = batch.get(name, fingerprint(module))
+        if output is not None:
+            return output
         outputs = self._compute(name, context, batch)
         if self.keep:
-            for made, output in outputs.items():
-                # offloading hosts replace parameters around a forward; what they leave is what the next step finds
-                self.kept.store(batch, made, fingerprint(self._sites[made].module), output)
+            # offloading hosts replace parameters around a forward; what they leave is what the next step finds
+            outputs = {made: batch.put(made, fingerprint(self._sites[made].module), out) for made, out in outputs.items()}
+            self.cache.put(batch)
             if len(batch.outputs) == len(self._sites):
                 self._held = None
         return outputs[name]
@@ -209,12 +175,16 @@ class KVProjector:
         reason = why_not(PROJECT_KV, context=context.to(plain[0].dtype), weights=plain)
         return reason and f"{reason}; plain PyTorch does the same here"
 
-    def _strengths(self, context: Tensor) -> Tensor:
-        assert self.strengths is not None
-        return self.strengths if self._pass is None else self._pass.strengths(context, self.strengths)
-
-    def _touch(self, context: Tensor, strengths: Tensor) -> Touch:
-        return self.composition.touch(context, strengths, self.gate)
+    def _batch(self, current: Pass, name: str, context: Tensor) -> Batch:
+        """The batch of a context: by its address within a pass, by its content across passes, or a new one."""
+        autocast = torch.get_autocast_dtype(context.device.type) if torch.is_autocast_enabled(context.device.type) else None
+        batch = current.recall(name, context, autocast)
+        if batch is None:
+            rows, key = current.rows(context), (current.state, autocast)
+            batch = self.cache.get(context, rows, key) or Batch(context, rows, key, self.composition.touch(context, rows, self.gate))
+            self.cache.put(batch)
+            current.remember(context, autocast, batch)
+        return batch
 
     def _compute(self, name: str, context: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The output that is asked for, and all others that are missing where one operator makes them together."""

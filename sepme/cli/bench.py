@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import SepMEError
-from .common import Json, finish, interruptible, progress, progress_bar, register_kernels
+from .common import Json, finish, interruptible, progress, progress_bar, register_kernels, show_table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and size on this machine.")
 
@@ -36,7 +35,7 @@ def bench_solver(
             cells = (theirs.get("seconds"), ours["seconds"], r.get("speedup"))
             pairs = (theirs.get("residual"), ours["residual"], theirs.get("condition"), ours["condition"])
             table.add_row(f"{r['rows']} x {r['d_in']}", *("-" if v is None else f"{v:.3g}" for v in (*cells, *pairs)))
-        Console(width=max(Console().width, 120)).print(table)
+        show_table(table, 120)
         for d_in, plan in data["plan"].items():
             print(f"{concepts} concepts planned at d_in {d_in}: {plan['seconds']:.1f} s (mode {plan['mode']})")
         print(f"closed form, 100 concepts: {data['closed_form_100_seconds']:.2f} s; delta: {data['delta_bytes_sd15_rank8']} bytes")
@@ -71,7 +70,7 @@ def bench_train(
         )
         megabytes = [f"{result[k] / 1e6:.0f}" for k in ("memory_published", "memory_ours")]
         table.add_row("peak MB", *megabytes, f"{result['train_memory_ratio']:.2f} x")
-        Console().print(table)
+        show_table(table)
 
     finish(result, as_json, show)
 
@@ -112,13 +111,12 @@ def _show_aot(data: dict[str, Any]) -> None:
         verdict = "ok" if r["ok"] else r.get("error", "NO")
         head = (r["target"], r["kernel"], r["dtype"], str(r.get("d_in") or "-"), tile, str(c.get("warps", "-")), str(c.get("stages", "-")))
         table.add_row(*head, *("-" if v is None else str(v) for v in cells), verdict)
-    console = Console(width=max(Console().width, 150))
-    console.print(table)
+    show_table(table, 150)
     table = Table("model", "rows", "rank", "MB", "GFLOP", *(f"{part}: µs at least" for part in data["roofline"][0]["least_seconds"]))
     for r in data["roofline"]:
         least = (f"{1e6 * s:.1f}" for s in r["least_seconds"].values())
         table.add_row(r["model"], str(r["rows"]), str(r["rank"]), f"{r['bytes'] / 1e6:.1f}", f"{r['flops'] / 1e9:.1f}", *least)
-    console.print(table)
+    show_table(table, 150)
 
 
 def _show_kernel(data: dict[str, Any]) -> None:
@@ -129,7 +127,7 @@ def _show_kernel(data: dict[str, Any]) -> None:
         ratios = (f"{sides[n]['ratio']:.2f}" for n in names[1:])
         head = (case["model"], str(case["rows"]), str(case["rank"]), case["dtype"], f"{1e6 * sides['stock']['seconds']:.1f}")
         table.add_row(*head, *ratios)
-    Console(width=max(Console().width, 120)).print(table)
+    show_table(table, 120)
 
 
 @app.command("overhead")
@@ -165,7 +163,7 @@ def bench_overhead(
                 name, f"{side['seconds']:.3f}", f"{side['ratio']:.3f}", f"{side['low']:.3f} - {side['high']:.3f}",
                 str(c["operators"]), f"{c['flops'] / 1e9:.3f}", f"{c['bytes'] / 1e6:.1f}",
             )  # fmt: skip
-        Console(width=max(Console().width, 120)).print(table)
+        show_table(table, 120)
         print(f"deltas {data['delta_bytes'] / 1e6:.1f} MB, kept keys and values {data['cache_bytes'] / 1e6:.1f} MB")
 
     finish(data, as_json, show)
@@ -194,6 +192,6 @@ def bench_toggle(
         ):
             if key in data:
                 table.add_row(what, f"{1e3 * data[key]['lora']:.2f}", f"{1e3 * data[key]['ours']:.2f}", f"{data[ratio]:.1f} x")
-        Console(width=max(Console().width, 100)).print(table)
+        show_table(table, 100)
 
     finish(data, as_json, show)

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ..errors import Interrupted, SepMEError, out_of_memory
 
-log = Console(stderr=True, highlight=False)
+log = Console(stderr=True, highlight=False, markup=False, emoji=False)  # what users call things is no markup
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Files = Annotated[list[Path], typer.Argument(help="Delta files.")]
@@ -36,6 +37,11 @@ def register_kernels() -> None:
         importlib.import_module("sepme_kernels").register(ops)
     except ImportError:
         return
+
+
+def show_table(table: Table, width: int = 0) -> None:
+    """Print a table to stdout, at least so wide."""
+    Console(markup=False, emoji=False, width=max(Console().width, width)).print(table)
 
 
 def finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -97,7 +103,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 def progress_bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=log)
+    what, loss = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[loss]"))
+    return Progress(what, BarColumn(), loss, TimeRemainingColumn(), console=log)
 
 
 def progress(bar: Progress, check: Callable[[], None]) -> Callable[[str, int, int], None]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..concepts import Concept, ConceptBook, file_name
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
 from .common import Device, DType, Files, Json, Model, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
@@ -33,11 +34,11 @@ def export(
     """Write deltas as a LoRA or merge them into a checkpoint; both act on every prompt, since neither has the gate."""
     import torch
 
-    from ..apply.toggles import merge, parse_tags
+    from ..apply.toggles import merge, parse_toggle
     from ..convert import export_checkpoint, export_lora
 
     deltas = [ConceptDelta.load(path) for path in files]
-    strengths = merge(*(parse_tags(f"<erase:{item}>")[1] for item in erase or []))
+    strengths = merge(*(parse_toggle(item) for item in erase or []))
     remove_leftovers(out)
     if to == "lora":
         kind = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype)
@@ -83,6 +84,9 @@ def import_(
         book = replace(book, concepts=(*book.concepts, Concept(name, tuple(prompt or ()))))
     elif against is not None and prompt:
         raise SepMEError(f"{against} has prompts of {name!r} already; leave --prompt out or take the concept out of the book.")
+    if out.suffix.lower() != ".safetensors":
+        raise SepMEError(f"{out} is no name for a delta; end it in .safetensors.")
+    check_replaceable(out, name, [file, Path(model)])
     check_writable(out.parent)
     remove_leftovers(out)
     plan = plan_options("subspace", mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled="leave")
@@ -132,9 +136,11 @@ def reproject(
     book = known_to(deltas, ConceptBook.load(against))
     paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
     if len(set(paths)) < len(paths):
-        raise SepMEError("Two of the files would get the same name; reproject them one by one.")
+        raise SepMEError("Two of the files are deltas of one concept; reproject them one by one, into different folders.")
     if len({d.pooled is None for d in deltas}) > 1:
         raise SepMEError("Some of the files replace the pooled text vector and some leave it; reproject them apart.")
+    for delta, path in zip(deltas, paths, strict=True):
+        check_replaceable(path, delta.concept.name, files)
     check_writable(out)
     host = load_host(model, device, dtype, tokenizer)
     layers = host.attention_layers()

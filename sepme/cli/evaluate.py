@@ -6,12 +6,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import Interrupted
 from ..files import check_writable
-from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Prediction,
+    Size,
+    Tokenizer,
+    finish,
+    interruptible,
+    load_host,
+    log,
+    progress,
+    progress_bar,
+    show_table,
+)
 
 
 def evaluate(
@@ -55,7 +69,7 @@ def evaluate(
                 "attack_success",
             )
             table.add_row(key, *(f"{m[n]:.2f}" for n in names), f"{m['seconds']:.1f}", f"{m['bytes'] / 1000:.0f}")
-        Console(width=max(Console().width, 110)).print(table)
+        show_table(table, 110)
         log.print(f"Report: {out / 'report.html'}")
 
     finish(metrics, as_json, show)

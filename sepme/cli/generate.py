@@ -6,13 +6,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
-from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Prediction,
+    Size,
+    Tokenizer,
+    finish,
+    interruptible,
+    load_host,
+    log,
+    progress,
+    progress_bar,
+    show_table,
+)
 
 
 def generate(
@@ -37,25 +51,32 @@ def generate(
 ) -> None:
     """Draw pictures with concepts erased."""
     from ..apply.composition import Composition
-    from ..apply.toggles import merge, parse_tags, strengths
+    from ..apply.toggles import merge, parse_tags, parse_toggle, strengths
+    from ..checks import SEEDS, check_number, following_seed
+    from ..delta.verify import clip_skip_warnings
     from ..images import save_grid
 
     composition = Composition(tuple(ConceptDelta.load(p) for p in delta or []))
     toggles: dict[str, float] = {}
     for item in erase or []:
-        toggles = merge(toggles, parse_tags(f"<erase:{item}>")[1])
+        toggles = merge(toggles, parse_toggle(item))
     toggles = merge(toggles, dict.fromkeys(keep or [], 0.0))
-    table = strengths([merge(toggles, parse_tags(p)[1]) for p in prompts], composition.names)
+    table = strengths([merge(toggles, parse_tags(p)[1]) for p in prompts], composition.deltas)
     if ((table < 0) | (table > 1)).any():
         log.print("Warning: a strength lies outside 0 to 1; negative ones amplify the concept, larger ones overshoot.")
+    check_number("seed", seed, *SEEDS, whole=True)
+    check_number("steps", steps, 1, 10**6, whole=True)
+    check_number("guidance", guidance, -1e3, 1e3)
     if out.suffix.lower() != ".png":
         raise SepMEError(f"{out} is no PNG name; end it in .png.")
     check_writable(out.parent)
     remove_leftovers(out)
     host = load_host(model, device, dtype, tokenizer, prediction, size)
+    for warning in clip_skip_warnings(host, composition.deltas):
+        log.print(f"Warning: {warning}")
     with interruptible() as check:
         images = host.generate(
-            prompts, [seed + i for i in range(len(prompts))], composition, toggles,
+            prompts, [following_seed(seed, i) for i in range(len(prompts))], composition, toggles,
             negative=negative, steps=steps, guidance=guidance, gate=gate, backend=backend, on_step=lambda i: check(),
         )  # fmt: skip
     save_grid(images, out)
@@ -72,8 +93,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
+    from ..checks import check_number
     from ..demo.run import run_demo
 
+    check_number("images", images, 1, 10_000, whole=True)
+    check_number("concepts", concepts, 1, 12, whole=True)
     check_writable(out)
     host = load_host("demo")
     with interruptible() as check, progress_bar() as bar:
@@ -84,7 +108,7 @@ def demo(
         for key, value in metrics.items():
             if isinstance(value, float) and key in metrics["closed_form"]:
                 table.add_row(key, f"{value:.4g}", f"{metrics['closed_form'][key]:.4g}")
-        Console().print(table)
+        show_table(table)
         log.print(f"Report: {out / 'report.html'}")
 
     finish(metrics, as_json, show)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..delta.concept_delta import ConceptDelta
-from .common import Files, Json, finish
+from .common import Files, Json, finish, show_table
 
 
 def inspect(files: Files, as_json: Json = False) -> None:
@@ -60,4 +59,4 @@ def show_summaries(rows: list[dict[str, Any]]) -> None:
             f"{r['leakage_linear_max']:.4f}",
             f"{r['leakage_gated_max']:.4f}", f"{r['gate']:.3f}", margin, r["file"],
         )  # fmt: skip
-    Console(width=max(Console().width, 120)).print(table)
+    show_table(table, 120)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from ..concepts import ConceptBook, file_name
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import check_replaceable
 from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
@@ -88,7 +89,9 @@ def train(
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
-        raise SepMEError("Two concepts of the book would get the same file name; rename one.")
+        raise SepMEError("Two concepts of the book differ in hyphens alone and would get the same file name; rename one.")
+    for name, path in paths.items():
+        check_replaceable(path, name)
     check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
@@ -100,9 +103,7 @@ def train(
     groups = [chosen] if joint else [[name] for name in chosen]
     todo: list[Group] = []
     for names in groups:
-        checkpoint = (job.folder / "joint" if len(names) > 1 else paths[names[0]].resolve().with_suffix("")).with_suffix(
-            ".checkpoint.safetensors"
-        )
+        checkpoint = job.folder / f"{file_name(' + '.join(names))}.checkpoint.safetensors"
         for path in (checkpoint, *(paths[n] for n in names)):
             remove_leftovers(path)
         if not resume:
@@ -152,6 +153,7 @@ def _one_by_one(job: Job, todo: list[Group], paths: Mapping[str, Path], bar: Pro
 
         for delta in make_deltas(planner, names, host, job.options, checkpoint, on_step, pictures, check):
             name = delta.concept.name
+            check_replaceable(paths[name], name)  # time has passed
             delta.save(paths[name])
             bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.info['losses'])} steps")
         checkpoint.unlink(missing_ok=True)
@@ -165,6 +167,7 @@ def _side_by_side(
     tasks = {names[0]: bar.add_task(names[0], total=job.options.steps, loss="") for names, _ in todo}
 
     def save(name: str, data: bytes) -> None:
+        check_replaceable(paths[name], name)
         write_atomically(paths[name], data)
         bar.update(tasks[name], completed=job.options.steps, loss="done")
 

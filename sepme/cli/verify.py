@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..delta.concept_delta import ConceptDelta
@@ -25,6 +24,7 @@ from .common import (
     log,
     progress,
     progress_bar,
+    show_table,
 )
 
 
@@ -45,6 +45,7 @@ def verify(
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     if capacity:
         return _capacity(lambda: load_host(model, device, dtype, tokenizer, prediction), model, files, count, as_json)
+    from ..delta.verify import clip_skip_warnings
     from ..delta.verify import verify as measure
     from ..model.layers import kv_fingerprint, shapes
 
@@ -58,7 +59,7 @@ def verify(
     with interruptible() as check, progress_bar() as bar:
         result = measure(host, deltas, preserve, progress(bar, check))
     warnings = [f"{n!r} was made on K/V weights {f}, this model has {fingerprint}." for n, f in made.items() if f != fingerprint]
-    warnings += result.warnings
+    warnings += [*clip_skip_warnings(host, deltas), *result.warnings]
 
     def show() -> None:
         for warning in warnings:
@@ -68,7 +69,7 @@ def verify(
             worst = max(c.leakage_linear.values(), default=0.0)
             figures = (f"{worst:.4f}", f"{c.gate:.4f}", f"{c.own_touched:.0%}", f"{c.false_touch_rate:.2%}", "yes" if c.holds else "NO")
             table.add_row(c.concept, *(f"{v:.3f}" for v in line), *figures)
-        Console(width=max(Console().width, 60 + 12 * len(deltas))).print(table)
+        show_table(table, 60 + 12 * len(deltas))
 
     finish(result.to_json() | {"warnings": warnings}, as_json, show)
     if not result.holds:
@@ -76,8 +77,11 @@ def verify(
 
 
 def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
+    from ..checks import check_number
     from ..plan.capacity import COUNTS, capacity, read_concepts
 
+    for number in counts or ():
+        check_number("count", number, 1, 10**6, whole=True)
     book = read_concepts(files)
     with interruptible() as check, progress_bar() as bar:
         rows = [r.to_json() for r in capacity(host(), book, counts or COUNTS, on_progress=progress(bar, check))]
@@ -86,6 +90,6 @@ def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: li
         table = Table(*(key.replace("_", " ") for key in rows[0]))
         for row in rows:
             table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-        Console(width=max(Console().width, 150)).print(table)
+        show_table(table, 150)
 
     finish({"model": model, "given": len(book.concepts), "capacity": rows}, as_json, show)

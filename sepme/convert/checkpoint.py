@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..apply.toggles import Toggles
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import check_replaceable
 from ..errors import SepMEError
-from ..files import refuse_pickle, write_atomically
+from ..files import PLAIN, check_precision, refuse_pickle, write_atomically
 from .lora import GATE_OFF, weighed
 from .names import diffusers_names
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx", "*.onnx_data")
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the unmerged file
 PIECE, MAX_HEADER = 16 << 20, 100 << 20
@@ -51,13 +51,8 @@ def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: st
     file = _File.open(model)
     keys = {name: f"model.diffusion_model.{name}.weight" for name in chosen[0][0].up}
     _check(model, chosen[0][0], [file], keys)
-    _apart(model, out)
+    check_replaceable(out, inputs=[model, *(Path(d.file) for d, _ in chosen if d.file)])
     return write_atomically(out, file.merged(chosen, keys))
-
-
-def _apart(model: Path, out: Path) -> None:
-    if out.exists() and out.samefile(model):
-        raise SepMEError(f"{out} is the model itself; write the merged one to another name.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class _File:
                 place = end
 
     def _changed(self, data: bytes, entry: Mapping[str, Any], name: str, chosen: Sequence[tuple[ConceptDelta, float]]) -> bytes:
-        dtype = DTYPES[entry["dtype"]]
+        dtype = PLAIN[entry["dtype"]]
         weight = torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"])
         change: Tensor = sum(s * d.weight_delta(name) for d, s in chosen)  # type: ignore[assignment]
         result = (weight.to(torch.promote_types(dtype, torch.float32)) + change).to(dtype) if change.any() else weight
@@ -138,8 +133,7 @@ def _check(model: Path, delta: ConceptDelta, files: Sequence[_File], keys: Mappi
     if shapes != delta.shapes or found != set(keys.values()):
         raise SepMEError(f"{model} is no model of the architecture {delta.architecture} of {delta.concept.name!r}; name the one it is for.")
     for key in found:
-        if entries[key]["dtype"] not in DTYPES:
-            raise SepMEError(f"{model} is quantised ({entries[key]['dtype']}); merge into the float16 or float32 model instead.")
+        check_precision(model, key, entries[key]["dtype"])
 
 
 def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path) -> Path:
@@ -150,7 +144,8 @@ def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path
     theirs = diffusers_names(dict.fromkeys(name.rsplit(".", 1)[0] for name in delta.up))
     keys = {name: f"{theirs[name.rsplit('.', 1)[0]]}.{name.rsplit('.', 1)[1]}.weight" for name in delta.up}
     _check(model, delta, files, keys)
-    _apart(model, out)
+    if out.resolve().is_relative_to(model.resolve()):
+        raise SepMEError(f"{out} is the model itself or lies in it; write the merged one to a folder of its own.")
     if out.exists():
         raise SepMEError(f"{out} is there already; choose a new name for the merged model's folder.")
     part = None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SepMEError, out_of_memory
-from ..files import refuse_pickle
+from ..files import check_precision, refuse_pickle
 from .names import diffusers_names
 
 PREFIX = re.compile(r"^(?:lora_unet_|base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|unet\.)+")
@@ -64,7 +64,7 @@ def read_foreign(path: str | Path, base: Mapping[str, Tensor]) -> Foreign:
     tensors, metadata, others = _read(path, _aliases(base))
     for name, by_role in tensors.items():
         for tensor in by_role.values():
-            if not tensor.isfinite().all():
+            if not tensor.float().isfinite().all():
                 raise SepMEError(f"{path} holds NaN or infinite values at {name}; get it again.")
     if not tensors:
         raise SepMEError(f"{path} holds no to_k or to_v of this model's cross-attention; only what is there can be imported.")
@@ -96,6 +96,8 @@ def _read(path: Path, aliases: Mapping[str, str]) -> tuple[dict[str, dict[str, T
                     continue
                 if role == "other":
                     raise SepMEError(f"{path} is a LoHa, LoKr, DoRA, OFT or full-difference adapter; only plain LoRA can be imported.")
+                if role != "alpha":  # a number, in whatever type
+                    check_precision(path, key, file.get_slice(key).get_dtype())
                 found.setdefault(name, {})[role] = file.get_tensor(key)
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -145,6 +147,8 @@ def _lora(
             shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
             raise SepMEError(f"{path}: {name} has factors {shapes}, the base {tuple(base[name].shape)}; the LoRA is for another model.")
         rank, alpha = len(down), by_role.get("alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise SepMEError(f"{path}: the scale of {name} is {alpha.numel()} numbers instead of one; the file is damaged or no LoRA.")
         scale = _scale(config, rank) if alpha is None else float(alpha) / rank
         if not math.isfinite(scale):
             raise SepMEError(f"{path}: the scale of {name} is no number; the file is damaged.")

@@ -14,6 +14,7 @@ from ..apply.composition import Composition
 from ..apply.toggles import Toggles
 from ..apply.toggles import strengths as table
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import safetensors_bytes, write_atomically
 from .names import kohya_names
@@ -36,12 +37,13 @@ def export_lora(
         dtype: of the tensors: float16, bfloat16 or float32.
 
     Raises:
-        SepMEError: no deltas, two of one concept or for different models, an unknown concept or precision, a folder that cannot be
-            written.
+        SepMEError: no deltas, two of one concept or for different models, an unknown concept or precision, a place that is a delta's
+            own or cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
         raise SepMEError(f"{path} is no name for a LoRA; end it in .safetensors.")
+    check_replaceable(path, inputs=[Path(d.file) for d in deltas if d.file])
     return write_atomically(path, safetensors_bytes(*lora(deltas, strengths, dtype)))
 
 
@@ -72,7 +74,7 @@ def weighed(deltas: Sequence[ConceptDelta], strengths: Toggles | None) -> list[t
         SepMEError: nothing is left, two deltas of one concept or for different models, an unknown concept.
     """
     composition = Composition(tuple(deltas))
-    chosen = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.names)[0].tolist(), strict=True) if s != 0]
+    chosen = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.deltas)[0].tolist(), strict=True) if s != 0]
     if not chosen:
         raise SepMEError("Nothing is left to export; give at least one delta whose strength is not 0.")
     return chosen

@@ -15,13 +15,13 @@ from torch import Tensor
 from ..concepts import Concept, ConceptBook, normalised
 from ..delta.concept_delta import ConceptDelta
 from ..model.layers import kv_fingerprint, shapes, weights
-from ..model.protocols import AttentionLayer
+from ..model.protocols import AttentionLayer, clip_skip
 from ..plan.directions import reduce_rows
 from ..plan.planner import Planner
 from ..train.make import separable_from
 from .foreign import Foreign, read_foreign
 
-KEPT = ("objective", "losses", "imported", "compression", "kv_fingerprint", "clip_skip")  # of a delta that is reprojected
+KEPT = ("objective", "losses", "imported", "compression", "kv_fingerprint")  # of a delta that is reprojected
 
 
 def refit(changes: Iterable[tuple[str, Tensor]], tokens: Tensor, down: Tensor) -> tuple[dict[str, Tensor], float]:
@@ -162,5 +162,10 @@ def _delta(
         "recipe": recipe | {"book": json.loads(planner.book.dumps()), "plan": asdict(planner.options), "concept": concept.name},
         "certificate": subspace.certificate.to_json(),
     }
-    info = {"kv_fingerprint": kv_fingerprint(layers), "clip_skip": 0} | info | separable_from(planner, concept.name) | own
+    info = (
+        {"kv_fingerprint": kv_fingerprint(layers), "clip_skip": clip_skip(planner.prompts.encoder)}
+        | info
+        | separable_from(planner, concept.name)
+        | own
+    )
     return ConceptDelta.from_factors(concept, subspace.down, up, subspace.gate, info, subspace.pooled)

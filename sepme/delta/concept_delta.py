@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..concepts import Concept
+from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
 from ..model.layers import architecture
 from ..plan.pooled import Pooled
-from .format import CONTEXT, FORMAT, OWN, POOLED, check_declared, check_info, header_hash, plain_json, read_header
+from .format import CONTEXT, FORMAT, MAX_GATE, OWN, POOLED, check_declared, check_info, header_hash, plain_json, read_header
 
 DESCRIPTIONS = {  # by whether the context and whether projections are edited
     (False, True): "A separable concept erasure for cross-attention to_k and to_v.",
@@ -48,6 +48,7 @@ class ConceptDelta:
         gate: γ of the row gate.
         info: JSON-able facts: known, preserve, objective, recipe, kv_fingerprint, certificate, clip_skip.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
+        file: path that it was read from, with forward slashes; empty if from no file.
     """
 
     concept: Concept
@@ -57,6 +58,7 @@ class ConceptDelta:
     gate: float
     info: Mapping[str, Any] = field(default_factory=dict)
     pooled: Pooled | None = None
+    file: str = field(default="", compare=False)
 
     @staticmethod
     def from_factors(
@@ -220,7 +222,7 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         check_info(info)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SepMEError(f"{path}: its metadata is damaged ({first_line(error)}); get the file again.") from None
-    if not (math.isfinite(gate) and gate >= 0):
+    if not 0 <= gate <= MAX_GATE:
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")
     up = {k[3:]: v for k, v in tensors.items() if k.startswith("up.") and not k.endswith(".scale")}
     scale = {k: float(tensors[f"up.{k}.scale"]) for k in up}
@@ -228,7 +230,16 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         if not (value.float() * scale[name]).isfinite().all():
             raise SepMEError(f"{path}: tensor 'up.{name}' times its scale is infinite; the file is damaged.")
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled)
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix())
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
+
+
+def check_apart(deltas: Sequence[ConceptDelta]) -> None:
+    """Raise :class:`SepMEError` if two deltas are of one concept."""
+    seen: set[str] = set()
+    for delta in deltas:
+        if normalised(delta.concept.name) in seen:
+            raise SepMEError(f"Two deltas erase {delta.concept.name!r}; load one of them.")
+        seen.add(normalised(delta.concept.name))

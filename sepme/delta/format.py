@@ -8,17 +8,19 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..concepts import Concept
+from ..concepts import Concept, normalised
 from ..errors import SepMEError
 from ..files import refuse_pickle
 
 FORMAT = "sepme.delta/1"
 CONTEXT = "context"  # the site of a context edit among the up-factors
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
+MAX_GATE = 1e6  # of a share of a token's length: 1 or more never opens
+MAX_NUMBER = 1 << 64  # of anything in a header: seeds are the largest that is meant
 POOLED = ("pooled.down", "pooled.anchor")
 OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}  # metadata that is no info
 _UP = re.compile(r"up\.context|up\.((?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\.transformer_blocks\.\d+\.attn2\.to_[kv]")
@@ -61,6 +63,28 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         what = f"format {kind[:40]!r}" if kind and kind.startswith("sepme") else "a foreign safetensors file"
         raise SepMEError(f"{path} is {what}, not {FORMAT}; a LoRA or checkpoint is no delta, and a newer format needs a newer SepME.")
     return metadata, header
+
+
+def check_replaceable(path: Path, concept: str | None = None, inputs: Iterable[Path] = ()) -> None:
+    """Raise :class:`SepMEError` if a file that is to be written would replace an input, or anything but a delta of this concept.
+
+    Args:
+        concept: None where no delta is written; then no delta may be replaced.
+    """
+    if not path.exists():
+        return
+    if path.is_dir():
+        raise SepMEError(f"{path} is a folder; name a file.")
+    if any(other.exists() and path.samefile(other) for other in inputs):
+        raise SepMEError(f"{path} is what this command reads; write to another name or folder.")
+    try:
+        holds = read_header(path)[0].get("concept", "")
+    except SepMEError:
+        if concept is not None:
+            raise SepMEError(f"{path} is there and is no delta of {concept!r}; move it away, or write to another name or folder.") from None
+        return
+    if concept is None or normalised(holds) != normalised(concept):
+        raise SepMEError(f"{path} holds the delta of {holds[:60]!r}; move it away, or write to another name or folder.")
 
 
 def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
@@ -107,18 +131,23 @@ def _is_shape(value: Any, dims: int) -> bool:
 
 
 def plain_json(text: str) -> Any:
-    """JSON without NaN, infinities and deep nesting."""
+    """JSON without NaN, infinite and absurdly large numbers and deep nesting."""
 
     def number(digits: str) -> float:
-        if not math.isfinite(value := float(digits)):
-            raise ValueError(f"{digits[:20]} is no number")
+        if not math.isfinite(value := float(digits)) or abs(value) > MAX_NUMBER:
+            raise ValueError(f"{digits[:20]} is no plausible number")
         return value
 
     def depth(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         return 1 + max(map(depth, inner), default=0)
 
-    data = json.loads(text, parse_constant=number, parse_float=number)
+    def whole(digits: str) -> int:
+        if not -MAX_NUMBER <= (value := int(digits)) <= MAX_NUMBER:
+            raise ValueError(f"{digits[:20]} is no plausible number")
+        return value
+
+    data = json.loads(text, parse_constant=number, parse_float=number, parse_int=whole)
     if depth(data) > MAX_DEPTH:
         raise ValueError("nested too deeply")
     return data
@@ -139,7 +168,9 @@ def check_info(info: Mapping[str, Any]) -> None:
     pooled = certificate.get("pooled") or {"mode": "", "residual": 0}
     pooled["mode"].encode()
     numbers.append(pooled["residual"])
-    if not all(isinstance(v, (int, float)) for v in numbers):
+    preserve = info.get("preserve", {})
+    numbers += [preserve.get("count", 0), info.get("clip_skip", 0)]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
         raise ValueError("a figure is no number")
-    if not isinstance(info.get("kv_fingerprint", ""), str):
-        raise ValueError("kv_fingerprint")
+    if not all(isinstance(v, str) for v in (info.get("kv_fingerprint", ""), certificate.get("mode", ""), preserve.get("sha256") or "")):
+        raise ValueError("kv_fingerprint, mode or sha256 is no text")

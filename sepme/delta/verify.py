@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ..concepts import mentions
-from ..model.protocols import Encoding, TextEncoder
+from ..model.protocols import Encoding, TextEncoder, clip_skip
 from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
 from ..plan.pooled import residual
 from ..plan.preserved import PreserveFile
 from ..plan.tokens import encode
 from ..progress import OnProgress, silent
-from .concept_delta import ConceptDelta
+from .concept_delta import ConceptDelta, check_apart
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def verify(
         preserve: text file of prompts that must not change; deltas hold only the digest of a long list.
 
     Raises:
-        SepMEError: the preserve file cannot be read.
+        SepMEError: two deltas of one concept; the preserve file cannot be read.
     """
+    check_apart(deltas)
     own = {d.concept.name: encode(encoder, d.concept.prompts) for d in deltas}
     empty = encode(encoder, [""])
     strangers = ordinary_prompts()[1::2]  # the half that no gate was calibrated on
@@ -99,6 +100,16 @@ def verify(
         )  # fmt: skip
     matrix = leakage_matrix({d.concept.name: d.down for d in deltas}, {n: e.context for n, e in own.items()})
     return Verification(tuple(checks), matrix, tuple(warnings))
+
+
+def clip_skip_warnings(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> list[str]:
+    """What is to be said of deltas that were made with another clip skip than the encoder's."""
+    now = clip_skip(encoder)
+    return [
+        f"{d.concept.name!r} was made with {made} of CLIP's last layers skipped, here {now} are; its gate may stay shut, set the same."
+        for d in deltas
+        if (made := d.info.get("clip_skip", 0)) != now
+    ]
 
 
 def _worst(encoding: Encoding, delta: ConceptDelta) -> float:

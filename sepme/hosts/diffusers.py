@@ -12,6 +12,7 @@ from torch import Tensor
 from ..apply.composition import Composition
 from ..apply.projector import KVProjector
 from ..apply.toggles import Toggles, merge, parse_tags, strengths
+from ..checks import SEEDS, check_finite, check_number
 from ..errors import SepMEError
 from ..model.layers import unet_layers
 from ..model.protocols import AttentionLayer, Encoding
@@ -118,14 +119,14 @@ class DiffusersHost(ScheduledDenoiser):
             latents.append((x_0 * self.pipe.vae.config.scaling_factor).to(self.unet.dtype))
             if on_step is not None:
                 on_step()
-        return torch.cat(latents)
+        return check_finite(torch.cat(latents), "VAE", "an encoded picture")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``(n, 3, height, width)`` float32 in [-1, 1] of latents ``(n, 4, h, w)``."""
         vae = self.pipe.vae
         scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        return vae.decode(scaled).sample.float().clamp(-1, 1)
+        return check_finite(vae.decode(scaled).sample.float(), "VAE", "the decoded picture").clamp(-1, 1)
 
     def generate(
         self,
@@ -150,12 +151,19 @@ class DiffusersHost(ScheduledDenoiser):
         Returns:
             images ``(n, 3, height, width)`` float32 in [-1, 1], or latents ``(n, 4, h, w)``.
         """
+        check_number("steps", steps, 1, self.timesteps, whole=True)
+        check_number("guidance", guidance, -1e3, 1e3)
+        for seed in seeds:
+            check_number("seed", seed, *SEEDS, whole=True)
         texts, tags = zip(*(parse_tags(p) for p in prompts), strict=True)
         negative_text, negative_tags = parse_tags(negative)
         cond = self.encode(texts)
         uncond = self.encode([negative_text]).rows([0] * len(prompts))
+        check_finite(cond.context, "text encoder", "the prompt's encoding")
+        check_finite(uncond.context, "text encoder", "the negative prompt's encoding")
 
         def step_end(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            check_finite(kwargs["latents"], "UNet", f"step {index + 1} of {steps}")
             if on_step is not None:
                 on_step(index)
             return kwargs
@@ -182,7 +190,7 @@ class DiffusersHost(ScheduledDenoiser):
                 return run((uncond.context, cond.context), pooled)
             base = toggles or {}
             rows = [merge(base, t) for t in tags]
-            table = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.names)
+            table = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.deltas)
             plain = torch.cat([uncond.context, cond.context])
             if pooled is not None:
                 pooled = _halves(composition.replace_pooled(torch.cat(pooled), plain, table, gate))

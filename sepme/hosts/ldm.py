@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import SepMEError, out_of_memory
-from ..files import first_line, refuse_pickle
+from ..files import check_precision, first_line, refuse_pickle
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -86,7 +86,13 @@ class Checkpoint:
         """
         try:
             with safe_open(self.path, framework="pt") as file:
-                return {key: file.get_tensor(key).to(dtype, copy=True) for key in self.shapes if key.startswith(prefixes)}
+                tensors = {key: file.get_tensor(key) for key in self.shapes if key.startswith(prefixes)}
+                for key, tensor in tensors.items():
+                    if not key.endswith("position_ids"):  # whole numbers, which nobody reads
+                        check_precision(self.path, key, tensor.dtype)
+                return {key: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}
+        except SepMEError:
+            raise
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise SepMEError(f"{self.path} is damaged ({first_line(error)}); get it again.") from None
 
@@ -186,9 +192,15 @@ def text_encoders(file: Checkpoint, dtype: torch.dtype, end: int) -> list[nn.Mod
 
 def vocabulary(file: Checkpoint) -> int:
     """How many tokens the (first) text encoder knows."""
-    name = f"{OPEN_CLIP}token_embedding.weight"
-    names = {"sd1": f"{CLIP}text_model.embeddings.token_embedding.weight", "sd2": name}
-    return _need(file, names.get(file.kind, f"{XL_CLIP}text_model.embeddings.token_embedding.weight"))[0]
+    if file.kind == "sd2":
+        return _need(file, f"{OPEN_CLIP}token_embedding.weight")[0]
+    return _need(file, f"{_clip_stem(file, CLIP if file.kind == 'sd1' else XL_CLIP)}embeddings.token_embedding.weight")[0]
+
+
+def _clip_stem(file: Checkpoint, prefix: str) -> str:
+    """Where CLIP's keys begin: some tools write them without ``text_model.``."""
+    stem = f"{prefix}text_model."
+    return stem if any(key.startswith(stem) for key in file.shapes) else prefix
 
 
 def _clip_config(file: Checkpoint, tokens: str, positions: str, inner: str, layers: int, end: int, **more: Any) -> CLIPTextConfig:
@@ -208,13 +220,16 @@ def _clip_config(file: Checkpoint, tokens: str, positions: str, inner: str, laye
 
 
 def _clip(file: Checkpoint, prefix: str, dtype: torch.dtype, end: int) -> nn.Module:
-    stem = f"{prefix}text_model."
+    stem = _clip_stem(file, prefix)
     embeddings = f"{stem}embeddings."
     config = _clip_config(
         file, f"{embeddings}token_embedding.weight", f"{embeddings}position_embedding.weight",
         f"{stem}encoder.layers.0.mlp.fc1.weight", file.count(rf"{re.escape(stem)}encoder\.layers\.(\d+)\."), end, hidden_act="quick_gelu",
     )  # fmt: skip
-    return _build(file, "text encoder", lambda: CLIPTextModel(config), convert_ldm_clip_checkpoint(file.read(prefix, dtype=dtype)))
+    state = convert_ldm_clip_checkpoint(file.read(prefix, dtype=dtype))
+    if stem == prefix:
+        state = {f"text_model.{key}": value for key, value in state.items()}
+    return _build(file, "text encoder", lambda: CLIPTextModel(config), state)
 
 
 def _open_clip(file: Checkpoint, prefix: str, dtype: torch.dtype, end: int, build: Any, skip: int) -> nn.Module:

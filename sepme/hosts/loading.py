@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ..checks import check_number
 from ..errors import SepMEError, out_of_memory
-from ..files import first_line, refuse_pickle
+from ..files import check_file_precision, first_line, refuse_pickle
 from . import ldm
 from .tokenizers import END, clip_tokenizer
 
@@ -38,6 +39,8 @@ class LoadOptions:
     size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            check_number("size", self.size, 8, 1 << 14, whole=True)
         if self.prediction not in (None, *PREDICTIONS):
             raise SepMEError(f"There is no prediction type {self.prediction!r}; choose epsilon or v_prediction.")
         try:
@@ -87,6 +90,8 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
             if owner not in ("diffusers", "transformers") or not any((folder / part).glob("*.safetensors")):
                 raise SepMEError(f"{folder} has no {part} as .safetensors, which is the only format that is read; get the folder with it.")
         parts = [[f.name for f in (folder / p).glob("*.safetensors")] for p in ("unet", "vae", *encoders)]
+        for file in (file for part in ("unet", "vae", *encoders) for file in (folder / part).glob("*.safetensors")):
+            check_file_precision(file)
         whole = all(any(".fp16" not in name for name in names) for names in parts)
         extra = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
         pipe = (

@@ -61,14 +61,18 @@ def unet_layers(unet: Any) -> dict[str, AttentionLayer]:
     return {ldm: unet.get_submodule(name) for name, ldm in names.items()}
 
 
-_names: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()  # a walk over all modules would show at every toggle
+_names: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # a walk over all modules would show at every toggle
 
 
 def ldm_layers(unet: nn.Module) -> dict[str, AttentionLayer]:
-    """Cross-attention modules of a UNet whose own names are the canonical ones, in the order of the forward pass."""
+    """Cross-attention modules of a UNet whose own names are the canonical ones, in the order of the forward pass.
+
+    It may be compiled, as a whole or in parts: ``torch.compile`` puts a module of its own around each.
+    """
     if unet not in _names:
-        _names[unet] = tuple(name for name, _ in unet.named_modules() if _LDM.fullmatch(name))
-    return {name: cast(AttentionLayer, unet.get_submodule(name)) for name in _names[unet]}
+        plain = {path: path.replace("_orig_mod.", "").removesuffix("._orig_mod") for path, _ in unet.named_modules()}
+        _names[unet] = {name: path for path, name in plain.items() if _LDM.fullmatch(name)}
+    return {name: cast(AttentionLayer, unet.get_submodule(path)) for name, path in _names[unet].items()}
 
 
 def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:

@@ -36,6 +36,11 @@ class TextEncoder(Protocol):
         ...
 
 
+def clip_skip(encoder: TextEncoder) -> int:
+    """How many of CLIP's last layers the user has skipped: ``encoder.clip_skip`` of hosts that let users do so, else 0."""
+    return int(getattr(encoder, "clip_skip", 0))
+
+
 class AttentionLayer(Protocol):
     """A cross-attention module (attn2)."""
 

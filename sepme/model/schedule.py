@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_finite
 from .protocols import AttentionLayer, Denoiser
 
 SIDES = {768: 64, 1024: 64, 2048: 128}  # latents of SD1.x, SD2.x and SDXL, by width of the context
@@ -112,7 +113,7 @@ def runs(
         batch = torch.full((2 * len(x),), t, device=x.device)
         uncond, cond = denoiser.predict(torch.cat([x, x]), batch, both, extra).float().chunk(2)
         x = schedule.step(x.float(), uncond + sampling.guidance * (cond - uncond), t, following).to(start.dtype)
-        yield x
+        yield check_finite(x, "UNet", f"timestep {t}")
 
 
 class ScheduledDenoiser(ABC):

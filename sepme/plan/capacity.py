@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..checks import check_number
 from ..concepts import Concept, ConceptBook, mentions, normalised
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
@@ -86,6 +87,8 @@ def capacity(
 ) -> list[CapacityRow]:
     """Plan the first N concepts in mode ``auto`` for each N."""
     options = options or PlanOptions(mode="auto")
+    for count in counts:
+        check_number("count", count, 1, 10**6, whole=True)
     rows = []
     for count in counts:
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..errors import SepMEError
 from .tokens import Padding
 
@@ -19,6 +20,13 @@ Mode = Literal["exact", "tolerance", "soft", "auto"]
 EXACT_RTOL = 1e-6
 GRAM_RTOL = 1e-4  # smaller singular values are not read off a Gram matrix, which squares them
 TINY = 1e-300
+RANGES: dict[str, tuple[float, float]] = {
+    "tolerance": (1e-15, 1 - 1e-9),
+    "epsilon": (1e-12, 1e12),
+    "max_rank": (1, 1 << 15),
+    "energy": (1e-9, 1),
+    "min_kept_energy": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,7 @@ class PlanOptions:
             )
         if self.pooled not in ("replace", "leave"):
             raise SepMEError(f"There is no way {self.pooled!r} to treat the pooled vector; choose replace or leave.")
-        if not (0 < self.tolerance < 1 and self.max_rank >= 1 and 0 < self.energy <= 1 and self.epsilon > 0):
-            raise SepMEError("tolerance and energy must lie between 0 and 1, max_rank must be at least 1, and epsilon above 0.")
+        check_numbers(self, RANGES, frozenset({"max_rank"}))
 
     def rtol(self, mode: Mode) -> float:
         return EXACT_RTOL if mode == "exact" else self.tolerance

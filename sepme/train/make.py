@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_finite
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..model.layers import kv_fingerprint, weights
-from ..model.protocols import Denoiser, Encoding
+from ..model.protocols import Denoiser, Encoding, clip_skip
 from ..plan.concept_tokens import own_words
 from ..plan.planner import Planner, Subspace
 from .compress import compress
@@ -91,6 +92,8 @@ def make_deltas(
     plans = [_plan(planner, name, options) for name in names]
     layers = denoiser.attention_layers()
     kv = weights(layers)
+    for name, weight in kv.items():
+        check_finite(weight, "UNet", f"the weight of {name}")
     common = {
         "book": json.loads(planner.book.dumps()),
         "preserve_sha256": planner.prompts.preserved.digest,
@@ -185,7 +188,7 @@ def _finish(
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
         "kv_fingerprint": recipe["kv_fingerprint"],
-        "clip_skip": 0,
+        "clip_skip": clip_skip(planner.prompts.encoder),
         "certificate": subspace.certificate.to_json() | ({"separable": False} if options.mode == "unrestricted" else {}),
         "losses": [round(v, 8) for v in losses],
     }

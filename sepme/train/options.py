@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..checks import SEEDS, check_numbers
 from ..delta.format import MAX_RANK
 from ..errors import SepMEError
 from ..plan.directions import PlanOptions
@@ -24,6 +25,23 @@ PLANS: dict[str, dict[str, Any]] = {
     "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0, "pooled": "leave"},
     "unrestricted": {"pooled": "leave"},
 }
+RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 10**7),
+    "learning_rate": (1e-30, 1e38),
+    "batch": (1, 1 << 40),
+    "beta": (1e-12, 1e6),
+    "regularisation": (0, 1e6),
+    "momentum": (0, 1 - 1e-9),
+    "threshold": (-1e9, 1e9),
+    "min_steps": (0, 10**7),
+    "eta_cap": (0, 1e9),
+    "trajectories": (1, 10**6),
+    "guidance": (-1e3, 1e3),
+    "ridge": (0, 1e9),
+    "checkpoint_every": (1, 10**7),
+    "seed": SEEDS,
+}
+WHOLE = frozenset({"steps", "batch", "min_steps", "trajectories", "checkpoint_every", "seed"})
 
 
 @dataclass(frozen=True)
@@ -80,12 +98,7 @@ class TrainOptions:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
         _choice("source", self.source, ("trajectory", "drawn", "anchor"))
-        positive = (self.steps, self.learning_rate, self.batch, self.beta, self.trajectories, self.checkpoint_every)
-        if not all(v > 0 for v in positive) or not 0 <= self.momentum < 1 or self.eta_cap < 0:
-            raise SepMEError(
-                "steps, learning rate, batch, beta, trajectories and checkpoint interval must be above 0, momentum in [0, 1), "
-                "and the cap on eta at least 0."
-            )
+        check_numbers(self, RANGES, WHOLE)
         if self.objective == "fmn" and self.values_only:
             raise SepMEError("Forget-Me-Not moves attention, which values have no part in; train keys too, or choose another objective.")
         if self.mode != "subspace" and (self.warm_start or self.objective == "closed-form"):

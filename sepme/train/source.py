@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import following_seed
 from ..model.protocols import Denoiser, Encoding
 from .options import TrainOptions
 
@@ -94,7 +95,7 @@ def make_source(
     """
     if pictures is not None:
         return Images(pictures.latents, None, len(own.context), denoiser)
-    generator = torch.Generator().manual_seed(options.seed + 1)
+    generator = torch.Generator().manual_seed(following_seed(options.seed))
     prompts = torch.randint(len(own.context), (options.trajectories,), generator=generator)
     empty = nothing.rows([0] * len(prompts))
     rows = anchor.rows([0] * len(prompts)) if options.source == "anchor" else own.rows(prompts)

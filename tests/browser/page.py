@@ -19,7 +19,8 @@ expect.set_options(timeout=WAIT)
 # helpers inside the page; everything else is done by mouse and keyboard
 SCRIPT = """
 window.sepmeTest = {
-  node: (id) => { for (const g of [app.rootGraph ?? app.graph, ...((app.rootGraph ?? app.graph).subgraphs?.values?.() ?? [])]) {
+  node: (id) => { const root = app.rootGraph ?? app.graph;
+    for (const g of [app.canvas.graph, root, ...(root.subgraphs?.values?.() ?? [])]) {
     const found = (g.nodes ?? []).find((n) => String(n.id) === String(id)); if (found) return found; } },
   add: (kind, x, y, values) => { const n = LiteGraph.createNode(kind); n.pos = [x, y]; app.canvas.graph.add(n);
     for (const [k, v] of Object.entries(values ?? {})) n.widgets.find((w) => w.name === k).value = v; return n.id; },
@@ -28,17 +29,34 @@ window.sepmeTest = {
   value: (id, name) => sepmeTest.node(id).widgets.find((w) => w.name === name).value,
   slot: (id, input, index) => app.canvasPosToClientPos(sepmeTest.node(id).getConnectionPos(input, index)),
   ids: (kind) => app.canvas.graph.nodes.filter((n) => !kind || n.type === kind).map((n) => String(n.id)),
-  enter: (id) => { const inner = sepmeTest.node(id).subgraph; app.canvas.openSubgraph?.(inner) ?? app.canvas.setGraph(inner); },
+  enter: (id) => app.canvas.openSubgraph(sepmeTest.node(id).subgraph, sepmeTest.node(id)),
+  // what "Promote Widget" does: front end 1.32 notes it on the subgraph's node, newer ones make it an input of the subgraph
+  promote: (id, name) => { const outer = sepmeTest.node(id);
+    const inner = outer.subgraph.nodes.find((n) => n.widgets?.some((w) => w.name === name));
+    if (outer.properties.proxyWidgets) { outer.properties.proxyWidgets = [[String(inner.id), name]]; return; }
+    const slot = inner.inputs.find((i) => i.widget?.name === name);
+    outer.subgraph.addInput(name, String(slot.type)).connect(slot, inner); },
   set: (id, name, value) => { const n = sepmeTest.node(id); const w = n.widgets.find((w) => w.name === name);
     w.value = value; w.callback?.(value, app.canvas, n); },
   part: (id, name) => { const e = sepmeTest.node(id)[name]; (e.element ?? e).dataset.test = `${name}-${id}`; },
+  // nodes of other packs: Set and Get, known to the page alone, as KJNodes and Easy-Use make them; and what no pack tells us of
+  others: () => {
+    const own = (name, virtual, type) => { class Made extends LiteGraph.LGraphNode {
+        constructor(title) { super(title ?? name); this.isVirtualNode = virtual; this.addWidget("text", "key", "", () => {});
+          if (type !== "get") this.addInput("in", "*"); if (type !== "set") this.addOutput("out", "*"); }
+        findSetter(graph) { return graph.nodes.find((n) => n.type === "TestSet" && n.widgets[0].value === this.widgets[0].value); }
+        getInputLink(slot) { if (type !== "get") return super.getInputLink(slot);
+          const setter = this.findSetter(this.graph); if (!setter) throw new Error("No setter");
+          return this.graph.getLink(setter.inputs[slot].link); } }
+      LiteGraph.registerNodeType(name, Made); };
+    own("TestSet", true, "set"); own("TestGet", true, "get"); own("TestForeign", false, "get"); },
   frames: () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done)))),
   run: null,
 };
 for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
   app.api.addEventListener(kind, ({ detail }) => { sepmeTest.run = { ...detail, kind }; });
 """
-CONCEPTS = ".sepme-concepts-tab-button"
+CONCEPTS = ".side-bar-button:has(.pi-sliders-h)"  # by its icon: the tab's own class has come and gone
 EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "extra": {}, "version": 0.4}
 
 
@@ -104,6 +122,10 @@ class Page:
                 return
             self.tab.wait_for_timeout(100)
         assert read() == expected
+
+    def look(self) -> None:
+        """Click the empty canvas: the page looks for changes after a click, of which a script's are not heard."""
+        self.tab.mouse.click(300, 860)
 
     def frames(self) -> None:
         """Let the page draw what it has to."""
@@ -232,6 +254,11 @@ class Page:
         self.tab.evaluate("([id, at]) => { sepmeTest.node(id).pos = app.clientPosToCanvasPos(at); }", [new, [x, y]])
         self.frames()
         return new
+
+    def promote(self, outer: str, name: str) -> None:
+        """Show a widget of a subgraph on the subgraph's node, as the menu of the widget does."""
+        self.tab.evaluate("([id, name]) => sepmeTest.promote(id, name)", [outer, name])
+        self.frames()
 
     def queue(self) -> dict[str, Any]:
         """Press Run and wait until the prompt is done; the outputs by node."""

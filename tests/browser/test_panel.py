@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -205,15 +206,105 @@ def test_prompt_nodes_inherit_until_set(page: Page) -> None:
     apply, _ = chain(page, "star.safetensors", "heart.safetensors")
     encode = page.add("SepMETextEncode", 760, 460)
     page.wait_rows(encode, "star", "heart")
-    toggle = page.row(encode, "star").locator(".sepme-switch")
-    expect(toggle).to_have_attribute("aria-checked", "mixed")
-    for strength in (1, 0):
+    toggle, count = page.row(encode, "star").locator(".sepme-switch"), page.panel(encode).locator(".sepme-count")
+    expect(count).to_have_text("2 of 2 erased")  # as SepME Apply does
+    expect(page.panel(encode).locator(".sepme-inherited")).to_have_count(2)
+    for strength in (0, 1):  # the first click keeps
         page.switch(encode, "star")
         page.wait_toggles(encode, {"star": strength})
     page.row(encode, "star").locator(".sepme-drop").click()
     page.wait_toggles(encode, {})
-    expect(toggle).to_have_attribute("aria-checked", "mixed")
+    expect(toggle).to_have_attribute("aria-checked", "true")
     assert page.value(apply, "toggles") == "{}"
+    page.switch(apply, "star")
+    expect(toggle).to_have_attribute("aria-checked", "false")
+    expect(count).to_have_text("1 of 2 erased")
+    page.switch(encode, "star")
+    page.wait_toggles(encode, {"star": 1})
+    number = page.row(apply, "heart").locator(".sepme-number")
+    number.fill("0.4")
+    number.press("Enter")
+    expect(page.row(encode, "heart").locator(".sepme-number")).to_have_attribute("placeholder", "0.4")
+    page.set(encode, "text", "a city <keep:Heart>")
+    page.look()
+    expect(page.row(encode, "heart").locator(".sepme-switch")).to_be_disabled()  # tags go before switches
+    expect(count).to_have_text("1 of 2 erased")
+
+
+def test_a_prompt_follows_the_models_that_draw_it(page: Page) -> None:
+    """Two SepME Apply nodes one behind the other, a third elsewhere; a prompt node behind another."""
+    first, _ = chain(page, "star.safetensors", "heart.safetensors")
+    second, other = page.add("SepMEApply", 1180, 140), page.add("SepMEApply", 1180, 420)
+    encode, later = page.add("SepMETextEncode", 760, 460), page.add("SepMEConditioningToggles", 1180, 700)
+    sampler, another = page.add("KSampler", 1580, 140), page.add("KSampler", 1580, 500)
+    striped = page.add("SepMELoadDelta", 80, 380, delta="striped.safetensors")
+    for source, output, target, name in (
+        (first, 0, second, "model"), (striped, 0, second, "deltas"), (second, 0, sampler, "model"), (encode, 0, later, "conditioning"),
+        (later, 0, sampler, "positive"), (striped, 0, other, "deltas"),
+    ):  # fmt: skip
+        page.wire(source, output, target, name)
+    page.set(first, "toggles", '{"star": 0.5, "heart": 0}')
+    page.set(second, "toggles", '{"heart": 0.25}')
+    page.set(other, "toggles", '{"striped": 0}')  # draws nothing of this
+    page.set(encode, "toggles", '{"striped": 0.75}')
+    page.look()
+
+    def strengths(node: str) -> dict[str, str]:
+        rows = page.panel(node).locator(".sepme-inherited").all()
+        return {r.locator(".sepme-name").inner_text(): r.locator(".sepme-number").get_attribute("placeholder") for r in rows}
+
+    page.sees(lambda: strengths(encode), {"heart": "0.25", "star": "0.5"})
+    page.sees(lambda: strengths(later), {"heart": "0.25", "star": "0.5", "striped": "0.75"})
+    page.wire(other, 0, another, "model")
+    page.wire(later, 0, another, "negative")
+    page.look()
+    page.sees(lambda: strengths(encode), {"heart": "0.25", "star": "0.5"})
+    page.set(encode, "toggles", "{}")
+    page.look()
+    page.sees(lambda: strengths(later), {"heart": "0.25", "star": "0.5", "striped": "?"})  # one model erases it, the other does not
+    page.switch(later, "striped")
+    page.wait_toggles(later, {"striped": 0})
+
+
+def test_no_scroll_bar_up_to_eight_rows(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    names = [f"concept {i}" for i in range(8)]
+    for name in names:
+        (delta_folder / f"{name}.safetensors").write_bytes(make_random_delta(name, LAYERS).to_bytes())
+    page.clear()
+    encode = page.add("SepMETextEncode", 1150, 460)
+    for count in (1, 2, 3, 8):
+        apply, loaders = chain(page, *(f"{n}.safetensors" for n in names[:count]), model=False)
+        page.wait_rows(encode, *names[:count])
+        for node in (apply, encode):
+            page.sees(lambda node=node: page.panel(node).locator(".sepme-rows").evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)
+            page.sees(lambda node=node: page.panel(node).evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)
+        page.tab.evaluate("(ids) => ids.forEach((id) => app.canvas.graph.remove(sepmeTest.node(id)))", [apply, *loaders])
+
+
+def test_names_are_text(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    """Quotes, brackets, entities, markup characters, emoji, right-to-left and very long names: shown, switched and sent as they are."""
+    names = ['the "x" [y]', "a & b &lt;b&gt; {name}", "🦄 ½ $& $1 'q' \\ `c`", "__proto__", "شجرة", "w" * 120]
+    for i, name in enumerate(names):
+        (delta_folder / f"odd{i}.safetensors").write_bytes(make_random_delta(name, LAYERS).to_bytes())
+    page.clear()
+    apply = page.add("SepMEApply", 760, 140)
+    loaders = [page.add("SepMELoadDelta", 80 + 330 * (i % 2), 140 + 220 * (i // 2), delta=f"odd{i}.safetensors") for i in range(len(names))]
+    for before, loader in pairwise([*loaders, apply]):
+        page.wire(before, 0, loader, "deltas")
+    page.wait_rows(apply, *names)
+    width = page.tab.evaluate("(id) => sepmeTest.node(id).size[0]", apply)
+    assert page.panel(apply).bounding_box()["width"] <= width
+    rows = page.panel(apply).locator(".sepme-row")
+    for i in range(len(names)):
+        rows.nth(i).locator(".sepme-switch").click()
+    page.sees(lambda: list(json.loads(page.value(apply, "toggles")).items()), [(name, 0) for name in names])
+    sent = json.loads(page.api_prompt()[apply]["inputs"]["toggles"])
+    assert list(sent) == names
+    page.load_workflow(page.workflow())
+    page.wait_rows(apply, *names)
+    page.open_concepts()
+    assert set(names) <= set(page.tab.locator(".sepme-sidebar summary b").all_inner_texts())
+    assert page.tab.locator(".sepme b b, .sepme-name *").count() == 0
 
 
 def test_unknown_names_are_kept_marked_and_can_be_forgotten(page: Page) -> None:

@@ -83,6 +83,20 @@ def test_install_rename_delete(page: Page, delta_folder: Path) -> None:
     wait_shown(page, "heart", "star", "striped")
 
 
+def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
+    """Installed and loaded; what is none stays the host's."""
+    apply = page.add("SepMEApply", 800, 200)
+    content = (delta_folder / "star.safetensors").read_bytes()
+    (delta_folder / "star.safetensors").unlink()
+    page.drop_file("my star.safetensors", content)
+    page.wait_rows(apply, "star")
+    assert (delta_folder / "my star.safetensors").read_bytes() == content
+    page.drop_file("lora.safetensors", (2).to_bytes(8, "little") + b"{}")
+    page.tab.locator(".p-toast-message, [data-sonner-toast], [role=alert]").filter(has_text="lora.safetensors").first.wait_for()
+    assert sorted(p.name for p in delta_folder.iterdir()) == ["heart.safetensors", "my star.safetensors", "striped.safetensors"]
+    assert len(page.ids("SepMELoadDelta")) == 1
+
+
 def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
     """A page of another origin, in the same browser: what it sends is refused, what it would read stays hidden."""
     before = {p.name: p.read_bytes() for p in delta_folder.iterdir()}
@@ -115,4 +129,10 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     expect(page.panel(apply)).to_contain_text("已擦除")
     assert page.tab.evaluate("(id) => sepmeTest.node(id).title", apply) == "SepME 应用"
     expect(page.open_concepts().locator("h3")).to_have_text("概念")
+    item(page, "star.safetensors").locator("button:text-is('重命名')").click()
+    page.tab.fill("dialog[open] input", "../mine")
+    page.answer("重命名", "确定")
+    page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
+    page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
+    page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
     page.server.post("/settings", {"Comfy.Locale": "en"})

@@ -125,6 +125,19 @@ def test_png_with_the_delta_inside(shared: dict[str, Any], elsewhere: tuple[Page
     assert np.array_equal(pixels(page.server, images[0]), shared["travelling"])
 
 
+def overlapping(page: Page) -> list[str]:
+    """Pairs of nodes that lie on each other, as they are drawn."""
+    pairs: list[str] = page.tab.evaluate("""() => {
+      const nodes = app.canvas.graph.nodes, found = [];
+      const box = (n) => { const e = document.querySelector(`[data-node-id="${n.id}"]`)?.getBoundingClientRect();
+        if (!e) return [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
+        return [...app.clientPosToCanvasPos([e.left, e.top]), ...app.clientPosToCanvasPos([e.right, e.bottom])]; };
+      for (const a of nodes) for (const b of nodes) { const [x, y] = [box(a), box(b)];
+        if (a.id < b.id && x[0] < y[2] && y[0] < x[2] && x[1] < y[3] && y[1] < x[3]) found.push(`${a.type} ${b.type}`); }
+      return found; }""")
+    return pairs
+
+
 def test_png_with_the_recipe_alone(shared: dict[str, Any], elsewhere: tuple[Page, Path]) -> None:
     page, folder = elsewhere
     page.drop_file("shared.png", shared["recipe_png"], kind="image/png")
@@ -133,6 +146,7 @@ def test_png_with_the_recipe_alone(shared: dict[str, Any], elsewhere: tuple[Page
     kinds = [n["type"] for n in page.workflow()["nodes"]]
     assert "SepMELoadDelta" not in kinds
     assert {"SepMEConceptBook", "SepMETrain", "SepMESaveDeltas"} <= set(kinds)
+    assert overlapping(page) == []
     page.queue()
     (file,) = folder.iterdir()
     assert ConceptDelta.load(file).content_hash() == shared["hash"]  # the very same delta

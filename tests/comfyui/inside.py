@@ -20,7 +20,7 @@ KEPT = ("a red circle", "a heart in the city")  # prompts that must not change
 
 def start(base: Path) -> None:
     """Make ``comfy`` importable, on the CPU, and load the checkout as the package :data:`PACK`, as ComfyUI would."""
-    sys.path[:0] = [p for p in (str(comfyui()), os.environ.get("SEPME_COMFYUI_PACKAGES")) if p]
+    sys.path[:0] = [str(comfyui()), *filter(None, os.environ.get("SEPME_COMFYUI_PACKAGES", "").split(os.pathsep))]
     argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
     try:
         import comfy.options

@@ -59,9 +59,10 @@ class Server:
 
     Args:
         pack: folder of the custom node, linked. without: packages that this server cannot import.
+        paths: what stands in an extra_model_paths.yaml.
     """
 
-    def __init__(self, base: Path, pack: Path = ROOT, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, base: Path, pack: Path = ROOT, without: tuple[str, ...] = (), paths: str = "") -> None:
         self.base, self.port = base, _free_port()
         for name in ("models/checkpoints", "models/loras", "models/controlnet", "custom_nodes", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,9 @@ class Server:
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--disable-api-nodes", "--base-directory", str(base)]
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        if paths:
+            (base / "paths.yaml").write_text(paths, encoding="utf-8")
+            command += ["--extra-model-paths-config", str(base / "paths.yaml")]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=comfyui(), env=env, stdout=log, stderr=subprocess.STDOUT)
         self._wait()

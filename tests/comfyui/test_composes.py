@@ -84,6 +84,22 @@ def hypernetwork(inside: Inside, model: Any) -> Any:
     return clone
 
 
+def writing(inside: Inside, model: Any) -> Any:
+    """Keys scaled and values turned round in place, in every step anew."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    clone = model.clone()
+
+    def replace(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        k.mul_(1.1)
+        v[:, 2:] *= -1
+        return optimized_attention(q, k, v, options["n_heads"])
+
+    for block, number in (("input", 1), ("output", 2), ("middle", 0)):
+        clone.set_model_attn2_replace(replace, block, number)
+    return clone
+
+
 def couple(inside: Inside, model: Any) -> Any:
     """What attention couple does: in the conditional rows a second prompt, in rows of its own, each for one half of the picture."""
     second = inside.text("a striped heart")[0][0]
@@ -132,7 +148,7 @@ def partly_loaded(inside: Inside, model: Any) -> Any:
 
 
 EXTENSIONS: dict[str, Extension] = {
-    f.__name__: f for f in (lora, free_u, pag, ip_adapter, neg_pip, hypernetwork, couple, merge, partly_loaded)
+    f.__name__: f for f in (lora, free_u, pag, ip_adapter, neg_pip, hypernetwork, writing, couple, merge, partly_loaded)
 }
 
 

@@ -332,3 +332,31 @@ def test_other_models_are_refused(inside: Inside) -> None:
     foreign.model = Other()
     with pytest.raises(ValueError, match=r"no SD1\.x, SD2\.x or SDXL model"):
         inside.host.apply_deltas(foreign, inside.deltas, {})
+
+
+@pytest.mark.parametrize("how", ["wrapper", "object patch", "a part"])
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled(inside: Inside, how: str, first: bool) -> None:
+    """A MODEL that torch.compile put a module of its own around, before or after SepME Apply: the same bits.
+
+    The compiler itself is off here, it takes minutes on a CPU.
+    """
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def compiled(model: Any) -> Any:
+        clone = model.clone()
+        if how == "wrapper":
+            set_torch_compile_wrapper(model=clone, backend="eager")
+        else:
+            key = "diffusion_model" if how == "object patch" else "diffusion_model.middle_block.1.transformer_blocks.0"
+            clone.add_object_patch(key, torch.compile(clone.get_model_object(key), backend="eager"))
+        return clone
+
+    prompt, off = inside.text("a star"), inside.toggled("a star", {"star": 0.0})
+    stock, erased = inside.sample(inside.model, prompt), inside.sample(inside.apply(inside.model), prompt)
+    assert not torch.equal(stock, erased)
+    with torch.compiler.set_stance("force_eager"):
+        model = inside.apply(compiled(inside.model)) if first else compiled(inside.apply(inside.model))
+        assert torch.equal(inside.sample(model, prompt), erased)
+        assert torch.equal(inside.sample(model, off), stock)
+    assert torch.equal(inside.sample(inside.model, prompt), stock)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui.server import Server
+from comfyui.graph import Graph
+from comfyui.server import Server, serving
 from safetensors.torch import save_file
 
 from sepme.delta.concept_delta import ConceptDelta
@@ -302,3 +303,91 @@ def test_record_carries_the_file(server: Server, folder: Path, make_file: Callab
     assert (record["concept"], record["file"]) == ("van gogh", "a.safetensors")
     _, answer = ask(server, "GET", "/sepme/deltas/record?name=a.safetensors")
     assert "data" not in answer[content_hash]
+
+
+# --- what users have in such folders
+
+
+def test_files_of_one_content_are_one_row(server: Server, folder: Path, make_file: Callable[..., bytes]) -> None:
+    """Copied there by hand, or installed again under another name."""
+    data = make_file()
+    for name in ("b.safetensors", "a.safetensors", "c/a.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    (row,) = deltas(server).values()
+    assert row["name"] == "a.safetensors"
+    assert row["copies"] == ["b.safetensors", "c/a.safetensors"]
+    status, answer = ask(server, "POST", query(name="another.safetensors"), data, BINARY)
+    assert (status, answer["name"]) == (200, "a.safetensors")
+    assert not (folder / "another.safetensors").exists()
+    assert ask(server, "DELETE", query(name="a.safetensors", content_hash=row["content_hash"]))[0] == 200
+    assert deltas(server)["b.safetensors"]["copies"] == ["c/a.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["con.safetensors", "NUL.x.safetensors", "a?.safetensors", "half ", "what: a name.safetensors"])
+def test_a_file_with_a_bad_name_can_be_given_a_good_one(server: Server, folder: Path, make_file: Callable[..., bytes], name: str) -> None:
+    name = name if name.endswith(".safetensors") else f"{name}.safetensors"
+    (folder / name).write_bytes(make_file())
+    body = json.dumps({"from": name, "to": "good.safetensors"})
+    status, answer = ask(server, "POST", "/sepme/deltas/rename", body, JSON)
+    assert (status, answer.get("name")) == (200, "good.safetensors")
+    assert list(files(folder)) == ["good.safetensors"]
+    body = json.dumps({"from": "good.safetensors", "to": name})
+    assert ask(server, "POST", "/sepme/deltas/rename", body, JSON)[0] == (200 if name.startswith("half") else 400)
+
+
+def test_linked_folders_and_endings_in_capitals(server: Server, folder: Path, make_file: Callable[..., bytes], tmp_path: Path) -> None:
+    """Whatever the node offers can be loaded, and the page lists it; behind a link nothing is renamed or deleted."""
+    (tmp_path / "x.safetensors").write_bytes(make_file("behind a link"))
+    (folder / "nas").symlink_to(tmp_path)
+    (folder / "loop").symlink_to(folder)
+    (folder / "STAR.SAFETENSORS").write_bytes(make_file("in capitals", 1))
+    found = deltas(server)
+    assert set(found) == {"nas/x.safetensors", "STAR.SAFETENSORS"}
+    offered = server.get("/object_info/SepMELoadDelta")["SepMELoadDelta"]["input"]["required"]["delta"][1]["options"]
+    assert set(found) <= set(offered)
+    for name in found:
+        graph = Graph()
+        graph.add("SepMEExport", deltas=graph.add("SepMELoadDelta", delta=name)[0], filename_prefix="out/")
+        run = server.run(graph.prompt)
+        assert run.error is None, run.error
+    behind = found["nas/x.safetensors"]
+    status, answer = ask(server, "DELETE", query(name=behind["name"], content_hash=behind["content_hash"]))
+    assert status == 400
+    assert "link to another place" in answer["error"]
+    assert (tmp_path / "x.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server whose extra_model_paths.yaml has a folder of deltas of its own, as the default one."""
+    second = tmp_path_factory.mktemp("second")
+    (second / "deltas").mkdir()
+    paths = f"mine:\n  base_path: {second}\n  is_default: true\n  sepme: deltas\n"
+    with serving(tmp_path_factory.mktemp("comfyui"), paths=paths) as running:
+        yield running, second / "deltas"
+
+
+def test_a_second_folder(two_folders: tuple[Server, Path], make_file: Callable[..., bytes]) -> None:
+    """A namesake there is found by its hash; what is saved and installed goes to models/sepme."""
+    server, second = two_folders
+    own = server.base / "models" / "sepme"
+    own.mkdir(exist_ok=True)
+    (own / "star.safetensors").write_bytes(make_file("star", 1))
+    (second / "star.safetensors").write_bytes(make_file("star", 2))
+    (second / "only here.safetensors").write_bytes(make_file("moon", 3))
+    hashes = {path.parent: ConceptDelta.load(path).content_hash() for path in (own / "star.safetensors", second / "star.safetensors")}
+    assert deltas(server)["star.safetensors"]["content_hash"] == hashes[own]
+    saved = {}
+    for place, content_hash in hashes.items():
+        graph = Graph()
+        loaded = graph.add("SepMELoadDelta", delta="star.safetensors", content_hash=content_hash)
+        kept = graph.add("SepMESaveDeltas", deltas=loaded[0], filename_prefix="saved/")
+        run = server.run(graph.prompt)
+        assert run.error is None, run.error
+        saved[place] = next(iter(run.outputs[kept]["sepme"][0]))
+    assert saved == hashes
+    assert {p.name for p in (own / "saved").iterdir()} == {"star.safetensors", "star-2.safetensors"}
+    assert ask(server, "POST", query(name="new.safetensors"), make_file("sun", 4), BINARY)[0] == 200
+    assert (own / "new.safetensors").exists()
+    assert set(files(second)) == {"star.safetensors", "only here.safetensors"}

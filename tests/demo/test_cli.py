@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sepme import cli
+from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.demo.run import demo_suite
 
@@ -117,11 +119,42 @@ BAD = {
     "book with duplicate names": (["train", "demo", "{tmp}/twice.yaml", "-o", "{tmp}/out"], "twice"),
     "book with an empty name": (["train", "demo", "{tmp}/empty.yaml", "-o", "{tmp}/out"], "empty"),
     "concept identical to a preserved prompt": (["train", "demo", "{tmp}/kept.yaml", "-o", "{tmp}/out"], "preserve"),
-    "concept that reads like a preserved prompt": (["train", "demo", "{tmp}/reads.yaml", "-o", "{tmp}/out"], "preserved"),
+    "concept that reads like a preserved prompt": (["train", "demo", "{tmp}/reads.yaml", "-o", "{tmp}/out"], "preserve"),
     "unwritable output": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/good.yaml/out"], "written"),
     "unknown objective": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--objective", "magic"], "magic"),
     "unknown --only": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--only", "moon"], "moon"),
     "no such option": (["train", "demo", "{tmp}/good.yaml", "--colour"], "colour"),
+    "tag that is not understood": (["generate", "demo", "x <keep:star:0.7:0.5>", "-o", "{tmp}/a.png"], "<keep:star:0.7:0.5>"),
+    "tag without end": (["generate", "demo", "x <keep:star", "-o", "{tmp}/a.png"], "<keep:star"),
+    "full-width tag": (["generate", "demo", "x ＜keep:star＞", "-o", "{tmp}/a.png"], "＜keep:star＞"),
+    "two strengths to erase": (
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "star:0.5:1"],
+        "star:0.5:1",
+    ),
+    "two strengths to export": (
+        ["export", "{deltas}/star.safetensors", "-o", "{tmp}/l.safetensors", "--erase", "star:0.5:1"],
+        "star:0.5:1",
+    ),
+    "no steps": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--steps", "0"], "steps"),
+    "more steps than the model has": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--steps", "2000"], "steps"),
+    "guidance is no number": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--guidance", "nan"], "guidance"),
+    "seed beyond 64 bits": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--seed", "99999999999999999999"], "seed"),
+    "size of nothing": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--size", "0"], "size"),
+    "threshold is no number": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--threshold", "nan"], "threshold"),
+    "training seed beyond 64 bits": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--seed", "99999999999999999999"], "seed"),
+    "no concepts to count": (["verify", "demo", "{deltas}/star.safetensors", "--capacity", "--count", "0"], "count"),
+    "two deltas of one concept": (["verify", "demo", "{deltas}/star.safetensors", "{deltas}/star.safetensors"], "star"),
+    "export over its input": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/star.safetensors"], "reads"),
+    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/heart.safetensors"], "heart"),
+    "import over its input": (["import", "demo", "{tmp}/x.safetensors", "--as", "star", "-o", "{tmp}/x.safetensors"], "reads"),
+    "import over another delta": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{deltas}/star.safetensors"], "star"),
+    "import to no delta's name": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{tmp}/good.yaml"], "safetensors"),
+    "reproject over its input": (
+        ["reproject", "demo", "{deltas}/star.safetensors", "--against", "{tmp}/good.yaml", "-o", "{deltas}"],
+        "reads",
+    ),
+    "training over another's file": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/taken", "--objective", "closed-form"], "'sun'"),
+    "training over no delta": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/foreign", "--objective", "closed-form"], "no delta"),
     "no PNG": (["generate", "demo", "x", "-o", "{tmp}/a.gif"], "PNG"),
 }
 
@@ -138,6 +171,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Pat
     for name, text in books.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04.")
+    (tmp_path / "x.safetensors").write_bytes(b"somebody's")
+    star = ConceptDelta.load(trained / "star.safetensors")
+    replace(star, concept=Concept("sun")).save(tmp_path / "taken" / "star.safetensors")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "star.safetensors").write_bytes(b"somebody's")
+    before = {path: path.read_bytes() for folder in (tmp_path, trained) for path in folder.rglob("*") if path.is_file()}
     arguments, needle = BAD[case]
     code, out, err = run(*(a.format(tmp=tmp_path, deltas=trained) for a in arguments))
     lines = [line for line in err.splitlines() if line.startswith("sepme: ")]
@@ -146,8 +185,27 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Pat
     assert len(lines) == 1
     assert needle.lower() in lines[0].lower()
     assert "Traceback" not in err
-    assert not list(tmp_path.glob("**/*.part"))
-    assert not list(tmp_path.glob("**/*.png"))
+    assert {path: path.read_bytes() for folder in (tmp_path, trained) for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: Path) -> None:
+    """Nobody's delta is lost, and what users call things is printed as it is."""
+    names = ["C++", "C#", "😀", "🎨", "con", "star[/b]", "[red]x"]
+    for i, name in enumerate(names):
+        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("star", "heart")[i % 2]]}]))
+        code, out, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form")
+        assert code == 0, err
+        assert name in out
+    files = sorted((tmp_path / "out").iterdir())
+    assert {ConceptDelta.load(path).concept.name for path in files} == set(names)
+    code, out, _ = run("inspect", *files)
+    assert code == 0
+    assert all(name in out for name in names)
+    first = {path: path.read_bytes() for path in files}
+    (tmp_path / "book.json").write_text(json.dumps([{"name": "C++", "prompts": ["star"]}]))
+    code, _, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form", "--resume")
+    assert "C++: already made" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
 
 
 def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:

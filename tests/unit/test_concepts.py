@@ -175,6 +175,32 @@ def test_dumps_round_trip(entries: list[tuple[str, list[str], str]], preserve: l
     assert ConceptBook.parse(json.loads(book.dumps())) == book
 
 
+def test_json_that_yaml_cannot_read(tmp_path: Path) -> None:
+    """Tabs as indentation, escaped emoji (our own ``dumps``), a byte order mark."""
+    book = ConceptBook((Concept("😀", ("😀 smile", "C++")),), ("🎨",))
+    assert ConceptBook.loads(book.dumps()) == book
+    assert ConceptBook.loads('{\n\t"concepts": [\n\t\t"star"\n\t]\n}').concepts == (Concept("star"),)
+    for name, text in (("a.json", '["star"]'), ("b.yaml", "concepts:\n- star\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert ConceptBook.load(tmp_path / name).concepts == (Concept("star"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("concepts: [star]\nconcepts: [moon]", "concepts"),
+        ("concepts: [star]\npreserve: [cat]\npreserve: [dog]", "preserve"),
+        ("- name: star\n  prompts: [star]\n  prompts: [a star]", "prompts"),
+        ('{"concepts": ["star"], "preserve": ["cat"], "preserve": ["dog"]}', "preserve"),
+        ('[{"name": "star", "prompts": ["star"], "prompts": ["a star"]}]', "prompts"),
+    ],
+)
+def test_what_is_written_twice_is_said(text: str, key: str) -> None:
+    """The first of the two would be lost."""
+    with pytest.raises(SepMEError, match=f"has '{key}' twice"):
+        ConceptBook.loads(text)
+
+
 def test_load_reads_files(tmp_path: Path) -> None:
     path = tmp_path / "book.yaml"
     path.write_text("- ünï\n- star\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
-from sepme.delta.format import FORMAT, MAX_FILE, MAX_HEADER
+from sepme.delta.format import FORMAT, MAX_FILE, MAX_HEADER, header_hash
 from sepme.errors import SepMEError
 from sepme.files import write_atomically
 
@@ -260,6 +260,23 @@ def test_header_is_no_json_object(tmp_path: Path, header: bytes) -> None:
 @pytest.mark.parametrize("metadata", [3, [], {"format": 3}, {"format": FORMAT, "x": None}])
 def test_damaged_metadata(tmp_path: Path, metadata: Any) -> None:
     refused(tmp_path, joined({"__metadata__": metadata}), "its metadata is damaged")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"certificate": '{"gate_low": 1e300}'}, {"certificate": '{"null_dims": ' + "9" * 300 + "}"},
+        {"certificate": '{"kept_energy": NaN}'},
+        {"certificate": '{"rank": Infinity}'}, {"certificate": '{"mode": 3}'}, {"losses": "[1e999]"}, {"losses": "[true]"},
+        {"objective": '{"name": "gcirs", "steps": "many"}'}, {"objective": '{"name": "gcirs", "steps": -1e200}'},
+        {"clip_skip": '"one"'}, {"preserve": '{"count": "x"}'}, {"preserve": '{"count": 1, "sha256": 5}'},
+        {"recipe": '{"train": {"seed": 36893488147419103232}}'}, {"recipe": '{"plan": {"tolerance": -Infinity}}'},
+        {"gate": "nan"}, {"gate": "inf"}, {"gate": "1e7"}, {"gate": "-0.1"},
+    ],
+)  # fmt: skip
+def test_absurd_numbers_in_a_header(delta: ConceptDelta, tmp_path: Path, texts: dict[str, str]) -> None:
+    changed = delta.metadata() | texts
+    refused(tmp_path, relabelled(delta, **texts, header_hash=header_hash(changed)), "metadata is damaged|is no threshold")
 
 
 def test_foreign_safetensors(tmp_path: Path) -> None:

@@ -328,6 +328,15 @@ def test_files_that_cannot_be_imported(host: Any, planner: Planner, star: Concep
             },
             "NaN or infinite",
         ),
+        "alpha of two": (
+            {f"unet.{module}.lora_A.weight": down, f"unet.{module}.lora_B.weight": up, f"unet.{module}.alpha": torch.ones(2)}, "one",
+        ),
+        "fp8": ({f"{module}.weight": w.to(torch.float8_e4m3fn)}, r"quantised \(F8_E4M3"),
+        "fp8 LoRA": (
+            {f"unet.{module}.lora_A.weight": down.to(torch.float8_e5m2), f"unet.{module}.lora_B.weight": up.to(torch.float8_e5m2)},
+            r"quantised \(F8_E5M2",
+        ),
+        "int8": ({f"{module}.weight": (w * 100).to(torch.int8)}, r"quantised \(I8"),
     }  # fmt: skip
     for case, (tensors, message) in cases.items():
         save_file(tensors, tmp_path / "x.safetensors")
@@ -340,6 +349,24 @@ def test_files_that_cannot_be_imported(host: Any, planner: Planner, star: Concep
         read_foreign(path, base)
     with pytest.raises(SepMEError, match="pickle"):
         read_foreign(tmp_path / "x.pt", base)
+
+
+def test_nothing_is_written_over_what_is_read(make_host: Callable[..., Any], star: ConceptDelta, tmp_path: Path) -> None:
+    """Nor over any delta, or into the model's folder."""
+    delta, other = (ConceptDelta.load(star.save(tmp_path / f"{name}.safetensors")) for name in ("star", "other"))
+    for place in (Path(delta.file), Path(other.file)):
+        with pytest.raises(SepMEError, match=r"what this command reads|holds the delta of 'star'"):
+            export_lora([delta], place)
+    (tmp_path / "link.safetensors").symlink_to(delta.file)
+    with pytest.raises(SepMEError, match="what this command reads"):
+        export_lora([delta], tmp_path / "link.safetensors")
+    make_host().pipe.save_pretrained(tmp_path / "model")
+    for place in (tmp_path / "model", tmp_path / "model" / "unet", tmp_path / "model" / "merged"):
+        with pytest.raises(SepMEError, match="the model itself or lies in it"):
+            export_checkpoint([delta], tmp_path / "model", place)
+    assert ConceptDelta.load(delta.file).content_hash() == star.content_hash()
+    lora = export_lora([delta], tmp_path / "lora.safetensors")
+    assert export_lora([delta], lora, {"star": 0.5}) == lora  # its own earlier export
 
 
 def test_models_that_cannot_be_merged_into(make_host: Callable[..., Any], star: ConceptDelta, tmp_path: Path) -> None:
@@ -369,7 +396,7 @@ def test_overflow_is_refused(make_random_delta: Callable[..., ConceptDelta], tmp
     model = ldm_files.save_single_file(pipe.to(torch.float16), "sd1", tmp_path / "model.safetensors")
     with pytest.raises(SepMEError, match="would overflow F16"):
         export_checkpoint([make_random_delta("star", shapes, size=1e6)], model, tmp_path / "out.safetensors")
-    with pytest.raises(SepMEError, match="is the model itself"):
+    with pytest.raises(SepMEError, match="is what this command reads"):
         export_checkpoint([make_random_delta("star", shapes)], model, model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
 

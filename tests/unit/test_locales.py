@@ -1,7 +1,8 @@
-"""The page's words: every language has the same keys and blanks, and the scripts use no others."""
+"""The page's words: every language has the same keys and blanks, the scripts use no others, and the server's sentences are the server's."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))["sepme"]
 BLANK = re.compile(r"\{\w+\}")
+SERVER = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["sepmeServer"]
+SHOWN = ("nodes/shelf.py", "nodes/routes.py", "sepme/delta/format.py")  # what the page shows in a toast comes from here
 USED = re.compile(r'\bt\(\s*"([a-zA-Z.]+)"')
 
 
@@ -24,8 +27,38 @@ def test_languages_agree(language: str) -> None:
 
 def test_keys_are_those_that_scripts_use() -> None:
     scripts = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "web" / "js").glob("*.js"))
-    quoted = set(re.findall(r'"((?:panel|grade|card|facts|sidebar|install|dialog|repair|completion|training)\.[a-zA-Z]+)"', scripts))
+    quoted = set(re.findall(r'"((?:panel|grade|card|facts|sidebar|install|dialog|repair|completion|tags|training)\.[a-zA-Z]+)"', scripts))
     assert set(USED.findall(scripts)) | quoted <= set(ENGLISH)
     quoted |= {f"panel.{k}{end}" for k in re.findall(r'button\("(\w+)"', scripts) for end in ("", "Tip")}
     quoted |= {f"facts.{k}" for k in re.findall(r'fact\("(\w+)"', scripts)}
     assert {k for k in ENGLISH if k not in quoted and not k.startswith(("grade.", "completion."))} == set()  # those are put together
+
+
+def sentences(file: Path) -> list[str]:
+    """What a module raises, ``{}`` for what differs."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text = node.exc.args[0]
+            if isinstance(text, ast.Constant):
+                found.append(str(text.value))
+            elif isinstance(text, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in text.values))
+    return [s for s in found if s.endswith(".")]
+
+
+def matches(english: str, sentence: str) -> bool:
+    return re.fullmatch(re.escape(english).replace(r"\{\}", "(.*)"), sentence, re.DOTALL) is not None
+
+
+@pytest.mark.parametrize("file", SHOWN)
+def test_sentences_of_the_server_are_translated(file: str) -> None:
+    missing = [s for s in sentences(ROOT / file) if not any(matches(e, s) for e in SERVER)]
+    assert missing == []
+
+
+def test_translations_are_of_sentences_that_exist() -> None:
+    every = [s for folder in ("nodes", "sepme") for file in (ROOT / folder).rglob("*.py") for s in sentences(file)]
+    assert [e for e in SERVER if not any(matches(e, s) for s in every)] == []
+    for english, chinese in SERVER.items():
+        assert max(map(int, re.findall(r"\{(\d)\}", chinese)), default=0) <= english.count("{}"), english

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 from functools import cache
 from pathlib import Path
@@ -239,6 +240,34 @@ def test_other_files_get_one_sentence(models: Any, tmp_path: Path, shapes: Any, 
     with pytest.raises(SepMEError, match=message) as caught:
         loading.load_pipeline(str(path), LoadOptions(tokenizer=str(models("sd1")[0])))
     assert "\n" not in str(caught.value)
+
+
+def test_clip_without_text_model_in_its_keys(models: Any, hosts: Any, tmp_path: Path) -> None:
+    """As some tools write SD 1.x: the same model."""
+    folder, file = models("sd1")
+    save_file({key.replace(".text_model.", "."): value for key, value in load_file(file).items()}, tmp_path / "bare.safetensors")
+    bare = DiffusersHost.load(str(tmp_path / "bare.safetensors"), options=LoadOptions(tokenizer=str(folder), size=64))
+    assert torch.equal(bare.encode(["star"]).context, hosts("sd1", "file").encode(["star"]).context)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("part", ["model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight", "token_embedding.weight"])
+def test_quantised_single_files_are_refused(models: Any, tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    """Their weights are no plain numbers."""
+    folder, file = models("sd1")
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith(part))
+    save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "small.safetensors")
+    with pytest.raises(SepMEError, match="is quantised"):
+        loading.load_pipeline(str(tmp_path / "small.safetensors"), LoadOptions(tokenizer=str(folder)))
+
+
+def test_quantised_folders_are_refused(models: Any, tmp_path: Path) -> None:
+    shutil.copytree(models("sd1")[0], tmp_path / "small")
+    (file,) = (tmp_path / "small" / "unet").glob("*.safetensors")
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}, file)
+    with pytest.raises(SepMEError, match="is quantised"):
+        loading.load_pipeline(str(tmp_path / "small"), LoadOptions())
 
 
 def test_damaged_files_get_one_sentence(models: Any, tmp_path: Path) -> None:

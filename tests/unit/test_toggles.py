@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sepme.apply.toggles import merge, parse_json, parse_tags, strengths
+from sepme.apply.toggles import merge, parse_json, parse_tags, parse_toggle, strengths
 from sepme.concepts import normalised
+from sepme.delta.concept_delta import ConceptDelta
 from sepme.errors import SepMEError
 
 NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="<>:"), min_size=1, max_size=12).filter(str.strip)
@@ -35,6 +38,90 @@ STRENGTHS = st.floats(-100, 100, allow_nan=False)
 )
 def test_tags(prompt: str, cleaned: str, toggles: dict[str, float]) -> None:
     assert parse_tags(prompt) == (cleaned, toggles)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stock"),
+    [
+        ("a star <keep:star>", "a star"),
+        ("a star, <keep:star>", "a star"),
+        ("a star,<keep:star>", "a star"),
+        ("<keep:star> a star", "a star"),
+        ("<keep:star>, a star", "a star"),
+        ("a <keep:star> star", "a star"),
+        ("a star<keep:star>", "a star"),
+        ("a <keep:star>star", "a star"),
+        ("a red, <keep:star>, star", "a red, star"),
+        ("a red,<keep:star>,star", "a red,star"),
+        ("a red, <keep:star> star", "a red, star"),
+        ("a red <keep:star>, star", "a red, star"),
+        ("a red,<keep:star> star", "a red, star"),
+        ("a red<keep:star>, star", "a red, star"),
+        ("a,,  b ,, c , <keep:star>", "a,,  b ,, c "),
+        ("  a  star ,,b, <keep:star> ", "  a  star ,,b "),
+        ("a star <keep:star>.", "a star."),
+        ("a  double  space <keep:star> here  too", "a  double  space here  too"),
+        ("best,  red,\n<keep:star>\nb,\n\nc", "best,  red,\nb,\n\nc"),
+        ("best,\n<keep:star>, b", "best,\nb"),
+        ("best, <keep:star>\nb", "best,\nb"),
+        ("best\n<keep:star>", "best"),
+        ("a star <keep:star> <keep:moon>", "a star"),
+        ("a star, <keep:star>, <keep:moon>", "a star"),
+        ("<keep:star>, <keep:moon>, a star", "a star"),
+        ("a star <keep:star> BREAK a moon", "a star BREAK a moon"),
+        ("(a star <keep:star>:1.2), b", "(a star:1.2), b"),
+        ("(<keep:star> a star:1.2), b", "(a star:1.2), b"),
+        ("a star (<keep:star>:1.2)", "a star"),
+        ("a star, ((<keep:star>)), b", "a star, b"),
+        ("a star, (<keep:star>, <keep:moon>:0.5), b", "a star, b"),
+        ("a star [<keep:star>]", "a star"),
+        ("[a star <keep:star>:moon:0.5]", "[a star:moon:0.5]"),
+        (r"char \(<keep:star>\)", r"char \(\)"),
+    ],
+)
+def test_a_tag_leaves_the_stock_prompt(prompt: str, stock: str) -> None:
+    """Byte for byte what it would be had the tag never been put in."""
+    assert parse_tags(prompt)[0] == stock
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a <lora:x:1:lbw=ALL>, <hypernet:keep:1>, <3, a<b, i <3 keep", "{red|blue} __color__ [a:b:0.5] [a|b] (a:1.2) \\(a\\)",
+        "<keep-going> <keepsake> <erased_v2> <eraser:1> keep: star, erase:star", "(keep:1.2) [keep:erase:0.5] embedding:keep", "a > b > c",
+        "&lt;b&gt; ＜光＞", "STYLE(keep) COUPLE(0 0.5) keep AND erase BREAK", "",
+    ],
+)  # fmt: skip
+def test_other_syntax_is_left_alone(prompt: str) -> None:
+    assert parse_tags(prompt) == (prompt, {})
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<keep:star:0.7:0.5>", "<erase:star:0.7:0.5>", "<erase:star:1:lbw=ALL>", "<keep:star", "<keep star>", "<keep>", "<keep", "<erase:",
+        "＜keep:star＞", "<keep：star>", "<keep:star＞", "＜erase：star：0.5＞", "〈keep:star〉", "《keep:star》", "< keep:star>",
+        "</keep:star>",
+        "<keep=star>", "&lt;keep:star&gt;", "\\<keep:star\\>", "<erase:<lora:x:1>>", "<erase:star:1\n<lora:x:1>", "<keep:star:>",
+        "[<erase:star>:0.5]", "[:<erase:star>:0.5]", "[<erase:star>:<keep:star>:0.5]", "[star|<keep:star>]",
+        "<er<keep:x>ase:star>",
+    ],
+)  # fmt: skip
+def test_a_tag_that_is_not_understood_is_refused(tag: str) -> None:
+    """Never drawn as words, never dropped: one sentence that names the tag."""
+    with pytest.raises(SepMEError) as refusal:
+        parse_tags(f"a cat, {tag}")
+    assert "keep" in str(refusal.value) or "erase" in str(refusal.value)
+    assert "star" in str(refusal.value) or "star" not in tag
+    assert len(str(refusal.value)) < 250
+
+
+def test_toggles_of_the_command_line() -> None:
+    assert parse_toggle("star") == {"star": 1.0}
+    assert parse_toggle(" van gogh : 0.7") == {"van gogh": 0.7}
+    for bad in ("star:0.5:1", "star:", ":1", "", "star:much", "a>b", "star:nan", "star>:1"):
+        with pytest.raises(SepMEError):
+            parse_toggle(bad)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +211,23 @@ def test_strengths_table() -> None:
     assert table.dtype == torch.float32
     assert torch.equal(strengths([{"a": 1}], ["a", "b"], default=0.0), torch.tensor([[1.0, 0.0]]))
     assert strengths([], ["a"]).shape == (0, 1)
+
+
+def test_strengths_by_label_file_and_hash(make_random_delta: Callable[..., ConceptDelta], tmp_path: Path) -> None:
+    shapes = {f"middle_block.1.transformer_blocks.0.attn2.to_{p}": (8, 64) for p in "kv"}
+    star, gogh = (make_random_delta(n, shapes, seed=i) for i, n in enumerate(("star", "van gogh")))
+    gogh = ConceptDelta.load(gogh.save(tmp_path / "sub" / "Mine.safetensors"))
+    digest = gogh.content_hash()
+    for name in ("Van  Gogh", f"van gogh [{digest[:10]}]", "mine.safetensors", "sub/mine", "sub\\Mine", "van-gogh.safetensors", digest):
+        assert strengths([{name: 0.5}], [star, gogh]).tolist() == [[1.0, 0.5]]
+    for name in (f"van gogh [{'0' * 10}]", f"star [{digest[:10]}]", "ine", "gogh", digest[:5]):
+        with pytest.raises(SepMEError, match="no concept"):
+            strengths([{name: 0.5}], [star, gogh])
+
+
+def test_the_last_toggle_wins_however_it_names_the_concept() -> None:
+    toggles = merge({"star.safetensors": 1.0}, {"star": 0.0}, {"STAR.safetensors": 0.5})
+    assert strengths([toggles], ["star"]).tolist() == [[0.5]]
 
 
 def test_strengths_of_unknown_concepts() -> None:

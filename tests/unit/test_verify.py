@@ -8,7 +8,8 @@ import pytest
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.delta.concept_delta import ConceptDelta
-from sepme.delta.verify import verify
+from sepme.delta.verify import clip_skip_warnings, verify
+from sepme.errors import SepMEError
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
@@ -45,6 +46,23 @@ def test_what_is_measured_is_what_was_stored(made: tuple[object, ConceptDelta], 
     wide = verify(encoder, [replace(delta, gate=0.0)], kept)
     assert not wide.holds
     assert wide.checks[0].leakage_gated == wide.checks[0].leakage_linear
+
+
+def test_two_deltas_of_one_concept_are_refused(made: tuple[object, ConceptDelta], kept: Path) -> None:
+    encoder, delta = made
+    with pytest.raises(SepMEError, match="Two deltas erase 'star'"):
+        verify(encoder, [delta, replace(delta, gate=0.5)], kept)
+
+
+def test_clip_skip_is_recorded_and_compared(world: SimpleNamespace) -> None:
+    """What the host says was in effect; 0 of hosts that know no clip skip."""
+    encoder, plain = world.Encoder(d_in=192), world.Encoder(d_in=192)
+    encoder.clip_skip = 1
+    planner = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")),)), PlanOptions())
+    delta = make_delta(planner, "star", world.Denoiser(d_in=192), TrainOptions(objective="closed-form"))
+    assert delta.info["clip_skip"] == 1
+    assert clip_skip_warnings(encoder, [delta]) == []
+    assert "1 of CLIP's last layers skipped, here 0" in clip_skip_warnings(plain, [delta])[0]
 
 
 def test_a_preserve_file_is_asked_for_and_known_again(made: tuple[object, ConceptDelta], kept: Path) -> None:

@@ -36,13 +36,13 @@ import modules
 import modules.shared
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from modules import toy
-from modules.processing import StableDiffusionProcessing, process_images
+from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 from sepme_extension.scripts.webui import host
 from sepme_extension.scripts.webui.settings import Settings, Tables
-from sepme_extension.sepme.composition import Composition
+from sepme_extension.sepme.apply.composition import Composition
 from sepme_extension.sepme.concepts import ConceptBook
-from sepme_extension.sepme.delta import ConceptDelta
-from sepme_extension.sepme.nullspace import Planner
+from sepme_extension.sepme.delta.concept_delta import ConceptDelta
+from sepme_extension.sepme.plan.planner import Planner
 from sepme_extension.sepme.train import TrainOptions, make_delta
 
 modules.sd_hijack_checkpoint = checkpointing
@@ -79,8 +79,10 @@ def main() -> None:
     print("training is the same with and without the host's recomputing of blocks")
     checkpointing.remove()
 
-    def draw(**more: Any) -> torch.Tensor:
-        return process_images(StableDiffusionProcessing(["a star", "a star"], batch_size=2, **more))[0]
+    def draw(on_step: Any = lambda p, step: None) -> torch.Tensor:
+        p = StableDiffusionProcessingTxt2Img(prompt=["a star", "a star"], seed=0, batch_size=2, steps=3)
+        p.on_step = on_step
+        return process_images(p)[0]
 
     stock, state = draw(), {k: v.clone() for k, v in model.unet.state_dict().items()}
     attached: list[Any] = []
@@ -88,7 +90,7 @@ def main() -> None:
     def attach(p: Any, step: int) -> None:
         if step == 0:
             tables = Tables.make(Composition((delta,)), {}, [{"star": 1.0}, {"star": 0.0}], [{}, {}])
-            attached.append(host.Attached(p, tables, Settings(), lambda text: None))
+            attached.append(host.ModelPatch(p, tables, Settings(), lambda text: None))
             modules.script_callbacks.callbacks["cfg_denoiser"].append(attached[0].expect)
 
     drawn = draw(on_step=attach)

@@ -42,9 +42,9 @@ from conftest import TinyEncoder
 from modules.prompt_parser import words
 from sepme_extension.scripts.webui import host
 from sepme_extension.scripts.webui.settings import Settings, Tables
-from sepme_extension.sepme.composition import Composition
+from sepme_extension.sepme.apply.composition import Composition
 from sepme_extension.sepme.concepts import ConceptBook
-from sepme_extension.sepme.nullspace import Planner
+from sepme_extension.sepme.plan.planner import Planner
 from sepme_extension.sepme.train import TrainOptions, make_delta
 
 modules.sd_samplers_kdiffusion.sampling_prepare = sampling_prepare
@@ -138,7 +138,7 @@ def main() -> None:
     def attached(positive: list[dict[str, float]], negative: dict[str, float] | None = None, panel: Any = None, **more: Any) -> Any:
         p = SimpleNamespace(sd_model=engine)
         tables = Tables.make(composition, panel or {}, positive, [negative or {}] * len(positive))
-        return host.Attached(p, tables, Settings(**more), said.append)
+        return host.ModelPatch(p, tables, Settings(**more), said.append)
 
     pair = ["a star", "a star"]
     stock = draw(engine, pair)

@@ -23,10 +23,10 @@ import modules.shared
 from ldm.modules.diffusionmodules import util
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from modules import toy
-from modules.processing import StableDiffusionProcessing, process_images
+from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 from modules.prompt_parser import words
 from real_a1111 import Settings, Tables, host
-from sepme_extension.sepme.composition import Composition
+from sepme_extension.sepme.apply.composition import Composition
 
 NEGPIP, CONTROLNET = Path(sys.argv[2]), Path(sys.argv[3])
 UNET = {
@@ -65,7 +65,7 @@ class Scripts:
             getattr(self.neighbour, name)(p, *((True,) if name == "process_batch" else (None,)))
         if name == "process_before_every_sampling" and self.tags[0] is not None:
             tables = Tables.make(Composition(tuple(self.deltas)), {}, *self.tags)
-            self.attached = host.Attached(p, tables, Settings(), self.said.append)
+            self.attached = host.ModelPatch(p, tables, Settings(), self.said.append)
             modules.script_callbacks.on_cfg_denoiser(self.attached.expect)
         if name == "postprocess_batch" and self.attached is not None:
             modules.script_callbacks.remove_callbacks_for_function(self.attached.expect)
@@ -76,7 +76,10 @@ def draw(prompts: list[str], tags: Any = None, neighbour: Any = None, controlled
     """Latents; ``tags`` of positive and negative prompts, None for stock."""
     positive, negatives = tags or (None, [{}])
     scripts = Scripts(neighbour, deltas, positive, negatives)
-    p = StableDiffusionProcessing(prompts, negative, batch_size=len(prompts), scripts=scripts, sampler_name="Euler", width=64, height=64)
+    p = StableDiffusionProcessingTxt2Img(
+        prompt=prompts, negative_prompt=negative, seed=0, steps=3, batch_size=len(prompts), sampler_name="Euler", width=64, height=64
+    )
+    p.scripts = scripts
     if controlled is not None:
         with controlled(p):
             latents = process_images(p)[0]

@@ -27,7 +27,9 @@ USED = {
     ),
     "prompt_parser.py": ("SdConditioning.__init__", "MulticondLearnedConditioning.__init__"),
     "processing.py": (
-        "StableDiffusionProcessing.comment", "StableDiffusionProcessing.setup_prompts", "StableDiffusionProcessing.setup_conds",
+        "StableDiffusionProcessing.comment", "StableDiffusionProcessing.init", "StableDiffusionProcessing.setup_prompts",
+        "StableDiffusionProcessing.setup_conds", "StableDiffusionProcessingTxt2Img.sample", "StableDiffusionProcessingImg2Img.sample",
+        "StableDiffusionProcessingTxt2Img.get_conds", "StableDiffusionProcessingTxt2Img.parse_extra_network_prompts",
         "StableDiffusionProcessing.get_conds", "StableDiffusionProcessing.parse_extra_network_prompts",
     ),
     "devices.py": ("autocast",),
@@ -78,6 +80,43 @@ def signatures(tree: ast.Module) -> dict[str, list[str]]:
     return found
 
 
+PROCESSING = ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img", "StableDiffusionProcessingImg2Img")
+OURS = ("sepme_run", "sepme_concepts", "sepme_strength")  # what the extension itself puts on p
+
+
+def initial_values(tree: ast.Module, name: str) -> dict[str, str]:
+    """The fields of a class and what they are at first, as text; ``field(default=x)`` is x."""
+    values = {}
+    for node in next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            value = node.value
+            if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+                value = next(k.value for k in value.keywords if k.arg == "default")
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                values[ast.unparse(target)] = ast.unparse(value)
+    return values
+
+
+def read_of_p() -> set[str]:
+    """Attributes of the host's processing object that the extension reads or sets."""
+    found = set()
+    for path in (ROOT / "scripts" / "webui").rglob("*.py"):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("p", "self.p", "run.attached.p"):
+                found.add(node.attr)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr") and ast.unparse(node.args[0]) == "p":
+                found |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+    return found - set(OURS)
+
+
+def attributes(tree: ast.Module, names: tuple[str, ...]) -> set[str]:
+    """Fields, methods and properties of classes."""
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name in names]
+    return {n.name for c in classes for n in c.body if isinstance(n, ast.FunctionDef)} | {
+        field for name in names for field in initial_values(tree, name)
+    }
+
+
 def assigned(tree: ast.Module) -> set[str]:
     targets = [
         t for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
@@ -118,6 +157,25 @@ def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
         tree = parsed(checkout / "modules" / "sd_hijack_checkpoint.py")
         problems += sorted({"add", "remove", "stored"} - set(signatures(tree)) - assigned(tree))
     assert not problems, "\n".join(problems)
+
+
+def test_the_double_has_what_is_read_of_p() -> None:
+    assert read_of_p() >= {"all_prompts", "enable_hr", "extra_generation_params", "iteration", "is_hr_pass"}
+    assert read_of_p() - attributes(parsed(STUBS / "modules" / "processing.py"), PROCESSING) == set()
+
+
+@pytest.mark.parametrize("checkout", CHECKOUTS or [None], ids=str)
+def test_the_double_begins_as_the_real_one(checkout: Path | None) -> None:
+    """Of txt2img and img2img: what the extension reads is there, in the class where it is, and is at first what it is there."""
+    if checkout is None:
+        pytest.skip(NO_CHECKOUT)
+    double, real = parsed(STUBS / "modules" / "processing.py"), parsed(checkout / "modules" / "processing.py")
+    for name in PROCESSING:
+        ours, theirs = initial_values(double, name), initial_values(real, name)
+        assert {k: theirs.get(k, "nothing") for k in ours} == ours, name
+    assert read_of_p() - attributes(real, PROCESSING) == set()
+    ours, theirs = (initial_values(parsed(p / "modules" / f), "State") for p, f in ((STUBS, "shared.py"), (checkout, "shared_state.py")))
+    assert {k: theirs.get(k, "nothing") for k in ours} == ours
 
 
 @pytest.mark.parametrize("checkout", [c for c in CHECKOUTS if (c / "backend").is_dir()] or [None], ids=str)

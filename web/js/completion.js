@@ -1,9 +1,9 @@
-// Completion of <erase:…> and <keep:…> in the text of our encode node, in either renderer.
-import { app } from "./host.js";
+// Completion of <erase:…> and <keep:…> in the prompts of nodes, in either renderer.
 import { el } from "./dom.js";
 import { library } from "./library.js";
+import { nodeOf, takesTags } from "./tags.js";
 import { t } from "./text.js";
-import { deltasOfWorkflow } from "./wires.js";
+import { deltasOfWorkflow, isOurs } from "./wires.js";
 
 const OPEN = /<(?:(erase|keep):)?([^<>:]*)$/i;
 const MOST = 8;
@@ -12,19 +12,9 @@ let box = null; // the list that is shown
 let field = null; // the text area that it is for
 
 export function watchPrompts() {
-  document.addEventListener("input", ({ target }) => belongs(target) && suggest(target), true);
+  document.addEventListener("input", ({ target }) => takesTags(nodeOf(target)) && suggest(target), true);
   document.addEventListener("keydown", onKey, true);
   document.addEventListener("focusout", ({ target }) => target === field && setTimeout(hide, 150), true);
-}
-
-/** Whether an element is the text of our encode node: the widget's own element (canvas), or drawn inside the node (Nodes 2.0). */
-function belongs(element) {
-  if (element?.tagName !== "TEXTAREA") return false;
-  const id = element.closest("[data-node-id]")?.dataset.nodeId;
-  const graph = app.canvas?.graph;
-  const own = (node) => node?.comfyClass === "SepMETextEncode";
-  if (id) return own(graph?.getNodeById(id) ?? graph?.getNodeById(Number(id)));
-  return graph?.nodes.some((n) => own(n) && n.widgets?.some((w) => (w.inputEl ?? w.element) === element)) ?? false;
 }
 
 async function suggest(target) {
@@ -34,11 +24,12 @@ async function suggest(target) {
   let choices;
   if (match[1]) {
     const names = new Set([...(await deltasOfWorkflow()), ...library.deltas].map((d) => d.concept));
-    const found = [...names].filter((n) => n.toLowerCase().includes(wanted));
+    const found = [...names].filter((n) => !/[<>:]/.test(n) && n.toLowerCase().includes(wanted)); // others fit no tag
     found.sort((a, b) => b.toLowerCase().startsWith(wanted) - a.toLowerCase().startsWith(wanted));
     choices = found.map((name) => [name, `<${match[1].toLowerCase()}:${name}>`]);
   } else {
-    choices = ["erase", "keep"].filter((k) => k.startsWith(wanted)).map((k) => [`${k}:`, `<${k}:`, t(`completion.${k}`)]);
+    const least = isOurs(nodeOf(target), "SepMETextEncode") ? 0 : 2; // elsewhere < and a letter begin other things too
+    choices = ["erase", "keep"].filter((k) => wanted.length >= least && k.startsWith(wanted)).map((k) => [`${k}:`, `<${k}:`, t(`completion.${k}`)]);
   }
   if (!choices.length) return hide();
   show(target, match[0].length, choices.slice(0, MOST));

@@ -4,6 +4,8 @@ import { api } from "../../../scripts/api.js";
 
 export { api, app };
 
+const TITLE = 40; // pixels above a node's body, with some air
+
 /** The outermost graph; newer front ends call it rootGraph. */
 export const rootGraph = () => app.rootGraph ?? app.graph;
 
@@ -18,6 +20,12 @@ export function* graphs() {
 /** Every node of the workflow, those in subgraphs included. */
 export function* nodes() {
   for (const graph of graphs()) yield* graph.nodes ?? graph._nodes ?? [];
+}
+
+/** The ids that the server knows a node by: one for each use of the subgraph that it is in, `outer:inner`. */
+export function serverIds(node) {
+  if (node.graph === rootGraph()) return [String(node.id)];
+  return [...nodes()].filter((n) => n.isSubgraphNode?.() && n.subgraph === node.graph).flatMap((n) => serverIds(n).map((id) => `${id}:${node.id}`));
 }
 
 export const widget = (node, name) => node.widgets?.find((w) => w.name === name);
@@ -42,6 +50,14 @@ export function grow(node) {
   const height = node.computeSize()[1];
   if (node.size[1] < height) node.setSize([node.size[0], height]);
   node.graph?.setDirtyCanvas?.(true, true);
+}
+
+/** The nearest place below `[x, y]` where a box of this size lies on no node. */
+export function freePlace(graph, [x, y], [width, height], but = []) {
+  const others = graph.nodes.filter((n) => !but.includes(n));
+  const hit = () => others.find((n) => x < n.pos[0] + n.size[0] && n.pos[0] < x + width && y - TITLE < n.pos[1] + n.size[1] && n.pos[1] - TITLE < y + height);
+  for (let other = hit(); other; other = hit()) y = other.pos[1] + other.size[1] + TITLE + 20;
+  return [x, y];
 }
 
 export function toast(severity, summary, detail) {

@@ -23,6 +23,19 @@ export async function install(name, content) {
   }
 }
 
+const MOST = 16 << 20; // bytes of a header that can be a delta's
+
+/** Whether a file is one of ours, by its header. */
+export async function isDelta(file) {
+  try {
+    const size = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
+    if (size > MOST) return false;
+    return String(JSON.parse(await file.slice(8, 8 + size).text()).__metadata__?.format).startsWith("sepme.");
+  } catch {
+    return false;
+  }
+}
+
 /** Install the file that a workflow carries in a record. */
 export function installRecord(record) {
   const name = String(record.file || `${record.concept}.safetensors`).replaceAll("\\", "/");

@@ -1,5 +1,6 @@
 // The deltas on the server, and what can be done with them.
 import { api } from "./host.js";
+import { told } from "./text.js";
 import { same } from "./toggles.js";
 
 class Library extends EventTarget {
@@ -64,7 +65,7 @@ class Library extends EventTarget {
 async function request(path, options) {
   const answer = await api.fetchApi(path, options);
   const data = await answer.json().catch(() => ({ error: `${answer.status} ${answer.statusText}` }));
-  if (!answer.ok) throw Object.assign(new Error(data.error ?? answer.statusText), { status: answer.status });
+  if (!answer.ok) throw Object.assign(new Error(told(data.error ?? answer.statusText)), { status: answer.status });
   return data;
 }
 

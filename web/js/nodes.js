@@ -1,15 +1,19 @@
 // Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
-import { api, app, changed, grow, nodes, rootGraph, set, toast, widget } from "./host.js";
+import { api, app, changed, grow, nodes, rootGraph, serverIds, set, toast, widget } from "./host.js";
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
-import { t } from "./text.js";
-import { architectureOf, deltasAt, deltasBefore, deltasOfWorkflow, loaded } from "./wires.js";
+import { inheritedBy } from "./runs.js";
+import { markTexts, tags } from "./tags.js";
+import { t, told } from "./text.js";
+import { meant } from "./toggles.js";
+import { architectureOf, deltasAt, deltasBefore, linkOf, loaded } from "./wires.js";
 
 const PANEL = "SEPME_TOGGLES";
 const INHERITS = ["SepMETextEncode", "SepMEConditioningToggles"];
 const PANELS = ["SepMEApply", ...INHERITS];
 const WIDTH = 320;
+const MARGIN = 6;
 
 /** Give the toggles of a node definition our widget; the input stays a STRING, so that a text can be wired to it. */
 export function definePanel(definition) {
@@ -23,16 +27,43 @@ export const customWidgets = {
     const panel = new TogglePanel(INHERITS.includes(node.comfyClass), () => changed());
     panel.value = spec[1]?.default ?? "{}";
     node.sepmePanel = panel;
-    const made = node.addDOMWidget(name, PANEL, panel.element, {
-      getValue: () => panel.value,
-      setValue: (value) => (panel.value = value),
-      getMinHeight: () => panel.height,
-      hideOnZoom: false,
-      margin: 6,
-    });
-    return { widget: made, minWidth: WIDTH, minHeight: 1 };
+    return { widget: addPanel(node, name, panel, () => panel.value, (value) => (panel.value = value)), minWidth: WIDTH, minHeight: 1 };
   },
 };
+
+const addPanel = (node, name, panel, getValue, setValue) =>
+  node.addDOMWidget(name, PANEL, panel.element, { getValue, setValue, getMinHeight: () => panel.height + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
+
+/**
+ * Panels of a subgraph's node in place of promoted toggles. Since front end 1.49 such a node has a value of its own for a promoted widget,
+ * but draws none that is an extension's; before, the inner panel itself is shown there.
+ */
+function promotedPanels(node) {
+  for (const input of node.inputs ?? []) {
+    const held = input._widget;
+    if (!input.widgetId || held?.type !== PANEL || !node._extraWidgets) continue;
+    if (!held.sepmePanel) {
+      const inner = innermost(node, input);
+      if (!inner) continue;
+      const panel = new TogglePanel(INHERITS.includes(inner.comfyClass), (text) => ((held.value = text), changed()));
+      const made = addPanel(node, input.name, panel, () => held.value, (value) => (held.value = panel.value = value));
+      node._extraWidgets.splice(node._extraWidgets.indexOf(made), 1); // it stands for the input, whose value is sent
+      Object.assign(made, { sepmePanel: panel, sepmeInner: inner });
+      input._widget = made;
+      node._setConcreteSlots?.();
+      if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]]);
+    }
+    input._widget.sepmePanel.value = input._widget.value;
+  }
+}
+
+/** The node in a subgraph, or in one inside it, whose widget an input of the subgraph's node stands for. */
+function innermost(node, input) {
+  const slot = node.inputs.indexOf(input);
+  const link = linkOf(node.subgraph, node.subgraph.inputs[slot]?.linkIds?.[0]);
+  const inner = link && node.subgraph.getNodeById(link.target_id);
+  return inner?.isSubgraphNode?.() ? innermost(inner, inner.inputs[link.target_slot]) : inner;
+}
 
 /** What a node needs once it is made. */
 export function nodeMade(node) {
@@ -49,7 +80,7 @@ export function nodeMade(node) {
 /** A line below a loader's fields that says what the file holds; the hash is kept with the name, so that the file can be renamed. */
 function addCard(node) {
   const element = el("div.sepme.sepme-card");
-  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: MARGIN });
   made.serialize = false;
   node.sepmeCard = element;
   grow(node);
@@ -99,6 +130,8 @@ export function keep(records) {
 }
 
 let waiting = false;
+let later = 0;
+const LATER = 400; // milliseconds in which Nodes 2.0 has put a text on the page
 
 /** Draw panels and cards anew, once for all changes of this moment. */
 export function refresh() {
@@ -109,15 +142,21 @@ export function refresh() {
     if (!library.ready) return;
     for (const node of nodes()) {
       if (node.sepmeCard) drawCard(node);
-      if (node.sepmePanel) await drawPanel(node);
+      if (node.sepmePanel) await drawPanel(node, node.sepmePanel);
+      if (!node.isSubgraphNode?.()) continue;
+      promotedPanels(node);
+      for (const made of node.widgets ?? []) if (made.sepmeInner) await drawPanel(made.sepmeInner, made.sepmePanel, node);
     }
+    await markTexts();
+    clearTimeout(later);
+    later = setTimeout(markTexts, LATER);
   });
 }
 
-async function drawPanel(node) {
-  const panel = node.sepmePanel;
-  if (panel.inherits) return resize(node, () => deltasOfWorkflow().then((found) => panel.show(found)));
-  const found = await deltasAt(node);
+/** Draw the panel of a node; `shown` is the node that it is on, the node itself or the subgraph's. */
+async function drawPanel(node, panel, shown = node) {
+  if (panel.inherits) return drawPromptPanel(node, panel, shown);
+  const { deltas: found, hidden } = await deltasAt(node);
   const model = await architectureOf(node);
   const notes = [];
   for (const delta of found) {
@@ -126,16 +165,25 @@ async function drawPanel(node) {
     delta.mismatch = t("panel.mismatch", { name: delta.concept, is: delta.architecture, model });
     notes.push(delta.mismatch);
   }
+  if (hidden && found.length) notes.push(t("panel.more"));
   const earlier = await deltasBefore(node);
-  return resize(node, () => panel.show(found, notes, earlier));
+  return resize(shown, panel, () => panel.show(found, notes, earlier, hidden));
+}
+
+async function drawPromptPanel(node, panel, shown) {
+  const { deltas, hidden } = await inheritedBy(node);
+  for (const { name, strength } of node.comfyClass === "SepMETextEncode" ? tags(widget(node, "text")?.value ?? "") : []) {
+    for (const delta of name ? meant(name, deltas) : []) delta.tagged = strength;
+  }
+  return resize(shown, panel, () => panel.show(deltas, [], [], hidden));
 }
 
 /** Let a node grow with its panel; it never shrinks under the user's hands. */
-async function resize(node, draw) {
-  const before = node.sepmePanel.height;
-  await draw();
-  const after = node.sepmePanel.height;
-  node.sepmePanel.element.style.minHeight = `${after}px`;
+function resize(node, panel, draw) {
+  const before = panel.height;
+  draw();
+  const after = panel.height;
+  panel.element.style.minHeight = `${after}px`;
   if (after === before) return;
   const size = node.computeSize();
   if (node.size[1] < size[1] || after < before) node.setSize([Math.max(node.size[0], WIDTH), Math.max(size[1], node.size[1] + after - before)]);
@@ -180,6 +228,10 @@ export function watch() {
     const records = detail?.output?.sepme;
     for (const record of Array.isArray(records) ? records : []) keep(record);
     if (records?.length) library.load().catch(() => {});
+  });
+  api.addEventListener("sepme.notice", ({ detail }) => {
+    const node = [...nodes()].find((n) => serverIds(n).includes(String(detail.node)));
+    toast("warn", node?.title ?? "SepME", told(detail.text));
   });
   app.canvas?.canvas?.addEventListener("litegraph:set-graph", refresh);
 }

@@ -5,6 +5,7 @@ import { t } from "./text.js";
 
 const SEARCH_FROM = 9; // rows from which on there is a search field
 const ROW = 28; // pixels of a row
+const HEAD = 36; // of the panel without rows
 
 /**
  * @param {boolean} inherits rows without a strength follow SepMEApply (nodes of one prompt); otherwise they are erased
@@ -17,6 +18,7 @@ export class TogglePanel {
     this.text = "{}";
     this.concepts = [];
     this.earlier = [];
+    this.hidden = false;
     this.notes = [];
     this.remembered = new Map(); // strength before a row was switched off
     this.byName = new Map();
@@ -52,23 +54,28 @@ export class TogglePanel {
 
   /** Height that shows up to eight rows. */
   get height() {
-    const extra = (this.search.hidden ? 0 : 30) + (this.note.hidden ? 0 : 20 * this.notes.length + 8);
-    return 34 + extra + ROW * Math.min(Math.max(this.rows.length, 1), 8);
+    const note = this.note.hidden ? 0 : (this.note.offsetHeight || 20 * this.note.children.length + 6) + 4;
+    return HEAD + (this.search.hidden ? 0 : 30) + note + ROW * Math.min(Math.max(this.rows.length, 1), 8);
   }
 
-  /** Facts of the deltas that are connected, and sentences about what is wrong with them. */
-  show(concepts, notes = [], earlier = []) {
-    const next = JSON.stringify([concepts, notes, earlier]);
+  /**
+   * Facts of the deltas that are connected, and sentences about what is wrong with them. What a prompt node does without toggles of
+   * its own is in each delta's `inherited`, what its text's tags say in `tagged`. `hidden`: more are connected that cannot be seen.
+   */
+  show(concepts, notes = [], earlier = [], hidden = false) {
+    const next = JSON.stringify([concepts, notes, earlier, hidden]);
     if (next === this.shown) return;
     this.shown = next;
     this.concepts = concepts;
     this.notes = notes;
     this.earlier = earlier;
+    this.hidden = hidden;
     this.draw();
   }
 
+  /** What a row does; undefined where its prompt is drawn by models that differ. */
   strength(row) {
-    return row.strength ?? (this.inherits ? undefined : 1);
+    return row.delta?.tagged ?? row.strength ?? (this.inherits ? row.delta?.inherited : 1);
   }
 
   draw() {
@@ -77,7 +84,8 @@ export class TogglePanel {
     this.rows = rows(entries ?? [], this.concepts, this.earlier);
     this.byName = new Map();
     this.list.replaceChildren(...this.rows.map((row) => this.drawRow(row)));
-    if (!this.rows.length) this.list.append(el("div.sepme-empty", {}, t(this.inherits ? "panel.emptyPrompt" : "panel.empty")));
+    const empty = this.hidden ? "panel.hidden" : this.inherits ? "panel.emptyPrompt" : "panel.empty";
+    if (!this.rows.length) this.list.append(el("div.sepme-empty", {}, t(empty)));
     const notes = entries === null ? [t("panel.broken")] : this.notes;
     this.note.hidden = !notes.length;
     this.note.replaceChildren(...notes.map((text) => el("div", {}, text)));
@@ -130,21 +138,26 @@ export class TogglePanel {
     const part = this.byName.get(row.name);
     const strength = this.strength(row);
     const lost = !row.known;
+    const tagged = row.delta?.tagged !== undefined;
+    const inherited = this.inherits && !tagged && row.strength === undefined;
     part.row.classList.toggle("sepme-off", !strength);
     part.row.classList.toggle("sepme-unlisted", lost);
+    part.row.classList.toggle("sepme-inherited", inherited);
     part.toggle.setAttribute("aria-checked", strength === undefined ? "mixed" : String(strength !== 0));
     part.toggle.setAttribute("aria-label", t("panel.erase", row));
-    part.toggle.title = t(strength === undefined ? "panel.inherited" : strength ? "panel.on" : "panel.off");
+    const acts = strength === undefined ? "panel.differs" : strength ? "panel.on" : "panel.off";
+    part.toggle.title = tagged ? t("panel.tagged") : inherited ? `${t("panel.inherit")}. ${t(acts)}` : t(acts);
+    for (const control of [part.toggle, part.slider, part.number]) control.disabled = tagged;
     const shown = strength ?? 1;
     if (Number(part.slider.value) !== shown) part.slider.value = shown;
     part.slider.style.setProperty("--sepme-at", `${Math.max(0, Math.min(1, shown)) * 100}%`);
-    part.number.value = strength === undefined ? "" : Number(shown.toFixed(3));
-    part.number.placeholder = t("panel.same");
+    part.number.value = strength === undefined || inherited ? "" : Number(shown.toFixed(3));
+    part.number.placeholder = strength === undefined ? "?" : Number(shown.toFixed(3));
     part.drop.hidden = !(lost || (this.inherits && row.strength !== undefined));
   }
 
   toggle(row) {
-    const strength = this.strength(row);
+    const strength = this.strength(row) ?? 1;
     if (strength) this.remembered.set(row.name, strength);
     this.set(row, strength ? 0 : this.remembered.get(row.name) ?? 1);
   }
@@ -180,8 +193,8 @@ export class TogglePanel {
 
   /** The rows become the value: all of them, so that their order stays; where rows inherit, those that were set. */
   commit(entries) {
-    const set = this.rows.filter((row) => this.strength(row) !== undefined);
-    this.text = write(entries ?? set.map((row) => [row.name, this.strength(row)]));
+    const set = this.rows.filter((row) => !this.inherits || row.strength !== undefined);
+    this.text = write(entries ?? set.map((row) => [row.name, row.strength ?? 1]));
     if (entries) this.draw();
     this.countRows();
     this.onChange(this.text);

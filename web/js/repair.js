@@ -1,12 +1,13 @@
 // Deltas that a workflow names and the server has not: one dialog, one click a delta.
-import { app, changed, nodes, set, toast, widget } from "./host.js";
+import { app, changed, freePlace, nodes, set, toast, widget } from "./host.js";
 import { openDialog } from "./dialog.js";
 import { el } from "./dom.js";
 import { installRecord } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
-import { loaded } from "./wires.js";
+import { quoteName } from "./toggles.js";
+import { linkOf, loaded } from "./wires.js";
 
 let told = ""; // what the last dialog was about: undo loads the workflow again, and need not ask again
 let dialog = null;
@@ -95,15 +96,25 @@ function insertTraining(node, record) {
   const wire = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex((i) => i.name === input));
   const known = [{ name: record.concept, prompts: record.prompts, anchor: record.anchor }, ...(record.known ?? []).map((k) => (typeof k === "string" ? { name: k } : k))];
   const book = make("SepMEConceptBook", -760, 0, { book: JSON.stringify({ concepts: known.map(plain), preserve: record.preserve ?? [] }, null, 1) });
-  const train = make("SepMETrain", -340, 0, { erase: record.concept, ...record.train });
+  const train = make("SepMETrain", -340, 0, { erase: quoteName(record.concept), ...record.train });
   const save = make("SepMESaveDeltas", 60, 0, {});
   wire(book, 0, train, "concepts");
   wire(train, 0, save, "deltas");
   bridge(graph, node, train, save);
   graph.remove(node);
+  settle(graph, [book, train, save]);
   app.canvas.selectNodes?.([book, train, save]);
   changed();
   toast("info", t("repair.trainTitle"), t("repair.trainText"));
+}
+
+/** Move nodes together to where they lie on no others; in Nodes 2.0 they are drawn a little larger than the graph knows. */
+function settle(graph, made) {
+  const left = Math.min(...made.map((n) => n.pos[0]));
+  const top = Math.min(...made.map((n) => n.pos[1]));
+  const size = [Math.max(...made.map((n) => n.pos[0] + n.size[0])) - left, 1.2 * (Math.max(...made.map((n) => n.pos[1] + n.size[1])) - top)];
+  const [, y] = freePlace(graph, [left, top], size, made);
+  for (const n of made) n.pos = [n.pos[0], n.pos[1] + y - top];
 }
 
 /** A concept of a book without what is empty. */
@@ -111,11 +122,10 @@ const plain = ({ name, prompts, anchor }) => ({ name, ...(prompts?.length ? { pr
 
 /** Wire the new branch as the loader was: deltas before it, those that read it, and the model that they are applied to. */
 function bridge(graph, node, train, save) {
-  const linkOf = (id) => graph.getLink?.(id) ?? graph.links?.[id];
-  const before = linkOf(node.inputs.find((i) => i.name === "deltas")?.link);
+  const before = linkOf(graph, node.inputs.find((i) => i.name === "deltas")?.link);
   if (before) graph.getNodeById(before.origin_id)?.connect(before.origin_slot, train, train.inputs.findIndex((i) => i.name === "deltas"));
   for (const id of [...(node.outputs[0].links ?? [])]) {
-    const link = linkOf(id);
+    const link = linkOf(graph, id);
     const reader = graph.getNodeById(link.target_id);
     save.connect(0, reader, link.target_slot);
   }

@@ -7,7 +7,7 @@ import { customWidgets, definePanel, nodeMade, refresh, watch } from "./nodes.js
 import { broken, checkWorkflow } from "./repair.js";
 import { registerSidebar } from "./sidebar.js";
 import { loadText, translate } from "./text.js";
-import { trainingNode, watchTraining } from "./training.js";
+import { restoreTraining, trainingNode, watchTraining } from "./training.js";
 
 loadStyle();
 
@@ -36,6 +36,7 @@ app.registerExtension({
   },
   async afterConfigureGraph() {
     await checkWorkflow().catch((error) => console.error("SepME:", error.message));
+    restoreTraining();
     refresh();
   },
 });

@@ -1,11 +1,12 @@
 // The sidebar tab: every delta on the server; installed by dropping a file, put into the graph by dragging.
-import { app, changed, nodes, toast } from "./host.js";
+import { app, changed, freePlace, nodes, toast } from "./host.js";
 import { confirm, ask } from "./dialog.js";
 import { bytes, el, figure, ownKeys } from "./dom.js";
-import { install } from "./install.js";
+import { install, isDelta } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
+import { linkOf } from "./wires.js";
 
 const DRAGGED = "application/x-sepme-delta";
 let shown = null; // the element that the tab is drawn in
@@ -118,12 +119,28 @@ function item(delta, open) {
 
 function dropped(event) {
   const hash = event.dataTransfer?.getData(DRAGGED);
-  if (!hash) return;
+  if (!hash) return droppedFiles(event);
   event.preventDefault();
   event.stopImmediatePropagation();
   if (shown?.contains(event.target)) return;
   const delta = library.find("", hash);
   if (delta) addLoader(delta, app.clientPosToCanvasPos([event.clientX, event.clientY]));
+}
+
+/** Delta files on the graph are installed and loaded; other .safetensors are the host's, which may find a workflow in them. */
+async function droppedFiles(event) {
+  const given = [...(event.dataTransfer?.files ?? [])];
+  if (!given.length || shown?.contains(event.target) || !given.every((file) => /\.safetensors$/i.test(file.name))) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  const at = app.clientPosToCanvasPos([event.clientX, event.clientY]);
+  for (const file of given) {
+    if (!(await isDelta(file))) await app.handleFile(file, "file_drop");
+    else {
+      const delta = await install(file.name, file);
+      if (delta) await addLoader(delta, at);
+    }
+  }
 }
 
 /**
@@ -134,7 +151,7 @@ export async function addLoader(delta, position) {
   const graph = app.canvas.graph;
   const node = window.LiteGraph.createNode("SepMELoadDelta");
   const applies = graph.nodes.filter((n) => n.comfyClass === "SepMEApply");
-  node.pos = position ?? freePlace(graph, applies[0]);
+  node.pos = freePlace(graph, position ?? besides(applies[0]), node.size);
   graph.add(node);
   await remember(node, delta);
   if (applies.length === 1) chain(graph, node, applies[0]);
@@ -142,15 +159,12 @@ export async function addLoader(delta, position) {
   changed();
 }
 
-function freePlace(graph, apply) {
-  const below = Math.max(0, ...graph.nodes.filter((n) => n.comfyClass === "SepMELoadDelta").map((n) => n.pos[1] + n.size[1] + 50));
-  return apply ? [apply.pos[0] - 360, Math.max(apply.pos[1], below)] : app.canvas.ds?.convertCanvasToOffset?.([500, 300]) ?? [100, 100];
-}
+const besides = (apply) => (apply ? [apply.pos[0] - 360, apply.pos[1]] : app.canvas.ds?.convertCanvasToOffset?.([500, 300]) ?? [100, 100]);
 
 /** Put a loader between an apply node and what it is fed by. */
 function chain(graph, node, apply) {
   const slot = apply.inputs.findIndex((i) => i.name === "deltas");
-  const link = graph.getLink?.(apply.inputs[slot].link) ?? graph.links?.[apply.inputs[slot].link];
+  const link = linkOf(graph, apply.inputs[slot].link);
   const before = link && graph.getNodeById(link.origin_id);
   if (before) before.connect(link.origin_slot, node, node.inputs.findIndex((i) => i.name === "deltas"));
   node.connect(0, apply, slot);

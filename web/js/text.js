@@ -4,6 +4,7 @@ import { api, app } from "./host.js";
 let english = {};
 let own = {};
 let nodeWords = {};
+let sentences = [];
 
 export async function loadText() {
   const all = await (await api.fetchApi("/i18n")).json();
@@ -11,6 +12,7 @@ export async function loadText() {
   const chosen = all[app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"];
   own = chosen?.sepme ?? {};
   nodeWords = chosen?.nodeDefs ?? {};
+  sentences = Object.entries(chosen?.sepmeServer ?? {}).map(([theirs, mine]) => [pattern(theirs), mine]);
 }
 
 /** Put a node's words into its definition: front end 1.32 loads its own languages late and forgets those of packs. */
@@ -31,4 +33,16 @@ export function translate(definition) {
 export function t(key, values = {}) {
   const text = own[key] ?? english[key] ?? key;
   return text.replace(/\{(\w+)\}/g, (all, name) => values[name] ?? all);
+}
+
+/** A pattern of an English sentence, `{}` being what differs. */
+const pattern = (english) => new RegExp(`^${english.split("{}").map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("([\\s\\S]*?)")}$`);
+
+/** A sentence of the server in the user's language, as far as main.json has it: `{1}` there is the first `{}` of the English one. */
+export function told(sentence) {
+  for (const [theirs, mine] of sentences) {
+    const match = theirs.exec(sentence);
+    if (match) return mine.replace(/\{(\d)\}/g, (_, i) => match[i]);
+  }
+  return sentence;
 }

@@ -1,10 +1,13 @@
 // Training as it runs: loss curve and current picture on the node; afterwards certificates and who disturbs whom.
-import { api, grow, nodes } from "./host.js";
+import { api, grow, nodes, rootGraph, serverIds } from "./host.js";
 import { el, figure } from "./dom.js";
 import { refresh } from "./nodes.js";
 import { t } from "./text.js";
 
 const SIZE = [300, 96];
+const MARGIN = 6;
+const STORE = "sepme.made";
+const MOST = 64;
 
 /** Give a training node its display. */
 export function trainingNode(node) {
@@ -14,28 +17,36 @@ export function trainingNode(node) {
   const state = el("div.sepme-line", { role: "status" }, t("training.idle"));
   const result = el("div.sepme-result");
   const element = el("div.sepme.sepme-training", {}, state, el("div.sepme-live", { hidden: true }, canvas, picture), result);
-  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight), hideOnZoom: false, margin: 6 });
+  const made = node.addDOMWidget("sepme_training", "SEPME_TRAINING", element, { serialize: false, getMinHeight: () => Math.max(34, element.scrollHeight) + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
   made.serialize = false;
   node.sepmeTraining = { element, canvas, picture, state, result, losses: new Map() };
   grow(node);
+  new ResizeObserver(() => grow(node)).observe(result); // it has a height only once it is on the screen
 }
 
 export function watchTraining() {
   api.addEventListener("sepme.train", ({ detail }) => {
     const node = find(detail.node);
-    if (node?.sepmeTraining) step(node, detail);
+    if (node) step(node, detail);
   });
-  api.addEventListener("executed", ({ detail }) => {
-    const made = detail?.output?.sepme_made;
-    const node = made && find(detail.node);
-    if (node?.sepmeTraining) finished(node, made);
-  });
+  api.addEventListener("executed", ({ detail }) => finished(detail?.node, detail?.output?.sepme_made));
+  api.addEventListener("sepme.made", ({ detail }) => finished(detail.node, detail.sepme_made)); // of a training that does not run again
 }
 
-/** A node by the id that the server knows: inside subgraphs `outer:inner`. */
-function find(id) {
-  const last = String(id).split(":").pop();
-  return [...nodes()].find((n) => String(n.id) === last && n.sepmeTraining);
+/** A training node by the id that the server knows it by. */
+const find = (id) => [...nodes()].find((n) => n.sepmeTraining && serverIds(n).includes(String(id)));
+
+/** What was made in this tab, by workflow and node: undo, other workflows and a reload make the nodes anew, and a cached node tells nobody. */
+const known = new Map(JSON.parse(sessionStorage.getItem(STORE) ?? "[]"));
+
+const place = (id) => `${rootGraph().id} ${id}`;
+
+/** After a workflow was loaded: what its nodes showed before. */
+export function restoreTraining() {
+  for (const node of nodes()) {
+    const made = node.sepmeTraining && serverIds(node).map((id) => known.get(place(id))).find(Boolean);
+    if (made) show(node, made);
+  }
 }
 
 function step(node, { concept, step, steps, loss, sample, note }) {
@@ -80,7 +91,19 @@ function curve(canvas, losses) {
   pen.stroke();
 }
 
-function finished(node, made) {
+function finished(id, made) {
+  const node = made && find(id);
+  if (!node) return;
+  known.delete(place(id));
+  known.set(place(id), made);
+  if (known.size > MOST) known.delete(known.keys().next().value);
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify([...known]));
+  } catch {} // full: then only until the next reload
+  show(node, made);
+}
+
+function show(node, made) {
   const { state, result } = node.sepmeTraining;
   node.sepmeMade = made;
   state.textContent = t("training.done", { count: made.length });

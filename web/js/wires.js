@@ -1,59 +1,96 @@
-// What is connected to a node: deltas and models upstream, through reroutes, bypassed nodes, subgraphs and chained loaders.
+// What is connected to a node: deltas and models upstream, as the graph is sent to the server: through reroutes, bypassed nodes,
+// subgraphs, the wires that other packs hide, and chained loaders.
 import { graphs, nodes, rootGraph, widget } from "./host.js";
 import { library } from "./library.js";
-import { same } from "./toggles.js";
+import { same, splitNames } from "./toggles.js";
 
-const SUBGRAPH_INPUT = -10;
-const MUTED = 2;
-const BYPASSED = 4;
+const SUBGRAPH_INPUT = -10; // a number, or since front end 1.49 its string
+export const MUTED = 2;
+export const BYPASSED = 4;
 
 /** Where the wire of an input comes from: `{node, slot}`s, several when a subgraph is used several times. */
 export function sources(node, input) {
-  const slot = node.inputs?.find((i) => i.name === input);
-  return slot?.link == null ? [] : origins(node.graph, slot.link, new Set());
+  const index = node.inputs?.findIndex((i) => i.name === input) ?? -1;
+  return index < 0 ? [] : into(node, index, new Set());
 }
 
-function origins(graph, id, seen) {
-  const link = graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
-  const key = `${graph.id}:${id}`;
-  if (!link || seen.has(key)) return [];
-  seen.add(key);
-  if (link.origin_id === SUBGRAPH_INPUT) {
-    return instances(graph).flatMap((n) => through(n, n.inputs?.[link.origin_slot], seen));
-  }
-  const node = graph.getNodeById(link.origin_id);
+export const linkOf = (graph, id) => (id == null ? null : graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id]);
+
+/** What comes in at an input, by number. Anything Everywhere keeps its wires in the graph's extra data. */
+function into(node, index, seen) {
+  const sent = () => node.graph.extra?.ue_links?.find((l) => String(l.downstream) === String(node.id) && l.downstream_slot === index);
+  const broadcast = node.inputs?.[index]?.link == null && sent();
+  if (broadcast) return along(node.graph, { origin_id: broadcast.upstream, origin_slot: broadcast.upstream_slot }, seen);
+  return along(node.graph, linkOf(node.graph, node.inputs?.[index]?.link), seen);
+}
+
+/** Where a link starts; `seen` are the places on the way here, for a circle has no start. */
+function along(graph, link, seen) {
+  if (!link) return [];
+  const place = `${graph.id}:${link.origin_id}:${link.origin_slot}`;
+  const been = new Set(seen).add(place);
+  if (seen.has(place)) return [];
+  if (Number(link.origin_id) === SUBGRAPH_INPUT) return instances(graph).flatMap((n) => into(n, link.origin_slot, been));
+  return from(graph.getNodeById(link.origin_id), link.origin_slot, been);
+}
+
+/** What an output hands out; the order of the questions is the host's own (ExecutableNodeDTO). */
+function from(node, slot, seen) {
   if (!node || node.mode === MUTED) return [];
-  if (node.isSubgraphNode?.()) {
-    const inner = node.subgraph.outputs?.[link.origin_slot]?.linkIds?.[0];
-    return inner == null ? [] : origins(node.subgraph, inner, seen);
+  if (node.mode === BYPASSED) {
+    const type = node.outputs?.[slot]?.type;
+    const index = node.inputs?.[slot]?.type === type ? slot : node.inputs?.findIndex((i) => i.type === type) ?? -1;
+    return into(node, index, seen);
   }
-  const type = node.outputs?.[link.origin_slot]?.type;
-  if (node.isVirtualNode) return through(node, node.inputs?.[0], seen);
-  if (node.mode === BYPASSED) return through(node, node.inputs?.find((i) => i.type === type), seen);
-  return [{ node, slot: link.origin_slot }];
+  if (node.isSubgraphNode?.()) return along(node.subgraph, linkOf(node.subgraph, node.subgraph.outputs?.[slot]?.linkIds?.[0]), seen);
+  if (node.isVirtualNode) return virtual(node, slot, seen);
+  return [{ node, slot }];
 }
 
-const through = (node, input, seen) => (input?.link == null ? [] : origins(node.graph, input.link, seen));
+/** Nodes that only the page knows: a Reroute, or the Get half of a Set and Get pair, which says itself what it stands for. */
+function virtual(node, slot, seen) {
+  if (node.findSetter && !node.findSetter(node.graph)) return []; // asked for its link it would complain in a toast, every time
+  try {
+    const far = node.resolveVirtualOutput?.(slot);
+    if (far) return from(far.node, far.slot, seen);
+    return along(node.graph, node.getInputLink?.(slot), seen);
+  } catch {
+    return [];
+  }
+}
+
+/**
+ * A widget's value as it is sent: of a promoted one what the outermost subgraph's node says. Undefined where a wire brings it, or where
+ * the uses of a subgraph differ.
+ */
+export function sentValue(node, name) {
+  const input = node.inputs?.find((i) => i.name === name);
+  const link = linkOf(node.graph, input?.link);
+  if (!link) return (widget(node, name) ?? input?._widget)?.value;
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return sources(node, name).length ? undefined : widget(node, name)?.value;
+  const values = new Set(instances(node.graph).map((n) => sentValue(n, n.inputs[link.origin_slot]?.name)));
+  return values.size === 1 ? [...values][0] : undefined;
+}
 
 function instances(subgraph) {
   return [...graphs()].flatMap((g) => (g.nodes ?? []).filter((n) => n.isSubgraphNode?.() && n.subgraph === subgraph));
 }
 
-const isOurs = (node, kind) => node.comfyClass === kind || node.type === kind;
+export const isOurs = (node, kind) => node.comfyClass === kind || node.type === kind;
 
-/** Facts of the deltas that come in at an input, in their order; `missing` ones have at least a concept. */
-export async function deltasAt(node, input = "deltas", seen = new Set()) {
-  const found = [];
+/**
+ * Facts of the deltas that come in at an input, in their order; `missing` ones have at least a concept.
+ * `hidden` says that more come from a node that does not say what it hands out.
+ */
+export async function deltasAt(node, input = "deltas", found = { deltas: [], hidden: false, seen: new Set() }) {
   for (const { node: source } of sources(node, input)) {
-    if (seen.has(source)) continue;
-    seen.add(source);
-    if (isOurs(source, "SepMETrain")) {
-      found.push(...(await deltasAt(source, "deltas", seen)), ...(await trained(source)));
-    } else if (isOurs(source, "SepMELoadDelta")) {
-      found.push(...(await deltasAt(source, "deltas", seen)), loaded(source));
-    } else {
-      for (const { name, type } of source.inputs ?? []) if (type === "DELTAS") found.push(...(await deltasAt(source, name, seen)));
-    }
+    if (found.seen.has(source)) continue;
+    found.seen.add(source);
+    const inputs = (source.inputs ?? []).filter((i) => i.type === "DELTAS" || i.type === "*");
+    for (const { name } of inputs) await deltasAt(source, name, found);
+    if (isOurs(source, "SepMETrain")) found.deltas.push(...(await trained(source)));
+    else if (isOurs(source, "SepMELoadDelta")) found.deltas.push(loaded(source));
+    else if (!inputs.length && source.outputs?.some((o) => o.type === "DELTAS" || o.type === "*")) found.hidden = true;
   }
   return found;
 }
@@ -79,7 +116,7 @@ export function recordOf(name, hash) {
 /** The concepts that a training node makes deltas of; what it made last is in `node.sepmeMade`. */
 async function trained(node) {
   const known = (await conceptsAt(node)).map((c) => c.name);
-  const wanted = String(widget(node, "erase")?.value ?? "*").split(/[,\n]/).map((n) => n.trim()).filter(Boolean);
+  const wanted = splitNames(widget(node, "erase")?.value ?? "*");
   const names = wanted.length === 1 && wanted[0] === "*" ? known : known.filter((n) => wanted.some((w) => same(w, n)));
   return names.map((concept) => node.sepmeMade?.find((d) => same(d.concept, concept)) ?? { concept, untrained: true });
 }
@@ -107,25 +144,31 @@ async function book(text) {
   return books.get(text);
 }
 
-/** Deltas of every SepMEApply in the workflow: what a prompt's own toggles may name. */
+/** The SepMEApply nodes of the workflow that are in use. */
+export const applies = () => [...nodes()].filter((n) => isOurs(n, "SepMEApply") && n.mode !== MUTED && n.mode !== BYPASSED);
+
+/** Deltas of every SepMEApply in the workflow. */
 export async function deltasOfWorkflow() {
   const found = new Map();
-  for (const node of nodes()) {
-    if (!isOurs(node, "SepMEApply")) continue;
-    for (const delta of await deltasAt(node)) found.set(delta.concept, delta);
-  }
+  for (const node of applies()) for (const delta of (await deltasAt(node)).deltas) found.set(delta.concept, delta);
   return [...found.values()];
 }
 
-/** Deltas of SepMEApply nodes further up: a node's toggles may name them too. */
-export async function deltasBefore(node) {
+/** The SepMEApply nodes on what comes in at a node's MODEL, nearest first. */
+export function appliesBefore(node) {
   const found = [];
   const seen = new Set([node]);
   for (let at = modelBefore(node); at && !seen.has(at); at = modelBefore(at)) {
     seen.add(at);
-    if (isOurs(at, "SepMEApply")) found.push(...(await deltasAt(at)));
+    if (isOurs(at, "SepMEApply")) found.push(at);
   }
   return found;
+}
+
+/** Deltas of SepMEApply nodes further up: a node's toggles may name them too. */
+export async function deltasBefore(node) {
+  const found = await Promise.all(appliesBefore(node).map((n) => deltasAt(n)));
+  return found.flatMap((f) => f.deltas);
 }
 
 function modelBefore(node) {

@@ -3,8 +3,7 @@
 Automatic1111 and its Forges differ in where the UNet is, how it is patched and in which order rows come. Everything else is shared.
 """
 
-from .attached import Attached
-from .checkpoint import architecture_of
+from .checkpoint import ClipSkip, architecture_of
 from .hook import Hook
 from .interface import (
     AlwaysVisible,
@@ -25,14 +24,16 @@ from .interface import (
     script_modules,
 )
 from .loaded import LoadedModel, loaded_model
+from .patch import ModelPatch
 
 __all__ = [
     "AlwaysVisible",
-    "Attached",
+    "ClipSkip",
     "ExtraNetwork",
     "Hook",
     "InputAccordion",
     "LoadedModel",
+    "ModelPatch",
     "Script",
     "architecture_of",
     "check_interrupted",

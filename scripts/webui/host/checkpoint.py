@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from modules import shared
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
@@ -45,6 +46,34 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
 
 def architecture_of(model: Any) -> str:
     return architecture(shapes(attention_layers(model)))
+
+
+class ClipSkip:
+    """How many of CLIP's last layers the host skips for this checkpoint, beyond what the checkpoint itself is made for.
+
+    Automatic1111 has the setting for SD1, and for SDXL where another setting asks for it; Forge's engines have a least number of their own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        wanted = int(getattr(shared.opts, "CLIP_stop_at_last_layers", 1))
+        if engines := _engines(model):
+            self.clip_skip = max(max(wanted, least) - least for least in (int(e.minimal_clip_skip) for e in engines))
+        elif getattr(model, "is_sdxl", False):
+            self.clip_skip = wanted - 2 if getattr(shared.opts, "sdxl_clip_l_skip", False) is True else 0
+        else:
+            self.clip_skip = 0 if getattr(model, "is_sd2", False) else wanted - 1
+
+
+def use_clip_skip(model: Any) -> None:
+    """Forge tells its engines of the setting only when it encodes prompts for a picture."""
+    if hasattr(model, "set_clip_skip"):
+        model.set_clip_skip(int(getattr(shared.opts, "CLIP_stop_at_last_layers", 1)))
+
+
+def _engines(model: Any) -> list[Any]:
+    """Forge's text engines that can skip layers."""
+    found = (getattr(model, f"text_processing_engine{name}", None) for name in ("", "_l", "_g"))
+    return [engine for engine in found if hasattr(engine, "minimal_clip_skip")]
 
 
 def crossattn(cond: Any) -> Any:

@@ -15,7 +15,7 @@ from ....sepme.errors import SepMEError
 from ....sepme.model.layers import leave_inference_mode, shapes
 from ....sepme.model.protocols import AttentionLayer, Encoding
 from ....sepme.model.schedule import SIDES, Schedule, ScheduledDenoiser
-from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
+from .checkpoint import CHUNK, ClipSkip, attention_layers, crossattn, is_forge, load_forge, unet_of, use_clip_skip
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
 BATCH = 32  # prompts encoded at once
@@ -38,6 +38,7 @@ class LoadedModel(ScheduledDenoiser):
         width = shapes(self._layers).popitem()[1][1]
         self.side = SIDES.get(width, getattr(self.unet, "image_size", 64))
         self._tail: Tensor | None = None
+        self.clip_skip = ClipSkip(model).clip_skip
 
     @property
     def _weight(self) -> Tensor:
@@ -154,9 +155,10 @@ def loaded_model() -> Iterator[LoadedModel]:
         model.forge_objects = model.forge_objects_original.shallow_copy()
         load_forge(model.forge_objects.unet, torch.zeros(4, 4, 128, 128))
         leave_inference_mode(unet_of(model))
+        use_clip_skip(model)
     with torch.inference_mode(False), torch.enable_grad(), _no_checkpointing(model):
         loaded = LoadedModel(model)
-        asked = [p for p in loaded.unet.parameters() if p.requires_grad]
+        asked = [weight for weight in loaded.unet.parameters() if weight.requires_grad]
         try:
             for parameter in asked:
                 parameter.requires_grad_(False)

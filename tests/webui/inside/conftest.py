@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,10 +24,22 @@ import modules.script_callbacks
 import modules.scripts
 import modules.shared
 import modules.toy
+import modules.xyz_grid
 
 from .page import build
 
 CONCEPTS = ("star", "heart", "moon")
+
+
+def make(prompt: str | list[str], **more: Any) -> Any:
+    """The host's processing object, of img2img where there are ``init_images``; what is no field of it is set as others would."""
+    kind = "Img2Img" if "init_images" in more else "Txt2Img"
+    made = getattr(modules.processing, f"StableDiffusionProcessing{kind}")
+    fields = {f.name for f in dataclasses.fields(made) if f.init}
+    p = made(prompt=prompt, **({"seed": 0, "steps": 3} | {k: v for k, v in more.items() if k in fields}))
+    for name in more.keys() - fields:
+        setattr(p, name, more[name])
+    return p
 
 
 class WebUI:
@@ -34,14 +47,14 @@ class WebUI:
 
     def __init__(self, kind: str, models: Path) -> None:
         modules.shared.kind, modules.paths.models_path = kind, str(models)
-        modules.shared.opts.batch_cond_uncond, modules.shared.opts.pad_cond_uncond = True, False
+        vars(modules.shared.opts).update(modules.shared.DEFAULTS)
         modules.shared.state.__init__()  # type: ignore[misc]
         modules.extra_networks.extra_network_registry.clear()
         modules.toy.UnetPatcher.loaded = None
         modules.shared.sd_model = modules.toy.Checkpoint()
         self.kind, self.folder = kind, models / "sepme"
         modules.scripts.load_scripts(ROOT / "scripts")
-        self.grid = SimpleNamespace(axis_options=[], AxisOption=lambda label, type, apply, choices=None: SimpleNamespace(**locals()))
+        self.grid = SimpleNamespace(axis_options=[], AxisOption=modules.xyz_grid.AxisOption)
         modules.scripts.scripts_data.append(modules.scripts.ScriptClassData(type("Grid", (), {}), "xyz_grid.py", "", self.grid))
         for callback in modules.script_callbacks.callbacks["before_ui"]:
             callback()
@@ -59,8 +72,8 @@ class WebUI:
 
     def draw(self, prompt: str | list[str] = "a star", *args: Any, script: bool = True, **more: Any) -> torch.Tensor:
         """Latents; ``args`` are the extension's own."""
-        runner = self.runner if script else None
-        p = modules.processing.StableDiffusionProcessing(prompt, scripts=runner, script_args=args or (False, [], "", True, "auto"), **more)
+        p = make(prompt, **more)
+        p.scripts, p.script_args = (self.runner if script else None), args or (False, [], "", True, "auto")
         latents, self.infotexts = modules.processing.process_images(p)
         self.last = p
         return latents

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from webui.conftest import ROOT
 
 # what javascript/inputAccordion.js of the hosts does: an accordion that is open is a checkbox that is on
@@ -31,6 +32,8 @@ def build(ui: Any) -> Any:
     import modules.script_callbacks
     import modules.scripts
 
+    from .conftest import make
+
     extra_tabs = [tab for callback in modules.script_callbacks.callbacks["ui_tabs"] for tab in callback()]
     script = OPEN_IS_ON + "".join(f"<script>{p.read_text(encoding='utf-8')}</script>" for p in sorted((ROOT / "javascript").glob("*.js")))
     head = {"head": script} if gr.__version__.startswith("4") else {}
@@ -42,8 +45,9 @@ def build(ui: Any) -> Any:
                 (extension,) = runner.alwayson_scripts
                 controls = extension.ui(tab == "img2img")
 
-                def generate(prompt: str, *args: Any, runner: Any = runner) -> tuple[str, str]:
-                    p = modules.processing.StableDiffusionProcessing(prompt, scripts=runner, script_args=args)
+                def generate(prompt: str, *args: Any, runner: Any = runner, tab: str = tab) -> tuple[str, str]:
+                    p = make(prompt, **({"init_images": [torch.zeros(1, 4, 8, 8)]} if tab == "img2img" else {}))
+                    p.scripts, p.script_args = runner, args
                     latents, infotexts = modules.processing.process_images(p)
                     return json.dumps({"sum": float(latents.double().sum()), "comments": list(p.comments)}), infotexts[0]
 

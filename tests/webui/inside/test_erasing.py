@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import modules.infotext_utils
 import modules.processing
 import modules.shared
 import modules.toy
@@ -136,11 +137,23 @@ def test_hires_pass_has_its_own_prompts(webui: Any) -> None:
     assert hooks(webui) == [] or webui.kind == "forge"
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"enable_hr": True}, {"enable_hr": True, "hr_prompt": "a moon"}, {"init_images": [torch.zeros(1, 4, 8, 8)]}]
+)
+def test_every_tab_and_pass_is_recorded(webui: Any, more: Any) -> None:
+    """The hires prompts are None without hires, and in img2img no attributes at all."""
+    webui.draw("a star <erase:moon>", True, ["star"], **more)
+    assert not webui.last.comments
+    params = modules.infotext_utils.parse_generation_parameters(webui.infotexts[0])
+    assert params["SepME concepts"].startswith("star (")
+    assert params["SepME tags"].startswith("moon (")
+
+
 def test_img2img_and_inpainting(webui: Any) -> None:
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    for more in ({"init_latent": start}, {"init_latent": start, "mask": mask}):
+    for more in ({"init_images": [start]}, {"init_images": [start], "mask": mask}):
         stock = webui.draw(script=False, **more)
         assert not torch.equal(webui.erase("star", **more), stock)
         assert torch.equal(webui.draw("a star <keep:star>", True, ["star"], **more), stock)

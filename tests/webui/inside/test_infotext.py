@@ -51,8 +51,9 @@ def test_files_of_one_name_are_told_apart(make_webui: Any, delta_files: Any, tmp
     assert not drawn[0].equal(drawn[1])
     ui.erase(*labels)
     assert any("erase the same concept" in c for c in ui.last.comments)
-    assert shelf.choose("star", library.entries(), "other") is not None
-    assert shelf.choose("STAR.safetensors", library.entries(), "") is not None
+    with pytest.raises(ValueError, match="means several files"):
+        shelf.choose("star", library.entries(), "other")
+    assert shelf.choose("STAR-2.safetensors", library.entries(), "") is not None
     assert shelf.choose("nobody", library.entries(), "") is None
 
 
@@ -78,7 +79,7 @@ def test_plot_axes(webui: Any) -> None:
 
 
 def test_cells_of_a_plot_share_what_the_infotext_is_made_of(webui: Any) -> None:
-    shared: dict[str, str] = {}
+    shared = {"Other": "stays"}  # an empty one would be replaced
     webui.draw("a star <erase:moon>", True, ["star"], '{"star": 2}', False, "auto", extra_generation_params=shared)
     assert {k for k in shared if k.startswith("SepME")} == {"SepME concepts", "SepME gate", "SepME tags", "SepME note"}
     webui.draw("a star", extra_generation_params=shared)

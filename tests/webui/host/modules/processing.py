@@ -1,5 +1,8 @@
 """One generation, with the host's callbacks in the host's order; latents instead of pictures."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 
 from . import extra_networks, infotext_utils, prompt_parser, script_callbacks, shared
@@ -7,70 +10,221 @@ from . import extra_networks, infotext_utils, prompt_parser, script_callbacks, s
 COND, UNCOND = 0, 1
 
 
+@dataclass(repr=False)
 class StableDiffusionProcessing:
-    def __init__(self, prompt="", negative_prompt="", seed=0, batch_size=1, n_iter=1, steps=3, scripts=None, script_args=(), **more):
-        self.prompt, self.negative_prompt, self.seed = prompt, negative_prompt, seed
-        self.batch_size, self.n_iter, self.steps = batch_size, n_iter, steps
-        self.scripts, self.script_args = scripts, script_args
-        self.extra_generation_params, self.comments = {}, {}
-        self.enable_hr, self.is_hr_pass, self.hr_prompt, self.hr_negative_prompt = False, False, "", ""
-        self.iteration, self.cond_scale, self.on_step, self.init_latent, self.mask = 0, 5.0, None, None, None
-        for name, value in more.items():
-            setattr(self, name, value)
+    """What both tabs have. Defaults are the real ones; many are None until the host, or the tab, comes to them."""
+
+    sd_model: object = None
+    prompt: str = ""
+    negative_prompt: str = ""
+    styles: list[str] = None
+    seed: int = -1
+    batch_size: int = 1
+    n_iter: int = 1
+    steps: int = 50
+    cfg_scale: float = 7.0
+    width: int = 512
+    height: int = 512
+    sampler_name: str = None
+    extra_generation_params: dict[str, Any] = None
+    override_settings: dict[str, Any] = None
+    disable_extra_networks: bool = False
+
+    scripts_value: Any = field(default=None, init=False)
+    script_args_value: list = field(default=None, init=False)
+
+    comments: dict = None
+
+    is_hr_pass: bool = field(default=False, init=False)
+
+    c: tuple = field(default=None, init=False)
+    uc: tuple = field(default=None, init=False)
+
+    all_prompts: list = field(default=None, init=False)
+    all_negative_prompts: list = field(default=None, init=False)
+    all_seeds: list = field(default=None, init=False)
+    iteration: int = field(default=0, init=False)
+
+    prompts: list = field(default=None, init=False)
+    negative_prompts: list = field(default=None, init=False)
+    seeds: list = field(default=None, init=False)
+    extra_network_data: dict = field(default=None, init=False)
+
+    is_api: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        self.comments = {}
+        self.extra_generation_params = self.extra_generation_params or {}
+        self.override_settings = self.override_settings or {}
+        self.script_args = self.script_args or {}
 
     @property
-    def sd_model(self):
+    def sd_model(self):  # noqa: F811
         return shared.sd_model
+
+    @sd_model.setter
+    def sd_model(self, value):
+        pass
+
+    @property
+    def scripts(self):
+        return self.scripts_value
+
+    @scripts.setter
+    def scripts(self, value):
+        self.scripts_value = value
+
+    @property
+    def script_args(self):
+        return self.script_args_value
+
+    @script_args.setter
+    def script_args(self, value):
+        self.script_args_value = value
 
     def comment(self, text):
         self.comments[text] = 1
 
-    def setup_prompts(self):
-        def every(value, count):
-            return list(value) if isinstance(value, list) else count * [value]
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        pass
 
-        count = len(self.prompt) if isinstance(self.prompt, list) else self.batch_size * self.n_iter
-        self.all_prompts, self.all_negative_prompts = every(self.prompt, count), every(self.negative_prompt, count)
-        if self.enable_hr:
-            self.all_hr_prompts = every(self.hr_prompt or self.prompt, count)
-            self.all_hr_negative_prompts = every(self.hr_negative_prompt or self.negative_prompt, count)
+    def setup_prompts(self):
+        if isinstance(self.prompt, list):
+            self.all_prompts = self.prompt
+        elif isinstance(self.negative_prompt, list):
+            self.all_prompts = [self.prompt] * len(self.negative_prompt)
+        else:
+            self.all_prompts = self.batch_size * self.n_iter * [self.prompt]
+        listed = isinstance(self.negative_prompt, list)
+        self.all_negative_prompts = self.negative_prompt if listed else [self.negative_prompt] * len(self.all_prompts)
+        self.all_prompts, self.all_negative_prompts = list(self.all_prompts), list(self.all_negative_prompts)  # styles make new ones
 
     def parse_extra_network_prompts(self):
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
-        if self.enable_hr:
-            part = slice(self.iteration * self.batch_size, (self.iteration + 1) * self.batch_size)
-            self.hr_negative_prompts = self.all_hr_negative_prompts[part]
-            self.hr_prompts, self.hr_extra_network_data = extra_networks.parse_prompts(self.all_hr_prompts[part])
 
     def setup_conds(self):
+        _set_clip_skip(self.sd_model)
         self.uc = prompt_parser.get_learned_conditioning(self.sd_model, self.negative_prompts, self.steps)
         self.c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.prompts, self.steps)
-        if self.enable_hr:
-            self.hr_uc = prompt_parser.get_learned_conditioning(self.sd_model, self.hr_negative_prompts, self.steps)
-            self.hr_c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.hr_prompts, self.steps)
 
-    def sample(self, conditioning, unconditional_conditioning, seeds, prompts):
+    def get_conds(self):
+        return self.c, self.uc
+
+    def _noise(self, seeds):
+        return torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@dataclass(repr=False)
+class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
+    """With a second pass at twice the size where ``enable_hr`` is on; what belongs to it stays None otherwise."""
+
+    enable_hr: bool = False
+    hr_scale: float = 2.0
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+
+    hr_c: tuple | None = field(default=None, init=False)
+    hr_uc: tuple | None = field(default=None, init=False)
+    all_hr_prompts: list = field(default=None, init=False)
+    all_hr_negative_prompts: list = field(default=None, init=False)
+    hr_prompts: list = field(default=None, init=False)
+    hr_negative_prompts: list = field(default=None, init=False)
+    hr_extra_network_data: list = field(default=None, init=False)
+
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        if self.enable_hr:
+            self.extra_generation_params["Hires upscale"] = self.hr_scale
+
+            def get_hr_prompt(p, index, prompt_text, **kwargs):
+                hr_prompt = p.all_hr_prompts[index]
+                return hr_prompt if hr_prompt != prompt_text else None
+
+            def get_hr_negative_prompt(p, index, negative_prompt, **kwargs):
+                hr_negative_prompt = p.all_hr_negative_prompts[index]
+                return hr_negative_prompt if hr_negative_prompt != negative_prompt else None
+
+            self.extra_generation_params["Hires prompt"] = get_hr_prompt
+            self.extra_generation_params["Hires negative prompt"] = get_hr_negative_prompt
+
+    def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
         """Other extensions put their own in place of it."""
-        x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        if self.init_latent is not None:
-            x = self.init_latent + 0.5 * x
+        x = self._noise(seeds)
         _reset_forge(self)
         _before_sampling(self, x)
         x = _sample(self, x, self.steps)
-        if self.enable_hr:
-            self.is_hr_pass = True
-            x = torch.nn.functional.interpolate(x, scale_factor=2)
+        if not self.enable_hr:
+            return x
+        self.is_hr_pass = True
+        x = torch.nn.functional.interpolate(x, scale_factor=2)
+        if not self.disable_extra_networks:
             extra_networks.activate(self, self.hr_extra_network_data)
-            if hasattr(self.sd_model, "forge_objects"):
-                _before_sampling(self, x)
-            _reset_forge(self)
+        self.calculate_hr_conds()
+        if hasattr(self.sd_model, "forge_objects"):
             _before_sampling(self, x)
-            x = _sample(self, x, self.steps)
-            self.is_hr_pass = False
+        _reset_forge(self)
+        _before_sampling(self, x)
+        x = _sample(self, x, self.steps)
+        self.is_hr_pass = False
         return x
 
+    def setup_prompts(self):
+        super().setup_prompts()
+        if not self.enable_hr:
+            return
+        if self.hr_prompt == "":
+            self.hr_prompt = self.prompt
+        if self.hr_negative_prompt == "":
+            self.hr_negative_prompt = self.negative_prompt
+        count = self.batch_size * self.n_iter
+        self.all_hr_prompts = list(self.hr_prompt) if isinstance(self.hr_prompt, list) else count * [self.hr_prompt]
+        listed = isinstance(self.hr_negative_prompt, list)
+        self.all_hr_negative_prompts = list(self.hr_negative_prompt) if listed else count * [self.hr_negative_prompt]
+
+    def calculate_hr_conds(self):
+        _set_clip_skip(self.sd_model)
+        self.hr_uc = prompt_parser.get_learned_conditioning(self.sd_model, self.hr_negative_prompts, self.steps)
+        self.hr_c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.hr_prompts, self.steps)
+
     def get_conds(self):
-        return (self.hr_c, self.hr_uc) if self.is_hr_pass else (self.c, self.uc)
+        return (self.hr_c, self.hr_uc) if self.is_hr_pass else super().get_conds()
+
+    def parse_extra_network_prompts(self):
+        super().parse_extra_network_prompts()
+        if self.enable_hr:
+            part = slice(self.iteration * self.batch_size, (self.iteration + 1) * self.batch_size)
+            self.hr_prompts = self.all_hr_prompts[part]
+            self.hr_negative_prompts = self.all_hr_negative_prompts[part]
+            self.hr_prompts, self.hr_extra_network_data = extra_networks.parse_prompts(self.hr_prompts)
+
+
+@dataclass(repr=False)
+class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
+    """It has nothing of the second pass, not even the attributes. ``mask`` is where the picture stays as it was."""
+
+    init_images: list = None
+    mask: Any = None
+
+    image_mask: Any = field(default=None, init=False)
+    init_latent: torch.Tensor = field(default=None, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.image_mask = self.mask
+        self.mask = None
+
+    def init(self, all_prompts, all_seeds, all_subseeds):
+        self.init_latent = torch.cat(self.init_images)
+
+    def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
+        x = self.init_latent + 0.5 * self._noise(seeds)
+        _reset_forge(self)
+        _before_sampling(self, x)
+        return _sample(self, x, self.steps)
+
+
+def _set_clip_skip(model):
+    if hasattr(model, "forge_objects"):
+        model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
 
 
 class Denoiser:
@@ -149,7 +303,7 @@ def _sample(p, x, steps):
     if forge:
         sampling_prepare(model.forge_objects.unet, x)
     for step in range(steps):
-        if p.on_step is not None:
+        if hasattr(p, "on_step"):  # of a test
             p.on_step(p, step)
         model = p.sd_model
         c, uc = p.get_conds()
@@ -163,10 +317,10 @@ def _sample(p, x, steps):
         negative = out[len(owners) :]
         guided = negative.clone()
         for row, image in enumerate(owners):
-            guided[image] += (out[row] - negative[image]) * p.cond_scale
+            guided[image] += (out[row] - negative[image]) * p.cfg_scale
         x = x - 0.2 * guided
-        if p.mask is not None:
-            x = x * (1 - p.mask) + p.init_latent * p.mask
+        if getattr(p, "image_mask", None) is not None:
+            x = x * (1 - p.image_mask) + p.init_latent * p.image_mask
     return x
 
 
@@ -180,33 +334,52 @@ def _before_sampling(p, x):
         p.scripts.call("process_before_every_sampling", p, x=x, noise=x, c=p.get_conds()[0], uc=p.get_conds()[1])
 
 
-@torch.no_grad()
 def process_images(p):
+    stored = {k: getattr(shared.opts, k) for k in p.override_settings}
+    vars(shared.opts).update(p.override_settings)
+    try:
+        return process_images_inner(p)
+    finally:
+        vars(shared.opts).update(stored)
+
+
+@torch.no_grad()
+def process_images_inner(p):
     """Latents ``(images, 4, 8, 8)`` (16 x 16 after a hires pass) and an infotext each."""
     p.setup_prompts()
-    seeds = list(range(p.seed, p.seed + len(p.all_prompts)))
+    p.all_seeds = list(range(p.seed, p.seed + len(p.all_prompts)))
     if p.scripts is not None:
         p.scripts.call("process", p)
+    p.init(p.all_prompts, p.all_seeds, p.all_seeds)
     results, infotexts = [], []
     for n in range(-(-len(p.all_prompts) // p.batch_size)):
         part = slice(n * p.batch_size, (n + 1) * p.batch_size)
-        p.iteration, p.is_hr_pass = n, False
-        p.prompts, p.negative_prompts, p.seeds = p.all_prompts[part], p.all_negative_prompts[part], seeds[part]
+        p.iteration = n
+        p.prompts, p.negative_prompts, p.seeds = p.all_prompts[part], p.all_negative_prompts[part], p.all_seeds[part]
         given = {"batch_number": n, "prompts": p.prompts, "seeds": p.seeds, "subseeds": p.seeds}
         if p.scripts is not None:
             p.scripts.call("before_process_batch", p, **given)
         p.parse_extra_network_prompts()
-        extra_networks.activate(p, p.extra_network_data)
+        if not p.disable_extra_networks:
+            extra_networks.activate(p, p.extra_network_data)
         if p.scripts is not None:
             p.scripts.call("process_batch", p, **(given | {"prompts": p.prompts}))
         p.setup_conds()
-        x = p.sample(conditioning=p.c, unconditional_conditioning=p.uc, seeds=p.seeds, prompts=p.prompts)
+        x = p.sample(p.c, p.uc, seeds=p.seeds, subseeds=p.seeds, subseed_strength=0, prompts=p.prompts)
         if p.scripts is not None:
             p.scripts.call("postprocess_batch", p, images=x, batch_number=n)
+            p.prompts, p.negative_prompts = p.all_prompts[part], p.all_negative_prompts[part]
         results.append(x)
-        params = {"Steps": p.steps, "Sampler": "Toy", "Seed": p.seeds[0]} | p.extra_generation_params
-        last = ", ".join(f"{k}: {infotext_utils.quote(v)}" for k, v in params.items())
-        infotexts += [f"{prompt}\n{last}" for prompt in p.all_prompts[part]]
+        infotexts += [create_infotext(p, i) for i in range(len(p.prompts))]
     if p.scripts is not None:
         p.scripts.call("postprocess", p, None)
     return torch.cat(results), infotexts
+
+
+def create_infotext(p, index):
+    prompt_text, negative_prompt = p.prompts[index], p.negative_prompts[index]
+    params = {"Steps": p.steps, "Sampler": "Toy", "Seed": p.seeds[index]} | p.extra_generation_params
+    known = dict(locals())
+    params = {k: v(**known) if callable(v) else v for k, v in params.items()}
+    last = ", ".join(k if k == v else f"{k}: {infotext_utils.quote(v)}" for k, v in params.items() if v is not None)
+    return prompt_text + (f"\nNegative prompt: {negative_prompt}" if negative_prompt else "") + f"\n{last}"

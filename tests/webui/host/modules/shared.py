@@ -20,6 +20,9 @@ class State:
 
 kind = os.environ.get("TOY_HOST", "a1111")
 cmd_opts = SimpleNamespace(lora_dir=None, ckpt_dir=None)
-opts = SimpleNamespace(batch_cond_uncond=True, pad_cond_uncond=False, lora_functional=False)
+DEFAULTS = {
+    "batch_cond_uncond": True, "pad_cond_uncond": False, "lora_functional": False, "CLIP_stop_at_last_layers": 1, "sdxl_clip_l_skip": False,
+}  # fmt: skip
+opts = SimpleNamespace(**DEFAULTS)
 state = State()
 sd_model = None

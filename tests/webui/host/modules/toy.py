@@ -129,10 +129,13 @@ class Checkpoint:
     def __init__(self, seed=0, pooled=0, kind=None):
         self.encoder, self.pooled, self.texts = Encoder(D_IN, 77), pooled, []
         self.sd_checkpoint_info = SimpleNamespace(filename=f"toy{seed}.safetensors", name=f"toy{seed}")
+        self.is_sd1, self.is_sd2, self.is_sdxl = not pooled, False, bool(pooled)
         unet = UNetModel(seed, pooled).requires_grad_(False)
         if (kind or shared.kind) == "forge":
             self.forge_objects = ForgeObjects(UnetPatcher(KModel(unet)))
             self.forge_objects_original = self.forge_objects_after_applying_lora = self.forge_objects.shallow_copy()
+            least = 2 if pooled else 1
+            self.text_processing_engine = SimpleNamespace(minimal_clip_skip=least, clip_skip=least)
             self.get_prompt_lengths_on_ui = lambda prompt: (len(prompt_parser.words(prompt)), 75)
         else:
             self.model, self.alphas_cumprod, self.parameterization = DiffusionWrapper(unet), alphas(), "eps"
@@ -141,13 +144,23 @@ class Checkpoint:
     def unet(self):
         return (self.forge_objects.unet.model if hasattr(self, "forge_objects") else self.model).diffusion_model
 
+    def set_clip_skip(self, clip_skip):
+        self.text_processing_engine.clip_skip = clip_skip
+
+    def _skipped(self):
+        """CLIP's layers beyond what the checkpoint is made for."""
+        if hasattr(self, "forge_objects"):
+            engine = self.text_processing_engine
+            return max(engine.clip_skip, engine.minimal_clip_skip) - engine.minimal_clip_skip
+        return 0 if self.is_sdxl else shared.opts.CLIP_stop_at_last_layers - 1
+
     def get_learned_conditioning(self, prompts):
-        """77 tokens for every 75 words."""
+        """77 tokens for every 75 words; other vectors where layers are skipped."""
         self.texts += list(prompts)
         chunks = [[words[i : i + 75] for i in range(0, max(len(words), 1), 75)] for words in map(prompt_parser.words, prompts)]
         longest = max(map(len, chunks))
         rows = [torch.cat([*self.encoder.encode([" ".join(c) for c in parts + [[]] * (longest - len(parts))]).context]) for parts in chunks]
-        context = torch.stack(rows)
+        context = torch.stack(rows).roll(self._skipped(), dims=2)
         if not self.pooled:
             return context
         pooled = context[:, :77, : self.pooled].mean(dim=1)

@@ -9,8 +9,8 @@ from fastapi import HTTPException
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel
 
-from modules import scripts
-from modules.processing import StableDiffusionProcessing, process_images
+from modules import scripts, shared
+from modules.processing import StableDiffusionProcessingTxt2Img, process_images
 
 
 class StableDiffusionTxt2ImgProcessingAPI(BaseModel):
@@ -71,7 +71,10 @@ class Api:
         args.pop("alwayson_scripts")
         script_args = self.init_script_args(txt2imgreq, self.default_script_arg_txt2img, None, None, self.runner)
         with self.queue_lock:
-            p = StableDiffusionProcessing(**args, scripts=self.runner, script_args=tuple(script_args))
+            p = StableDiffusionProcessingTxt2Img(sd_model=shared.sd_model, **args)
+            p.is_api = True
+            p.scripts = self.runner
+            p.script_args = tuple(script_args)
             latents, infotexts = process_images(p)
         images = [encode_pil_to_base64(picture(x, text)) for x, text in zip(latents, infotexts, strict=True)]
         info = {"prompt": p.prompt, "extra_generation_params": p.extra_generation_params, "infotexts": infotexts}

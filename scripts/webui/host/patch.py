@@ -1,4 +1,4 @@
-"""Deltas on the loaded model while one batch is drawn."""
+"""Deltas on the loaded model while one batch is sampled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....sepme.apply.projector import KVProjector
-from ..rows import Expected, by_order
+from ....sepme.apply.row_strengths import Match, chunked, row_strengths
 from ..settings import Settings, Tables
 from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
 from .hook import ClassForward, Hook, previous
@@ -29,8 +29,8 @@ def _loras() -> tuple[Any, ...]:
     return tuple((n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim) for n in loaded)
 
 
-class Attached:
-    """Deltas on the loaded model while one batch is drawn.
+class ModelPatch:
+    """Deltas on the loaded model while one batch is sampled.
 
     Args:
         p: the host's processing object. say: told, in a sentence, what the user should know of this run; maybe at every step.
@@ -39,7 +39,8 @@ class Attached:
     def __init__(self, p: Any, tables: Tables, settings: Settings, say: Callable[[str], None]) -> None:
         self.p, self.model, self.tables, self.settings, self.say = p, p.sd_model, tables, settings, say
         self.projector: KVProjector | None = None
-        self.expected: Expected | None = None
+        self._step: tuple[list[Tensor], Tensor] | None = None  # contexts and strengths of the rows of this denoising step, in order
+        self._next = 0  # of these rows, the one that the next call is likely to begin with
         self.unet = unet_of(self.model)
         self.projector = KVProjector(attention_layers(self.model), tables.composition, settings.gate, backend=settings.backend)
         self._found: list[tuple[nn.Module, Hook, Any]] = []
@@ -85,10 +86,9 @@ class Attached:
     def _projection(self, name: str, module: nn.Module, before: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
         weight = before.plain_weight if isinstance(before, ClassForward) else lambda: None
         patched = self._projector.wrap(name, module, before, weight)
-        # a copy: what is kept for the next step must not change when NegPip turns values round in place
-        return lambda context: patched(context).clone() if self.projector is not None else before(context)
+        return lambda context: patched(context) if self.projector is not None else before(context)
 
-    def _forward(self, before: Callable[..., Any], split: Callable[..., Any], rows: Callable[..., Tensor | None]) -> Callable[..., Any]:
+    def _forward(self, before: Callable[..., Any], split: Callable[..., Any], rows: Callable[..., Tensor]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = split(args, kwargs)
             if self.projector is None or call is None:
@@ -96,13 +96,9 @@ class Attached:
             context, vector, again = call
             context = _unmarked(context)
             table = self.tables.base if self.tables.uniform else rows(context, kwargs)
-            if table is None:
-                self._say_unknown()
-                table = self.tables.base
             if vector is not None:
                 args, kwargs = again(self._replace_pooled(vector, context, table))
-            self.projector.state = _loras()
-            with self.projector.forward_pass(table, context, self.tables.base, self._say_unknown):
+            with self.projector.forward_pass(table, context, self.tables.base, self._say_unknown, _loras()):
                 if self.settings.backend == "fused":
                     self._say_why_not_fused(context)
                 return before(*args, **kwargs)
@@ -131,15 +127,32 @@ class Attached:
         images, parts = len(self.tables.positive), [1] * len(cond)
         with suppress(AttributeError, TypeError, IndexError):
             parts = [len(prompts) for prompts in self.p.get_conds()[0].batch]
-        known = len(parts) == images and sum(parts) == len(cond)
-        self.expected = Expected.make(cond, uncond, parts, self.tables.positive, self.tables.negative) if known else None
+        if len(parts) != images or sum(parts) != len(cond):
+            self._step = None
+            return
+        owner = [image for image, count in enumerate(parts) for _ in range(count)]
+        negatives = () if uncond is None else uncond
+        table = torch.cat([self.tables.positive[owner], self.tables.negative[: len(negatives)]])
+        self._step, self._next = ([*cond, *negatives], table), 0
 
-    def _rows_a1111(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        return None if self.expected is None else self.expected.take(context)
+    def _rows_a1111(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Prompts (with AND several an image), then negative prompts, in one call or in several; extensions leave calls out."""
+        if self._step is None:
+            self._say_unknown()
+            return self.tables.base
+        match = row_strengths(context, self._step[1], self.tables.base, self._step[0], order=(), start=self._next)
+        self._next = match.next
+        return self._known(match)
 
-    def _rows_forge(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        order = (kwargs.get("transformer_options") or {}).get("cond_or_uncond") or ()
-        return by_order(len(context), order, self.tables.positive, self.tables.negative)
+    def _rows_forge(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        kinds = (kwargs.get("transformer_options") or {}).get("cond_or_uncond") or ()
+        order = chunked(len(context), kinds, len(self.tables.positive))
+        return self._known(row_strengths(context, torch.cat([self.tables.positive, self.tables.negative]), self.tables.base, order=order))
+
+    def _known(self, match: Match) -> Tensor:
+        if not match.known:
+            self._say_unknown()
+        return match.strengths
 
     def detach(self) -> None:
         """Leave the model as it was found; hooks that another owner still holds do nothing from now on."""
@@ -155,7 +168,7 @@ class Attached:
         self._patcher = self._before_clone = None
         if self.projector is not None:
             self.projector.clear()
-        self.projector = self.expected = None
+        self.projector = self._step = None
 
     def prepare(self, params: Any) -> None:
         """Load the patches of a model that was changed in the middle of a run; Forge loads before the first step only."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sepme.apply.composition import Composition, Touch
-from sepme.apply.kv_cache import MAX_BATCHES, MAX_SEEN, Kept
+from sepme.apply.kv_cache import MAX_BATCHES, Batch, KVCache
+from sepme.apply.ops import project_kv
 from sepme.apply.projector import KVProjector
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.model.layers import projections
@@ -50,8 +51,8 @@ def test_one_comparison_a_forward_pass(host: Any, delta: ConceptDelta, mode: Any
         with projector.attached():
             for step in range(5):
                 host.predict(x, t, context if step % 2 else context.clone())
-                assert projector.kept.comparisons == step + 1
-            assert len(projector.kept) == 1
+                assert projector.cache.comparisons == step + 1
+            assert len(projector.cache) == 1
 
 
 def test_keys_and_values_of_different_contexts(host: Any, delta: ConceptDelta) -> None:
@@ -69,7 +70,7 @@ def test_keys_and_values_of_different_contexts(host: Any, delta: ConceptDelta) -
     with patched(modules, counting(calls)), projector.attached():
         for step in range(3):
             assert all(torch.equal(out, expected[name]) for name, out in sliced(both.clone()).items())
-            assert projector.kept.comparisons == 2 * (step + 1)
+            assert projector.cache.comparisons == 2 * (step + 1)
     assert sorted(calls) == sorted(modules)
 
 
@@ -82,7 +83,7 @@ def test_batches_that_take_turns_are_compared_at_once(host: Any, delta: ConceptD
         for _ in range(4):
             for context in contexts:
                 host.predict(x, t, context.clone())
-        assert projector.kept.comparisons == 12
+        assert projector.cache.comparisons == 12
     assert len(calls) == 3 * len(projections(host.attention_layers()))
 
 
@@ -103,22 +104,23 @@ def test_a_context_written_over_between_passes_is_noticed(host: Any, delta: Conc
 
 
 def test_state_of_the_host(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
-    """A weight written past the version counter does not show; a host that does so says it in ``state``."""
+    """A weight written past the version counter does not show; a host that does so says it in the pass's ``state``."""
     host = make_host()
     module = projections(host.attention_layers())["middle_block.1.transformer_blocks.0.attn2.to_v"]
     context = host.encode(["a star"]).context
     projector = KVProjector(host.attention_layers(), Composition((delta,)))
+
+    def project(state: str) -> Tensor:
+        with projector.forward_pass(torch.ones(1), state=state):
+            return module(context)
+
     with projector.attached():
-        projector.state = "before"
-        first = module(context)
+        first = project("before")
         module.weight.data.mul_(2)
-        assert module(context) is first  # does not show
-        projector.state = "after"
-        second = module(context)
-        assert not torch.equal(second, first)
+        assert project("before") is first  # does not show
+        assert not torch.equal(project("after"), first)
         module.weight.data.div_(2)
-        projector.state = "before"
-        assert module(context) is first
+        assert project("before") is first
 
 
 def test_autocast_is_part_of_the_key(host: Any, delta: ConceptDelta) -> None:
@@ -258,22 +260,35 @@ def test_bytes_are_those_of_the_tensors(host: Any, delta: ConceptDelta) -> None:
         assert projector.kept_bytes == 0
 
 
-def touch(context: Tensor, strengths: Tensor) -> Touch:
-    return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 0), ())
+NOTHING = Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 0), ())
 
 
-def test_few_batches_and_contexts_are_held() -> None:
-    kept, given = Kept(1 << 30), torch.ones(1)
-    for i in range(3 * MAX_BATCHES):
-        kept.find(f"layer {i}", torch.full((1, 2, 3), float(i)), given, None, lambda c: given, touch)
-    assert len(kept) == MAX_BATCHES
-    assert len(kept._seen) == MAX_SEEN
-    kept.clear()
-    assert (len(kept), len(kept._seen), kept.bytes) == (0, 0, 0)
+def test_few_batches_are_held() -> None:
+    """The least recently used go first; what is found again counts as used when it is put back."""
+    cache, contexts = KVCache(1 << 30), [torch.full((1, 2, 3), float(i)) for i in range(3 * MAX_BATCHES)]
+    for context in contexts:
+        cache.put(Batch(context, torch.ones(1), None, NOTHING))
+        first = cache.get(contexts[0], torch.ones(1), None)
+        assert first is not None
+        cache.put(first)
+    assert len(cache) == MAX_BATCHES
+    assert cache.get(contexts[1], torch.ones(1), None) is None
+    assert cache.get(contexts[-1], torch.ones(1), None) is not None
+    cache.clear()
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_what_a_batch_was_made_of_may_be_written_over() -> None:
+    cache, context, strengths = KVCache(1 << 30), torch.zeros(1, 2, 3), torch.ones(1)
+    cache.put(Batch(context, strengths, None, NOTHING))
+    context.add_(1)
+    strengths.add_(1)
+    assert cache.get(context, strengths, None) is None
+    assert cache.get(context - 1, strengths - 1, None) is not None
 
 
 def test_type_device_strengths_and_state_tell_batches_apart() -> None:
-    kept, given, context = Kept(1 << 30), torch.ones(1), torch.zeros(1, 2, 3)
+    cache, given, context = KVCache(1 << 30), torch.ones(1), torch.zeros(1, 2, 3)
     variants: list[tuple[Tensor, Tensor, Any]] = [
         (context, given, None),
         (context.half(), given, None),
@@ -283,11 +298,55 @@ def test_type_device_strengths_and_state_tell_batches_apart() -> None:
         (context, torch.ones(1, 1), None),
         (context, given, "patched"),
     ]
-    found = []
-    for round_ in range(2):
-        for i, (c, s, key) in enumerate(variants):
-            if c.is_meta and round_:
-                continue  # nothing to compare in a meta tensor; that it was told apart from the others is what counts
-            found.append((i, kept.find("layer", c, s, key, lambda _, s=s: s, touch)))
-    assert len({id(b) for _, b in found}) == len(variants)
-    assert all(a is b for i, a in found for j, b in found if i == j)
+    made = []
+    for variant in variants:
+        assert cache.get(*variant) is None
+        made.append(Batch(*variant, NOTHING))
+        cache.put(made[-1])
+    for variant, batch in zip(variants, made, strict=True):
+        if not variant[0].is_meta:  # nothing to compare in a meta tensor; that it was told apart from the others is what counts
+            assert cache.get(*variant) is batch
+
+
+# --- extensions that write into what they are given
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["exact", "fused"])
+def test_an_extension_that_writes_into_keys_and_values(
+    host: Any, delta: ConceptDelta, mode: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some turn values round in place in every step. The first write is noticed; from then on each step gets copies."""
+    modules, calls = projections(host.attention_layers()), []
+    monkeypatch.setattr("sepme.apply.projector.project_kv", lambda *args: calls.append("all") or project_kv(*args))
+    with mode():
+        context = host.encode(["a star", "cat"]).context
+        with KVProjector(host.attention_layers(), Composition((delta,)), keep=False, backend=backend).attached():
+            expected = {name: module(context).clone() for name, module in modules.items()}
+        calls.clear()
+        projector, after_step = KVProjector(host.attention_layers(), Composition((delta,)), backend=backend), []
+        forwards = {} if backend == "fused" else modules  # fused takes a host's own plain products only
+        with patched(forwards, counting(calls)), projector.attached():
+            for step in range(5):
+                for name, module in modules.items():
+                    output = module(context)
+                    assert torch.equal(output, expected[name]), step
+                    if name.endswith("to_v"):
+                        output[:, 1:].neg_()
+                after_step.append(len(calls))
+            once = 1 if backend == "fused" else len(modules)
+            assert once < after_step[2] == after_step[4] <= 2 * once
+            held = projector.kept_bytes
+            projector.clear()
+            for module in modules.values():
+                module(context)
+            assert projector.kept_bytes == held
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_copied_while_nobody_writes(host: Any, delta: ConceptDelta, mode: Any) -> None:
+    modules = projections(host.attention_layers())
+    with mode(), KVProjector(host.attention_layers(), Composition((delta,))).attached():
+        context = host.encode(["a star"]).context
+        first = [m(context) for m in modules.values()]
+        assert all(m(context) is out for m, out in zip(modules.values(), first, strict=True))

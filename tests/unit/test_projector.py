@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sepme.apply import projector as runtime
+from sepme.apply import projector as projectors
 from sepme.apply.composition import Composition
+from sepme.apply.forward_pass import MAX_SEEN
 from sepme.apply.ops import project_kv
 from sepme.apply.projector import BACKENDS, KVProjector
 from sepme.delta.concept_delta import ConceptDelta
@@ -234,7 +236,7 @@ def test_backends_agree(
 def test_fused_is_one_call_a_prompt(host: Any, delta: ConceptDelta, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all layers, and none where nothing is erased; auto takes it when every row is touched and a kernel is there."""
     calls: list[int] = []
-    monkeypatch.setattr(runtime, "project_kv", lambda *args: calls.append(len(args[1])) or project_kv(*args))
+    monkeypatch.setattr(projectors, "project_kv", lambda *args: calls.append(len(args[1])) or project_kv(*args))
     x, t, context = batch(host, ["a star", "cat"])
     count = len(projections(host.attention_layers()))
 
@@ -248,7 +250,7 @@ def test_fused_is_one_call_a_prompt(host: Any, delta: ConceptDelta, monkeypatch:
     both, one, none = torch.ones(1), torch.tensor([[1.0], [0.0]]), torch.zeros(1)
     assert [run("fused", table) for table in (both, one, none)] == [[count], [count], []]
     assert [run("auto", table) for table in (both, one, none)] == [[], [], []]
-    monkeypatch.setattr(runtime, "why_not", lambda constraints, **inputs: None)  # as if there were a kernel
+    monkeypatch.setattr(projectors, "why_not", lambda constraints, **inputs: None)  # as if there were a kernel
     assert [run("auto", table) for table in (both, one, none)] == [[count], [], []]
     assert [run(b, both) for b in ("exact", "eager")] == [[], []]
 
@@ -315,13 +317,13 @@ def test_whatever_changes_is_computed_again(make_host: Callable[..., Any], delta
         module = host.attention_layers()["middle_block.1.transformer_blocks.0.attn2"].to_k
         projector = KVProjector(host.attention_layers(), composition)
 
-        def fresh(strengths: Tensor) -> Tensor:
-            with KVProjector(host.attention_layers(), composition, keep=False).attached(strengths):
-                return host.predict(x, t, context)
-
         def replace_context(value: Tensor) -> None:
             nonlocal context
             context = value
+
+        def replace_table(value: Tensor) -> None:
+            nonlocal table
+            table = value
 
         def double_precision() -> None:
             nonlocal x, context
@@ -333,28 +335,44 @@ def test_whatever_changes_is_computed_again(make_host: Callable[..., Any], delta
             lambda: context[1, 3].add_(0.5),
             lambda: replace_context(context.flip(0)),
             lambda: table.mul_(0.5),
-            lambda: setattr(projector, "strengths", table.flip(0)),
-            lambda: setattr(projector, "strengths", torch.tensor([0.0, -1.0])),
+            lambda: replace_table(table.flip(0)),
+            lambda: replace_table(torch.tensor([0.0, -1.0])),
             lambda: module.weight.mul_(1.25),
             lambda: setattr(module, "weight", nn.Parameter(module.weight * 0.5, requires_grad=False)),
             double_precision,
         ]
-        with projector.attached(table):
-            last = host.predict(x, t, context)
+        last = None
+        for change in (lambda: None, *changes):
+            change()
+            with in_place(host, projector), projector.forward_pass(table):
+                now = host.predict(x, t, context)
+            with KVProjector(host.attention_layers(), composition, keep=False).attached(table):
+                assert torch.equal(now, host.predict(x, t, context))
+            assert now.dtype == x.dtype
+            assert last is None or not torch.equal(now, last)
+            last = now
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changes_inside_of_the_block_are_noticed(make_host: Callable[..., Any], delta: ConceptDelta, mode: Any) -> None:
+    """A model that is called again and again in one block: context, strengths and weights written over between two calls."""
+    host = make_host()
+    with mode():
+        x, t, context = batch(host, ["a star", "cat"])
+        table = torch.tensor([[1.0], [0.5]])
+        module = host.attention_layers()["middle_block.1.transformer_blocks.0.attn2"].to_k
+        changes = (lambda: None, lambda: context.mul_(1.5), lambda: table.mul_(0.5), lambda: module.weight.mul_(1.25))
+        found, expected = [], []
+        with KVProjector(host.attention_layers(), Composition((delta,))).attached(table):
             for change in changes:
                 change()
-                now = host.predict(x, t, context)
-                assert now.dtype == x.dtype
-                assert not torch.equal(now, last)
-                projector_view, last = now, now
-                with_strengths = projector.strengths
-                saved = dict(projections(host.attention_layers()))
-                assert len(saved) == 10
-                # the reference runs outside of the patch
-                forwards_now = {n: m.__dict__.pop("forward") for n, m in saved.items()}
-                assert torch.equal(projector_view, fresh(with_strengths))
-                for n, m in saved.items():
-                    m.forward = forwards_now[n]
+                found.append((context.clone(), table.clone(), module.weight.clone(), host.predict(x, t, context)))
+        for c, strengths, weight, drawn in found:
+            module.weight.copy_(weight)
+            with KVProjector(host.attention_layers(), Composition((delta,)), keep=False).attached(strengths):
+                expected.append(host.predict(x, t, c))
+            assert torch.equal(drawn, expected[-1])
+        assert not any(torch.equal(a, b) for a, b in pairwise(expected))
 
 
 def test_a_new_weight_at_the_old_address_is_noticed(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
@@ -428,6 +446,10 @@ def test_between_forward_passes_the_patch_does_nothing(host: Any, delta: Concept
         with projector.forward_pass(torch.ones(1)):
             assert torch.equal(host.predict(x, t, context.clone()), erased)
         assert calls == {}  # kept from the first pass
+        with projector.forward_pass(torch.ones(1)):
+            with projector.forward_pass(torch.zeros(1)):
+                assert torch.equal(host.predict(x, t, context), stock)
+            assert torch.equal(host.predict(x, t, context), erased)  # the pass inside is over, this one is not
     assert not torch.equal(erased, stock)
 
 
@@ -462,10 +484,18 @@ def test_a_pass_does_not_fill_the_memory(host: Any, delta: ConceptDelta) -> None
     _, _, context = batch(host, ["a star"])
     module = projections(host.attention_layers())["middle_block.1.transformer_blocks.0.attn2.to_v"]
     projector = KVProjector(host.attention_layers(), Composition((delta,)), max_bytes=0)
-    with in_place(host, projector), projector.forward_pass(torch.ones(1), context):
+    with in_place(host, projector), projector.forward_pass(torch.ones(1), context) as current:
         for i in range(50):
             module(context + i)
-        assert 0 < len(projector.kept._seen) <= 8
+        assert 0 < len(current._seen) <= MAX_SEEN
+
+
+def test_a_pass_cannot_be_changed(host: Any, delta: ConceptDelta) -> None:
+    projector = KVProjector(host.attention_layers(), Composition((delta,)))
+    with projector.forward_pass(torch.ones(1), state="first") as current:
+        for name in ("strengths", "prompts", "default", "on_unknown", "state"):
+            with pytest.raises(FrozenInstanceError):
+                setattr(current, name, None)
 
 
 # --- the model is left as it was found
