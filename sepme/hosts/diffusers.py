@@ -198,8 +198,8 @@ class DiffusersHost(ScheduledDenoiser):
             if not composition.columns:
                 return run(edited, pooled)
             if guidance <= 1:
-                table = table[len(rows) :]
-            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table):
+                table, plain = table[len(rows) :], plain[len(rows) :]
+            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table, plain):
                 return run(edited, pooled)
 
 
