@@ -48,9 +48,7 @@ def test_equals_the_per_layer_form(demo_host: Any, pairs: dict[str, tuple[Concep
 
 
 def test_untouched_rows_keep_every_bit(demo_host: Any, pairs: dict[str, tuple[ConceptDelta, ConceptDelta]]) -> None:
-    stock = demo_host.generate(
-        ["a star", "a striped heart", "a striped star", "a picture of a star"], [0, 1, 2, 3], latents_only=True, steps=4
-    )
+    stock = demo_host.generate([p.split(" <")[0] for p in PROMPTS], list(range(len(PROMPTS))), latents_only=True, steps=4)
     erased = latents(demo_host, (pairs["star"][1],))
     assert torch.equal(erased[[1, 3]], stock[[1, 3]])
     assert not torch.equal(erased[0], stock[0])
