@@ -37,6 +37,19 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"{url} cannot be reached ({error.reason}); start the WebUI with --api.") from None
 
 
+def strength_of(item: str) -> tuple[str, float]:
+    """``NAME`` or ``NAME:STRENGTH``; names have no colon.
+
+    Raises:
+        SystemExit: it is neither.
+    """
+    name, _, strength = item.partition(":")
+    try:
+        return name, float(strength or 1)
+    except ValueError:
+        raise SystemExit(f"--erase {item!r} is not NAME or NAME:STRENGTH, like star:0.7.") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
@@ -45,10 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=-1)
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"))
     given = parser.parse_args()
-    strengths = {}
-    for item in given.erase:
-        name, _, strength = item.partition(":")
-        strengths[name] = float(strength or 1)
+    strengths = dict(map(strength_of, given.erase))
     answer = post(f"{given.url}/sdapi/v1/txt2img", request(given.prompt, strengths, seed=given.seed))
     given.out.write_bytes(base64.b64decode(answer["images"][0]))
     info = json.loads(answer["info"])

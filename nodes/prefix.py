@@ -18,6 +18,8 @@ def filled(prefix: str, now: datetime | None = None) -> str:
     Raises:
         SepMEError: it asks for something else, such as another node's value.
     """
+    if re.search("[\ud800-\udfff]", prefix):
+        raise SepMEError("The prefix holds half a character, which is not valid text; type it again.")
     time = now or datetime.now()
 
     def value(match: re.Match[str]) -> str:

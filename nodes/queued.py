@@ -56,7 +56,8 @@ def remember(hidden: Any, facts: Any) -> None:
 
 def _signature(graph: Graph, node: str) -> str:
     """Everything that a node's outputs depend on."""
-    return json.dumps({n: (graph.kind(n), graph.inputs(n)) for n in graph.above([node])}, sort_keys=True, default=repr)
+    text = json.dumps({n: (graph.kind(n), graph.inputs(n)) for n in graph.above([node])}, sort_keys=True, default=repr)
+    return json.dumps(json.loads(text, parse_int=float))  # a page queues 0 for 0.0, and ComfyUI makes it 0.0 before the node runs
 
 
 def on_prompt(data: Any) -> Any:

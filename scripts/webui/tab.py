@@ -14,7 +14,7 @@ from ...sepme.apply.toggles import parse_json
 from ...sepme.concepts import ConceptBook, file_name
 from ...sepme.convert import export_checkpoint, export_lora
 from ...sepme.delta.concept_delta import ConceptDelta
-from ...sepme.delta.verify import verify
+from ...sepme.delta.verify import clip_skip_warnings, verify
 from ...sepme.errors import SepMEError
 from ...sepme.files import remove_leftovers
 from ...sepme.model.layers import kv_fingerprint, shapes
@@ -200,6 +200,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             found = verify(model, deltas, on_progress=_shown(progress))
+            skips = clip_skip_warnings(model, deltas)
         made = {d.concept.name: d.info.get("kv_fingerprint", fingerprint) for d in deltas}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
@@ -210,7 +211,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
              "yes" if c.holds else "NO")
             for c in found.checks
         ]  # fmt: skip
-        return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *found.warnings))
+        return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *skips, *found.warnings))
 
     yield from follow(work)
 

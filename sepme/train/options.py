@@ -106,7 +106,7 @@ class TrainOptions:
 
 
 def _choice(what: str, value: str, known: Any) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise SepMEError(f"There is no {what} {value!r}; choose one of {', '.join(known)}.")
 
 

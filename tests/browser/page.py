@@ -124,8 +124,8 @@ class Page:
         assert read() == expected
 
     def look(self) -> None:
-        """Click the empty canvas: the page looks for changes after a click, of which a script's are not heard."""
-        self.tab.mouse.click(300, 860)
+        """Press a key that does nothing: the page looks for changes after a key or a click; a script's are not heard of."""
+        self.tab.keyboard.press("Shift")
 
     def frames(self) -> None:
         """Let the page draw what it has to."""

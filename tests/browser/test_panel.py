@@ -303,7 +303,7 @@ def test_names_are_text(page: Page, delta_folder: Path, make_random_delta: Calla
     page.load_workflow(page.workflow())
     page.wait_rows(apply, *names)
     page.open_concepts()
-    assert set(names) <= set(page.tab.locator(".sepme-sidebar summary b").all_inner_texts())
+    page.sees(lambda: set(names) <= set(page.tab.locator(".sepme-sidebar summary b").all_inner_texts()), True)
     assert page.tab.locator(".sepme b b, .sepme-name *").count() == 0
 
 

@@ -131,8 +131,8 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     expect(page.open_concepts().locator("h3")).to_have_text("概念")
     item(page, "star.safetensors").locator("button:text-is('重命名')").click()
     page.tab.fill("dialog[open] input", "../mine")
-    page.answer("重命名", "确定")
+    page.tab.click("dialog[open] .sepme-main")
     page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
-    page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
+    page.tab.locator(".p-toast-message:has-text('这不是增量')").wait_for()
     page.server.post("/settings", {"Comfy.Locale": "en"})

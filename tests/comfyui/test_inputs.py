@@ -160,23 +160,7 @@ def test_clip_skip_of_a_clip(inside: Inside, layer: int | None, skipped: int) ->
 
 # --- what programs send in API format
 
-NONSENSE: list[Any] = [
-    None,
-    "",
-    "nan",
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-    1e308,
-    -1,
-    10**30,
-    [],
-    {},
-    [1, 2],
-    True,
-    "é" * 3000,
-    "\ud800",
-]
+NONSENSE: list[Any] = [None, "nan", float("nan"), 1e308, -1, 10**30, [1, 2], {}, "é" * 3000, "\ud800"]
 KINDS = {  # node: its inputs that are typed in
     "SepMEApply": ("toggles", "backend", "gate"),
     "SepMETextEncode": ("text", "toggles"),

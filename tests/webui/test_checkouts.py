@@ -39,8 +39,9 @@ USED = {
     "api/api.py": (
         "Api.__init__", "Api.get_script", "Api.init_default_script_args", "Api.init_script_args", "Api.text2imgapi", "encode_pil_to_base64",
     ),
+    "../scripts/xyz_grid.py": ("AxisOption", "csv_string_to_list_strip", "list_to_csv_string"),
 }  # fmt: skip
-DOUBLES = {"shared_state.py": "shared.py"}
+DOUBLES = {"shared_state.py": "shared.py", "../scripts/xyz_grid.py": "xyz_grid.py"}
 NAMES = {  # plain names that the adapter reads
     "scripts.py": ("AlwaysVisible", "scripts_data"),
     "call_queue.py": ("queue_lock",),
@@ -81,7 +82,7 @@ def signatures(tree: ast.Module) -> dict[str, list[str]]:
 
 
 PROCESSING = ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img", "StableDiffusionProcessingImg2Img")
-OURS = ("sepme_run", "sepme_concepts", "sepme_strength")  # what the extension itself puts on p
+OURS = ("sepme_run", "sepme_concepts", "sepme_strength", "sepme_hires")  # what the extension itself puts on p
 
 
 def initial_values(tree: ast.Module, name: str) -> dict[str, str]:
@@ -115,6 +116,20 @@ def attributes(tree: ast.Module, names: tuple[str, ...]) -> set[str]:
     return {n.name for c in classes for n in c.body if isinstance(n, ast.FunctionDef)} | {
         field for name in names for field in initial_values(tree, name)
     }
+
+
+def options(tree: ast.Module) -> dict[str, str]:
+    """Settings of a host and what they are at first, as text."""
+    pairs = [p for n in ast.walk(tree) if isinstance(n, ast.Dict) for p in zip(n.keys, n.values, strict=True)]
+    calls = [(k.value, innermost(v)) for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Call)]
+    return {name: ast.unparse(call.args[0]) for name, call in calls if ast.unparse(call.func) == "OptionInfo" and call.args}
+
+
+def innermost(call: ast.Call) -> ast.Call:
+    """``OptionInfo(...)`` of ``OptionInfo(...).info("...").link("...")``."""
+    while isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):
+        call = call.func.value
+    return call
 
 
 def assigned(tree: ast.Module) -> set[str]:
@@ -174,6 +189,11 @@ def test_the_double_begins_as_the_real_one(checkout: Path | None) -> None:
         ours, theirs = initial_values(double, name), initial_values(real, name)
         assert {k: theirs.get(k, "nothing") for k in ours} == ours, name
     assert read_of_p() - attributes(real, PROCESSING) == set()
+    defaults = next(n.value for n in parsed(STUBS / "modules" / "shared.py").body if ast.unparse(n).startswith("DEFAULTS ="))
+    real_options = options(parsed(checkout / "modules" / "shared_options.py"))
+    assert "CLIP_stop_at_last_layers" in real_options
+    for name, value in ast.literal_eval(defaults).items():
+        assert real_options.get(name, str(value)) == str(value), name  # an extension's own, or one that this host has not, is not there
     ours, theirs = (initial_values(parsed(p / "modules" / f), "State") for p, f in ((STUBS, "shared.py"), (checkout, "shared_state.py")))
     assert {k: theirs.get(k, "nothing") for k in ours} == ours
 

@@ -97,6 +97,10 @@ def test_the_example_says_what_went_wrong(server: Server, tmp_path: Path) -> Non
     result = example("a star", "--erase", "nobody", "--url", server.url, "-o", out)
     assert result.returncode == 0
     assert "There is no delta 'nobody'" in result.stderr
+    for item in ("star:0.5:1", "star:much"):
+        unread = example("a star", "--erase", item, "--url", server.url, "-o", out)
+        assert unread.returncode == 1
+        assert unread.stderr == f"--erase {item!r} is not NAME or NAME:STRENGTH, like star:0.7.\n"
     nowhere = example("a star", "--url", "http://127.0.0.1:9", "-o", out)
     assert nowhere.returncode == 1
     assert "start the WebUI with --api" in nowhere.stderr
@@ -131,6 +135,8 @@ def test_arguments_left_out_take_the_panels_values(server: Server) -> None:
         ([True, ["star"], '{"star": NaN}'], "'nan' of 'star' is no number"),
         ([True, ["star"], {"star": "strong"}], "'strong' of 'star' is no number"),
         ([True, ["star"], {"star": 1e9}], "between -100 and 100"),
+        ([True, ["star"], {"satr": 0.5}], "The strengths name 'satr'"),
+        ([True, ["star"], "NaN"], "one JSON object"),
         ([True, ["star"], [1, 2]], "one JSON object"),
         ([True, ["star"], "{"], "not JSON"),
         ([True, ["star"], "", "yes"], "fourth argument is true or false, not 'yes'"),

@@ -165,7 +165,7 @@ def test_tags_that_cannot_be_read_are_named(ui: Any, tag: str) -> None:
     assert ui.infotexts[0].startswith(f"a star {tag}\n")
 
 
-STOCK = ["a star", "a star, a  moon ,, x,", "a star\n\nBREAK (moon:1.2), [a|b]", " a star , (a, (b)) "]
+STOCK = ["a star", "a star, a  moon ,, x", "a star\n\nBREAK (moon:1.2), [a|b]", " a star , (a, (b)) "]
 
 
 @pytest.mark.parametrize("with_tag", ["{} <keep:star>", "<keep:star> {}", "{}, <keep:star>", "<keep:star>, {}", "{}\n<keep:star>"])
@@ -197,7 +197,7 @@ def test_hires_prompts_in_batches(ui: Any) -> None:
 @pytest.mark.parametrize("name", ODD)
 def test_odd_names(ui: Any, name: str) -> None:
     """Offered, chosen, plotted, recorded and restored."""
-    named(ui, name)
+    named(ui, name, 0.9)
     axes, panel = ui.part("scripts.webui.axes"), ui.runner.alwayson_scripts[0]
     _, axis = ui.grid.axis_options
     stock, erased, infotext = ui.draw(script=False), ui.erase(name), ui.infotexts[0]
