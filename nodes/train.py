@@ -102,7 +102,7 @@ class SepMETrain(io.ComfyNode):
         for delta in known:
             delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
         live = Live(cls.hidden.unique_id, encoder, denoiser)
-        with host.trainable(model, (RUNS, *denoiser.latents)):
+        with host.trainable(model, (RUNS, *denoiser.latent_shape)):
             planner = Planner(encoder, book, plan, on_progress=job.stage)
             if mode == "subspace":
                 planner.plan_all(names)

@@ -121,7 +121,7 @@ def test_pooled_vectors_are_replaced_in_touched_prompts_only(world: World) -> No
 
 def test_training(world: World) -> None:
     sepme, host = world.inside.sepme, world.inside.host
-    with host.trainable(world.model, (4, *world.denoiser.latents)):
+    with host.trainable(world.model, (4, *world.denoiser.latent_shape)):
         delta = sepme.make_delta(world.planner, "fox", world.denoiser, sepme.TrainOptions(steps=10, trajectories=1, batch=1))
     assert len(delta.info["losses"]) == 10
     assert delta.content_hash() != world.delta.content_hash()
