@@ -73,4 +73,4 @@ def test_beside_per_layer_deltas(inside: Inside, edits: tuple[Any, ...]) -> None
     assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, (half, striped), off), prompt), stock)
     only = inside.host.apply_deltas(inside.model, (striped,), {})
     both = inside.host.apply_deltas(inside.model, (half, striped), {"star": 0.0})
-    assert torch.equal(inside.sample(both, prompt), inside.sample(only, prompt))
+    torch.testing.assert_close(inside.sample(both, prompt), inside.sample(only, prompt), rtol=0, atol=1e-5)  # c D is one product
