@@ -44,10 +44,9 @@ bench: .venv/.ready
 kernels: .venv/.ready
 	$(BIN)/sepme bench kernel --aot --width 768 --width 1024 --width 2048 --out benchmarks/results
 
-# the larger drawing world: an hour or two of training, then docs/results/world
+# the larger drawing world: an hour or two of training
 world: .venv/.ready
 	$(BIN)/python -m sepme.demo.train --world large
-	$(BIN)/python -m sepme.demo.scale runs/large-world/model -o docs/results/world
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from ..sepme.model import schedule
+from ..sepme.model.schedule import GLANCE, runs
 from ..sepme.train import Progress
 from . import host
 
 EVERY = 2.0  # seconds between pictures, and at least ten times as long as one takes
-STEPS, GUIDANCE = 8, 3.0
 
 
 class Live:
@@ -47,10 +46,10 @@ class Live:
         if prompt not in self.encoded:
             self.encoded = {prompt: self.encoder.encode(["", prompt])}
         encoding, denoiser = self.encoded[prompt], self.denoiser
-        noise = torch.randn(1, *denoiser.latents, generator=torch.Generator().manual_seed(0)).to(denoiser.device, denoiser.dtype)
+        noise = denoiser.latents([0])
         model: Any = SimpleNamespace(predict=step.predict)
         context = encoding.context.to(denoiser.device)
-        for latents in schedule.runs(model, denoiser.alphas, noise, context[1:], context[:1], encoding.pooled, STEPS, GUIDANCE):  # noqa: B007
+        for latents in runs(model, denoiser.schedule, noise, context[1:], context[:1], encoding.pooled, GLANCE):  # noqa: B007
             host.check_interrupted()
         file = io.BytesIO()
         assert self.decode is not None

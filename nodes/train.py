@@ -111,7 +111,7 @@ class SepMETrain(io.ComfyNode):
             losses[name] = losses[name] or [1.0, distance(weights(denoiser.attention_layers()), *planner.prompts.tokens(name), delta)]
             made.append(delta)
 
-        with host.trainable(model, (RUNS, *denoiser.latents)):
+        with host.trainable(model, (RUNS, *denoiser.latent_shape)):
             planner = Planner(encoder, book, plan, on_progress=bar.stage)
             job = Job(planner, denoiser, options, names, each(names))
             train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import SepMEError
-from .files import write_atomically
+from .files import first_line, write_atomically
 
 READABLE = {".png", ".jpg", ".jpeg", ".webp"}
 MAX_PICTURES = 1000
@@ -78,8 +78,7 @@ def load_folder(folder: Path, size: int) -> tuple[Tensor, str]:
             white = Image.new("RGBA", picture.size, "white")
             picture = ImageOps.fit(Image.alpha_composite(white, picture).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise SepMEError(f"The picture {path} cannot be read ({reason}); repair it or take it out of the folder.") from None
+            raise SepMEError(f"The picture {path} cannot be read ({first_line(error)}); repair it or take it out of the folder.") from None
         image.copy_(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size, size, 3))
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, digest

@@ -14,7 +14,7 @@ from ...sepme.errors import SepMEError
 from ...sepme.model.families import labels
 from ...sepme.model.layers import latent_side, text_layers
 from ...sepme.model.protocols import AttentionLayer
-from ...sepme.model.schedule import DDIMDenoiser
+from ...sepme.model.schedule import Schedule, ScheduledDenoiser
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:
@@ -29,7 +29,7 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     return layers
 
 
-class UNetDenoiser(DDIMDenoiser):
+class UNetDenoiser(ScheduledDenoiser):
     """A loaded model as :class:`~sepme.model.protocols.Denoiser`.
 
     Args:
@@ -47,9 +47,10 @@ class UNetDenoiser(DDIMDenoiser):
         known = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and isinstance(sampling, comfy.model_sampling.EPS)
         if not known or isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)):
             raise SepMEError(f"This model predicts neither noise nor v at discrete timesteps; use a plain {labels()}.")
-        self.predicts_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        predicts_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         with torch.inference_mode(False):  # tensors that may take part in a graph
-            self.alphas = 1 / (sampling.sigmas.detach().float().clone().square() + 1)
+            alphas = 1 / (sampling.sigmas.detach().float().clone().square() + 1)
+            self.schedule = Schedule.diffusion(alphas, "v_prediction" if predicts_v else "epsilon")
         unet = self.model.model_config.unet_config
         self.side = size // 8 if size else latent_side(self._layers) or unet.get("image_size", 64)
         levels = 2 ** (len(unet["channel_mult"]) - 1)
@@ -66,7 +67,7 @@ class UNetDenoiser(DDIMDenoiser):
         return torch.device(self.model.device)
 
     @property
-    def latents(self) -> tuple[int, ...]:
+    def latent_shape(self) -> tuple[int, ...]:
         return (self.model.latent_format.latent_channels, self.side, self.side)
 
     def preview(self) -> Callable[[Tensor], Any] | None:

@@ -1,4 +1,4 @@
-"""Deltas on a MODEL: patched keys and values, every prompt's own strengths in one batch, nothing left when a run is over."""
+"""Deltas on a MODEL: edited contexts, patched keys and values, every prompt's own strengths in one batch, nothing left after a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
-from comfy.conds import CONDRegular
+from comfy.conds import CONDCrossAttn, CONDRegular
 from comfy.ops import disable_weight_init
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .denoiser import attention_layers
 from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
+UNEDITED = "sepme_unedited"  # of a prompt's context before it was edited, among what a model is called with
 TOGGLES, TAGS = "toggles", "tags"  # of CONDITIONING[KEY]: set by nodes, and by the prompt's own text, which beats them
 SKIP = "clip_skip"  # of CONDITIONING[KEY]: of the CLIP that read the text, where one of our nodes had it read
 
@@ -63,7 +64,8 @@ class Applied:
         self._running = False
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """ComfyUI's own, and the strengths ``(1, N)``, which it lays side by side in the order of the rows of each batch.
+        """ComfyUI's own, of the edited context; and for per-layer deltas the strengths ``(1, N)`` and, where the context is edited too,
+        the context as it was. ComfyUI lays them side by side in the order of the rows of each batch.
 
         Every prompt gets them: prompts with other keys would go in a batch of their own.
         """
@@ -81,14 +83,19 @@ class Applied:
         pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
         if pooled is not None and context is not None and any(d.pooled is not None for d in self.composition.deltas):
             kwargs["pooled_output"] = self.composition.replace_pooled(pooled, context, own, self.gate)
-        return inner(**kwargs) | {KEY: CONDRegular(own[None])}
+        if context is not None:
+            kwargs["cross_attn"] = self.composition.edit_context(context, own, self.gate)
+        more: dict[str, Any] = {KEY: CONDRegular(own[None])} if self.composition.columns else {}
+        if more and context is not None and any(d.edits_context for d in self.composition.deltas):
+            more[UNEDITED] = CONDCrossAttn(context)
+        return inner(**kwargs) | more
 
     def apply_model(
         self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
         transformer_options: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Wrapper of one forward pass: the rows' strengths are taken out of the arguments and hold until it returns."""
-        rows, model = kwargs.pop(KEY, None), executor.class_obj
+        rows, unedited, model = kwargs.pop(KEY, None), kwargs.pop(UNEDITED, None), executor.class_obj
         arguments = (x, t, c_concat, c_crossattn, control, {} if transformer_options is None else transformer_options)
         if c_crossattn is None:
             return executor(*arguments, **kwargs)
@@ -97,7 +104,8 @@ class Applied:
             projector = self._projectors[id(model)] = self._projector(model)
             if self.backend == "fused":
                 self._say_why_not_fused(projector, c_crossattn)
-        with projector.forward_pass(self._rows(rows, c_crossattn), c_crossattn, self.default, self._unknown_rows):
+        known = self._rows(rows, c_crossattn)
+        with projector.forward_pass(known, c_crossattn, self.default, self._unknown_rows, unedited=unedited):
             self._current.projector = projector
             try:
                 return executor(*arguments, **kwargs)
@@ -182,7 +190,8 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     """A clone of a MODEL with deltas on it; those that it carries already stay, with their toggles where the new ones say nothing.
 
     Raises:
-        SepMEError: deltas for another model, two of one concept, toggles of unknown concepts, no Stable Diffusion UNet.
+        SepMEError: deltas for another model, two of one concept, toggles of unknown concepts; per-layer deltas and no Stable Diffusion
+            UNet.
     """
     clone = patcher.clone()
     before: Applied | None = patcher.get_attachment(KEY)
@@ -190,16 +199,19 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
         deltas, toggles = before.composition.deltas + tuple(deltas), merge(before.toggles, toggles)
     if not deltas:
         return clone
-    modules = projections(attention_layers(patcher.model))
-    deltas[0].check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
+    composition = Composition(tuple(deltas))
+    modules = projections(attention_layers(patcher.model)) if composition.columns else {}
+    for delta in deltas if modules else ():
+        delta.check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
     paths = {name: f"diffusion_model.{name}.forward" for name in modules} | {"extra_conds": "extra_conds"}
     inner = {name: _inner(patcher.get_model_object(path), name, before) for name, path in paths.items()}
-    applied = Applied(Composition(tuple(deltas)), toggles, gate, backend, inner)
+    applied = Applied(composition, toggles, gate, backend, inner)
     for name, path in paths.items():
         clone.add_object_patch(path, applied.extra_conds if name == "extra_conds" else _Projection(applied, name))
     clone.set_attachments(KEY, applied)
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, applied.apply_model)
+    if modules:
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, applied.apply_model)
     for call, function in ((CallbacksMP.ON_PRE_RUN, applied.start), (CallbacksMP.ON_CLEANUP, applied.stop)):
         clone.remove_callbacks_with_key(call, KEY)
         clone.add_callback_with_key(call, KEY, function)

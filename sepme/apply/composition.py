@@ -1,4 +1,4 @@
-"""Several deltas as one: ``D = [D_1 .. D_N]``, ``Y_l = [Y_{1,l} .. Y_{N,l}]``, gated and weighed per prompt."""
+"""Several deltas as one: ``D = [D_1 .. D_N]``, ``Y_l = [Y_{1,l} .. Y_{N,l}]``, ``S = [S_1 .. S_N]``, gated and weighed per prompt."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..delta.concept_delta import ConceptDelta, check_apart
 from ..errors import SepMEError
+from ..model.families import CONTEXT
 from .ops import no_autocast
 
 
@@ -43,7 +44,15 @@ class Composition:
     def __post_init__(self) -> None:
         check_apart(self.deltas)
         for delta in self.deltas:
-            delta.check_fits(self.deltas[0].shapes, f"the delta of {self.deltas[0].concept.name!r}")
+            layered = next((d for d in self.deltas if d.projections), delta)
+            if delta.projections:
+                delta.check_fits(layered.shapes, f"the delta of {layered.concept.name!r}")
+            first = self.deltas[0]
+            if delta.d_in != first.d_in:
+                raise SepMEError(
+                    f"The deltas of {delta.concept.name!r} ({delta.d_in} channels) and {first.concept.name!r} ({first.d_in}) are for "
+                    "different text encoders; load those of one model."
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,9 +75,10 @@ class Composition:
 
     @cached_property
     def columns(self) -> dict[str, slice]:
-        """Where each projection stands in :meth:`factors`."""
-        names = self.deltas[0].projections
-        ends = list(accumulate((len(self.deltas[0].up[n]) for n in names), initial=0))
+        """Where each projection stands in :meth:`factors`; empty where all deltas are pure context edits."""
+        shapes = next((d.shapes for d in self.deltas if d.projections), {})
+        names = sorted(shapes)
+        ends = list(accumulate((shapes[n][0] for n in names), initial=0))
         return {name: slice(a, b) for name, a, b in zip(names, ends, ends[1:], strict=False)}
 
     def factors(self, concepts: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -85,7 +95,7 @@ class Composition:
             return torch.cat([self.deltas[i].up_factor(name) for i in concepts], dim=1)
 
     def touch(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Touch:
-        """Project, gate and weigh a batch of prompts (METHOD, section 7). Float32 throughout.
+        """What a batch of prompts meets of the per-layer deltas (METHOD, section 7). Float32 throughout.
 
         Args:
             context: ``(rows, tokens, d_in)``. strengths: ``(rows, N)`` or ``(N,)``.
@@ -94,9 +104,36 @@ class Composition:
         Raises:
             SepMEError: the strengths do not fit the batch.
         """
-        if not self.deltas:
+        return self._touch(context, strengths, gate, [bool(d.projections) for d in self.deltas])
+
+    def edit_context(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Tensor:
+        """The context edit ``c' = c + g(c) s (c D) Sᵀ``, all deltas at once, from the context as the text encoder made it.
+
+        Args:
+            context, strengths, gate: as in :meth:`touch`.
+
+        Returns:
+            ``(rows, tokens, d_in)`` in the context's dtype: where no row is touched the context itself, else untouched rows keep
+            their bits.
+
+        Raises:
+            SepMEError: the strengths do not fit the batch.
+        """
+        touch = self._touch(context, strengths, gate, [d.edits_context for d in self.deltas])
+        if len(touch.rows) == 0:
+            return context
+        with no_autocast(context.device):
+            added = touch.h @ self.up(CONTEXT, touch.concepts).to(context.device).T
+        edited = context.clone()
+        edited[touch.rows] = (context[touch.rows].float() + added).to(context.dtype)
+        return edited
+
+    def _touch(self, context: Tensor, strengths: Tensor, gate: bool, acting: list[bool]) -> Touch:
+        """Project, gate and weigh with the deltas of which ``acting`` is true."""
+        if not any(acting):
             return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
-        h, weight = self._weigh(context, strengths, gate)
+        h, weight = self.weigh(context, strengths, gate)
+        weight *= torch.tensor(acting, device=weight.device)
         owner, active = self.owner.to(h.device), weight.any(dim=0)
         rows, concepts, columns = (mask.nonzero().squeeze(1) for mask in (weight.any(dim=1), active, active[owner]))
         scale = weight.index_select(0, rows).index_select(1, owner.index_select(0, columns))
@@ -114,7 +151,7 @@ class Composition:
         """
         if not self.deltas:
             return pooled
-        _, weight = self._weigh(context, strengths, gate)
+        _, weight = self.weigh(context, strengths, gate)
         result = pooled.float().clone()
         for i, delta in enumerate(self.deltas):
             rows = weight[:, i].nonzero().squeeze(1)
@@ -125,7 +162,7 @@ class Composition:
             result[rows] += weight[rows, i][:, None] * delta.pooled.shift(pooled[rows])
         return result.to(pooled.dtype)
 
-    def _weigh(self, context: Tensor, strengths: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, context: Tensor, strengths: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
         """``c D`` ``(rows, tokens, R)`` float32 and strengths behind the gate ``(rows, N)``."""
         if context.shape[-1] != self.down.shape[1]:
             raise SepMEError(f"The prompt has {context.shape[-1]} channels, the deltas {self.down.shape[1]}; they belong to another model.")

@@ -23,6 +23,7 @@ class Pass:
         prompts: the batch ``(rows, tokens, d_in)`` that the strengths belong to. None: they belong to whatever rows come.
         default: ``(N,)`` of rows that are no prompt of the batch. on_unknown: called where there are such rows.
         state: what keys and values depend on and what does not show in parameters and their version counters.
+        unedited: the batch as it was before its context was edited, shape of ``prompts``; None where nothing edited it.
     """
 
     strengths: Tensor
@@ -30,6 +31,7 @@ class Pass:
     default: Tensor
     on_unknown: Callable[[], None]
     state: Hashable
+    unedited: Tensor | None = None
     _asked: set[str] = field(default_factory=set, init=False, repr=False)
     _seen: dict[Hashable, tuple[Tensor, Batch]] = field(default_factory=dict, init=False, repr=False)
 
@@ -41,6 +43,10 @@ class Pass:
         if not match.known:
             self.on_unknown()
         return match.strengths
+
+    def source(self, context: Tensor) -> Tensor:
+        """What per-layer deltas read of a context: the batch before the context edit, so that several deltas add up."""
+        return self.unedited if self.unedited is not None and self.unedited.shape == context.shape else context
 
     def recall(self, name: str, context: Tensor, mode: torch.dtype | None) -> Batch | None:
         """The batch of a context that was met in this pass, known by its address.

@@ -74,7 +74,7 @@ class KVProjector:
         self.modules = projections(layers)
         self.composition, self.gate, self.backend = composition, gate, backend
         self.keep = keep and os.environ.get("SEPME_KEEP") != "0"
-        for delta in composition.deltas[:1]:
+        for delta in composition.deltas:
             delta.check_fits(shapes(layers))
         self.cache = KVCache(max_bytes)
         self._pass: Pass | None = None
@@ -82,15 +82,16 @@ class KVProjector:
         self._held: tuple[Any, Tensor] | None = None
 
     @contextmanager
-    def attached(self, strengths: Tensor | None = None) -> Iterator[KVProjector]:
+    def attached(self, strengths: Tensor | None = None, unedited: Tensor | None = None) -> Iterator[KVProjector]:
         """Patch the model inside the block, however often it is called there.
 
         Args:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of every batch; all 1 by default.
+            unedited: every batch before its context was edited (:meth:`Composition.edit_context`), if it was.
         """
         strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
         try:
-            with patched(self.modules, self.wrap), self.forward_pass(strengths):
+            with patched(self.modules, self.wrap), self.forward_pass(strengths, unedited=unedited):
                 yield self
         finally:
             self.clear()
@@ -103,6 +104,7 @@ class KVProjector:
         default: Tensor | None = None,
         on_unknown: Callable[[], None] = lambda: None,
         state: Hashable = None,
+        unedited: Tensor | None = None,
     ) -> Iterator[Pass]:
         """One forward pass. Outside of it the patch does nothing, so hosts may leave it in place.
 
@@ -113,9 +115,10 @@ class KVProjector:
             default: ``(N,)`` for rows that are no prompt of the batch; all 1 by default. on_unknown: called when there are such rows.
             state: anything that keys and values depend on and that does not show in parameters and their version counters (a host's
                 own count of weight patches); under another state everything is computed again.
+            unedited: the batch before its context was edited, if it was.
         """
         default = torch.ones(len(self.composition.deltas)) if default is None else default
-        outer, self._pass = self._pass, Pass(strengths, prompts, default, on_unknown, state)
+        outer, self._pass = self._pass, Pass(strengths, prompts, default, on_unknown, state, unedited)
         try:
             yield self._pass
         finally:
@@ -150,7 +153,7 @@ class KVProjector:
         if site is None or site.module is not module or site.forward != forward:
             self._sites[name] = _Site(module, forward, partial(plain_weight, module, forward))
         if torch.is_grad_enabled():
-            return self._exact(name, context, self.composition.touch(context, current.rows(context), self.gate))
+            return self._exact(name, context, self.composition.touch(current.source(context), current.rows(context), self.gate))
         batch = self._batch(current, name, context)
         output = batch.get(name, fingerprint(module))
         if output is not None:
@@ -181,7 +184,9 @@ class KVProjector:
         batch = current.recall(name, context, autocast)
         if batch is None:
             rows, key = current.rows(context), (current.state, autocast)
-            batch = self.cache.get(context, rows, key) or Batch(context, rows, key, self.composition.touch(context, rows, self.gate))
+            batch = self.cache.get(context, rows, key)
+            if batch is None:
+                batch = Batch(context, rows, key, self.composition.touch(current.source(context), rows, self.gate))
             self.cache.put(batch)
             current.remember(context, autocast, batch)
         return batch

@@ -94,14 +94,14 @@ def demo(
 ) -> None:
     """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
     from ..checks import check_number
-    from ..demo.story import tell
+    from ..demo.run import run_demo
 
     check_number("images", images, 1, 10_000, whole=True)
     check_number("concepts", concepts, 1, 12, whole=True)
     check_writable(out)
     host = load_host("demo")
     with interruptible() as check, progress_bar() as bar:
-        metrics = tell(host, out, images, concepts, progress(bar, check))
+        metrics = run_demo(host, out, images, concepts, progress(bar, check))
 
     def show() -> None:
         table = Table("", "G-CiRs", "closed form")

@@ -150,12 +150,7 @@ def _make(
             name = delta.concept.name
             check_replaceable(paths[name], name)  # time has passed
             delta.save(paths[name])
-<<<<<<< HEAD
-            bar.update(tasks[name], completed=total, loss=f"{len(delta.info['losses'])} steps")
-=======
-            bar.update(tasks[name], completed=job.options.steps, loss=f"{len(delta.facts.losses)} steps")
-        checkpoint.unlink(missing_ok=True)
->>>>>>> facts
+            bar.update(tasks[name], completed=total, loss=f"{len(delta.facts.losses)} steps")
 
         def write(name: str, data: bytes) -> None:
             check_replaceable(paths[name], name)

@@ -1,8 +1,10 @@
-"""One concept's delta: ``ΔW_l = Y_l D ᵀ`` for every to_k and to_v, its gate and certificate, as one safetensors file.
+"""One concept's delta: what it adds along its directions D, its gate and certificate, as one safetensors file.
 
-Tensors: ``down`` (k, d_in) float32; ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a float32 scalar
-``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and ``pooled.anchor`` (k',),
-float32. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
+It edits the context, ``c + (c D) Sᵀ``, or every to_k and to_v, ``ΔW_l = Y_l Dᵀ``, or both; the sum acts.
+
+Tensors: ``down`` (k, d_in) float32; ``up.context`` (d_in, k) and ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a
+float32 scalar ``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and
+``pooled.anchor`` (k',), float32. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
 """
 
 from __future__ import annotations
@@ -23,11 +25,18 @@ from torch import Tensor
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
+from ..model.families import CONTEXT
 from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
 from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, header_hash, plain_json, read_header
+
+DESCRIPTIONS = {  # by whether the context and whether projections are edited
+    (False, True): "A separable concept erasure for cross-attention to_k and to_v.",
+    (True, False): "A separable concept erasure for the text encoder's context.",
+    (True, True): "A separable concept erasure for the text encoder's context and for cross-attention to_k and to_v.",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class ConceptDelta:
     Attributes:
         concept: what it erases.
         down: ``(k, d_in)`` float32, orthonormal rows.
-        up: ``(d_out, k)`` float16 by projection name (``<layer>.to_k``); times ``scale`` of the same name it is Y.
+        up: ``(d_out, k)`` float16 by projection name (``<layer>.to_k``), Y once multiplied by ``scale`` of the same name; and of a
+            context edit S ``(d_in, k)`` under the name ``context``.
         gate: γ of the row gate.
         info: JSON-able, what else stands in the header; :attr:`facts` is what it means.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
@@ -88,13 +98,17 @@ class ConceptDelta:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """``(d_out, d_in)`` by projection name."""
-        return {name: (value.shape[0], self.d_in) for name, value in self.up.items()}
+        """``(d_out, d_in)`` by projection name, of the per-layer part."""
+        return {name: (self.up[name].shape[0], self.d_in) for name in self.projections}
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        """Their names, in the one order that all deltas of an architecture have."""
-        return tuple(sorted(self.up))
+        """Names of the projections that it changes, in the one order that all deltas of an architecture have."""
+        return tuple(sorted(name for name in self.up if name != CONTEXT))
+
+    @property
+    def edits_context(self) -> bool:
+        return CONTEXT in self.up
 
     @cached_property
     def side_by_side(self) -> tuple[Tensor, Tensor]:
@@ -134,7 +148,8 @@ class ConceptDelta:
 
     @cached_property
     def architecture(self) -> str:
-        return architecture(self.shapes)
+        """Of the models that it fits; a pure context edit fits every model that reads contexts of this width from its text encoder."""
+        return architecture(self.shapes) if self.projections else f"{CONTEXT}-{self.d_in}"
 
     def up_factor(self, name: str) -> Tensor:
         """Y ``(d_out, k)`` float32 of a projection."""
@@ -164,9 +179,15 @@ class ConceptDelta:
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], what: str = "the model") -> None:
         """Raise :class:`SepMEError` unless this delta is for a model with these K/V shapes."""
-        if shapes != self.shapes:
+        widths = {d_in for _, d_in in shapes.values()}
+        if not self.projections and self.d_in not in widths:
             raise SepMEError(
-                f"The delta of {self.concept.name!r} is for {self.architecture} (d_in {self.d_in}, {len(self.up)} projections), "
+                f"The delta of {self.concept.name!r} edits contexts of {self.d_in} channels, but {what} reads "
+                f"{' and '.join(map(str, sorted(widths)))}; train the concept with this model's text encoder."
+            )
+        if self.projections and shapes != self.shapes:
+            raise SepMEError(
+                f"The delta of {self.concept.name!r} is for {self.architecture} (d_in {self.d_in}, {len(self.projections)} projections), "
                 f"but {what} is {architecture(shapes)}; train the concept on this model, or load the checkpoint it was made for."
             )
 
@@ -182,7 +203,7 @@ class ConceptDelta:
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": f"{self.architecture}/sepme-delta",
             "modelspec.title": f"SepME: {self.concept.name}",
-            "modelspec.description": "A separable concept erasure for cross-attention to_k and to_v.",
+            "modelspec.description": DESCRIPTIONS[self.edits_context, bool(self.projections)],
         }
         texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
         return texts | {"header_hash": header_hash(texts)}

@@ -14,7 +14,7 @@ from typing import Any
 from ..concepts import normalised
 from ..errors import SepMEError
 from ..files import refuse_pickle
-from ..model.families import is_site
+from ..model.families import CONTEXT, is_site
 
 FORMAT = "sepme.delta/1"
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
@@ -101,8 +101,9 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
         if not isinstance(entry, dict) or entry.get("dtype") != "F16" or not _is_shape(entry.get("shape"), 2):
             raise SepMEError(f"{path}: tensor {name!r} is not a float16 matrix; the file is damaged.")
         shape = entry["shape"]
-        if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH:
-            raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected (d_out, {rank}); the file is damaged.")
+        if shape[1] != rank or not 1 <= shape[0] <= MAX_WIDTH or (name == f"up.{CONTEXT}" and shape[0] != d_in):
+            rows = d_in if name == f"up.{CONTEXT}" else "d_out"
+            raise SepMEError(f"{path}: tensor {name!r} has shape {shape}, expected ({rows}, {rank}); the file is damaged.")
         scale = declared.get(f"{name}.scale")
         if not isinstance(scale, dict) or scale.get("dtype") != "F32" or scale.get("shape") != []:
             raise SepMEError(f"{path}: the scale of tensor {name!r} is missing; the file is damaged.")
@@ -124,7 +125,7 @@ def _check_pooled(path: Path, down: Any, anchor: Any) -> None:
 
 
 def _is_up(name: str) -> bool:
-    return name.startswith("up.") and is_site(name[3:])
+    return name == f"up.{CONTEXT}" or (name.startswith("up.") and is_site(name[3:]))
 
 
 def _is_shape(value: Any, dims: int) -> bool:

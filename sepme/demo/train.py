@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .classifier import Classifier
+from ..evaluate.network import Network
 from .large import LARGE
 from .world import BOTH_PROMPTS, OBJECT_PROMPTS, SMALL, STYLE_PROMPTS, Scene, World
 
@@ -159,9 +159,9 @@ def train_vae(work: Path, recipe: Recipe, batch: int = 12) -> AutoencoderTiny:
     return vae
 
 
-def train_classifier(work: Path, recipe: Recipe, batch: int = 64) -> Classifier:
+def train_classifier(work: Path, recipe: Recipe, batch: int = 64) -> Network:
     torch.manual_seed(2)
-    model = Classifier(recipe.world.heads)
+    model = Network(recipe.world.labels)
     stage = Stage("classifier", work, {"classifier": model}, recipe.classifier_steps, 2e-3, seed=12)
     images, scenes = pool(recipe.world, 102, recipe.scenes)
     labels = torch.tensor(scenes)
@@ -319,8 +319,7 @@ def train_export(work: Path, recipe: Recipe) -> None:
     del config["block_out_channels"]  # AutoencoderTiny writes it and then warns about it
     (folder / "vae" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     build_scheduler().save_pretrained(folder / "scheduler")
-    classifier = load_stage(Classifier(recipe.world.heads), work, "classifier")
-    save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
+    load_stage(Network(recipe.world.labels), work, "classifier").save(folder)
     parts = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
     index: dict[str, object] = {k: ["diffusers", v] for k, v in parts.items()}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}

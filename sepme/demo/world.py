@@ -6,7 +6,6 @@ SMALL is the embedded model's: six objects, six styles (and plain), four colours
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..evaluate.network import Network
+from ..evaluate.suite import with_article
 from .shapes import SHAPES
 from .strokes import Canvas, cover, texture
 
@@ -63,11 +64,6 @@ class Shares(NamedTuple):
     coloured: float = 0.4
 
 
-def with_article(text: str) -> str:
-    """Write "an" where "a" stands before a vowel."""
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
-
-
 def choose(options: tuple[str, ...], generator: torch.Generator) -> str:
     """One of them at random; the only one without asking the generator."""
     return options[int(torch.randint(len(options), (1,), generator=generator))] if len(options) > 1 else options[0]
@@ -94,6 +90,11 @@ class World:
     def words(self) -> tuple[str, ...]:
         """Names of everything that can be asked for."""
         return (*self.objects, *self.styles, *self.colours)
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """What a classifier may read: objects, styles (with plain) and colours."""
+        return self.objects, (*self.styles, "plain"), tuple(self.colours)
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -193,3 +194,13 @@ def _paint(canvas: Canvas, style: str) -> Tensor:
 
 
 SMALL = World(OBJECTS, STYLES, COLOURS, _paint)
+
+
+def classifier_accuracy(network: Network, world: World, count: int = 1050) -> dict[str, float]:
+    """Accuracy on freshly drawn pictures that training never saw, by head."""
+    generator = torch.Generator().manual_seed(987_654)
+    total = world.heads
+    scenes = [Scene(i % total[0], i // total[0] % total[1], i % total[2]) for i in range(count)]
+    images = torch.stack([world.draw(s, generator) for s in scenes]) * 2 - 1
+    right = network.predict(images) == torch.tensor(scenes)
+    return dict(zip(("object", "style", "colour"), right.float().mean(0).tolist(), strict=True))

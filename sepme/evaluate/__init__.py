@@ -1,1 +1,1 @@
-"""The evaluation: methods and baselines under their keys, scenes, metrics, attacks, report."""
+"""The evaluation: published methods and baselines under their keys, scenes, metrics, attacks, report."""

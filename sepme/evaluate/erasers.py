@@ -68,7 +68,7 @@ class Separable:
             up = composition.up(name, range(len(composition.deltas)))
 
             def project(context: Tensor) -> Tensor:
-                _, weight = composition._weigh(context, table, gate)
+                _, weight = composition.weigh(context, table, gate)
                 h = (context.float() @ composition.down.T) * weight[:, composition.owner][:, None]
                 out = forward(context)
                 return out + (h @ up.T).to(out.dtype)

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .easel import Batch, Drawn, Easel
+from .classifiers import frechet, perceptual
 from .erasers import Eraser
-from .judge import frechet, perceptual
+from .prompt_sets import Batch
+from .sampler import Sampled, Sampler
 
 Shown = dict[str, list[Tensor]]  # pictures by condition: one batch a concept
 
 
-def figures(easel: Easel, eraser: Eraser, gate: bool, show: int) -> tuple[dict[str, Any], Shown]:
+class Conditions(NamedTuple):
+    """One concept's pictures under a method.
+
+    Attributes:
+        alone: its own prompts, it alone erased. everything: the same, all concepts erased. restored: the same, all others erased.
+        others: other concepts' prompts with it alone erased. both: prompts that hold it and another, which should be seen.
+    """
+
+    alone: Sampled
+    everything: Sampled
+    restored: Sampled
+    others: Sampled
+    both: Sampled
+
+
+def conditions(sampler: Sampler, eraser: Eraser, name: str, gate: bool) -> Conditions:
+    """Sample them."""
+    names, sets = sampler.suite.names, sampler.sets
+    own = [sampler.sample(sets.own(name), eraser, erased, gate) for erased in ([name], names, [n for n in names if n != name])]
+    return Conditions(*own, *(sampler.sample(b, eraser, [name], gate) for b in (sets.others(name), sets.both(name))))
+
+
+def share(parts: Sequence[Sampled]) -> float:
+    """Share of pictures that equal stock's bit for bit."""
+    return float(torch.cat([p.same for p in parts]).float().mean())
+
+
+def figures(sampler: Sampler, eraser: Eraser, gate: bool, show: int) -> tuple[dict[str, Any], Shown]:
     """All figures of a method, and the first ``show`` pictures of each condition.
 
     ``erased_accuracy``: the concept's own prompts, it alone erased. ``kept_accuracy``: other concepts' prompts meanwhile.
@@ -24,74 +52,70 @@ def figures(easel: Easel, eraser: Eraser, gate: bool, show: int) -> tuple[dict[s
     all others erased. ``untouched_bit_identical``: other concepts' prompts with it alone erased, and unrelated, preserved and empty
     prompts with everything erased. ``neighbour_accuracy``: concepts that no method was told of, with everything erased.
     """
-    names = easel.suite.names
+    names, sets = sampler.suite.names, sampler.sets
     rows: dict[str, list[float]] = {}
-    restored, untouched = [], []
+    found: list[Conditions] = []
     shown: Shown = {"erased": [], "both": [], "restored": []}
     for name in names:
-        own, others, both, unseen = easel.own(name), easel.others(name), easel.both(name), easel.own(name, unseen=True)
-        rest = [n for n in names if n != name]
-        alone, every, back = (easel.draw(own, eraser, e, gate) for e in ([name], names, rest))
-        kept, pair = (easel.draw(b, eraser, [name], gate) for b in (others, both))
-        restored.append(back.same)
-        untouched.append(kept.same)
-        for key, drawn in (("erased", alone), ("restored", back), ("both", pair)):
-            shown[key].append(drawn.first(show))
-        found = {
-            "erased_accuracy": alone.accuracy,
-            "erased_accuracy_all_on": every.accuracy,
-            "erased_accuracy_unseen": easel.draw(unseen, eraser, [name], gate).accuracy,
-            "erased_accuracy_weighted": easel.draw(easel.weighted(name), eraser, [name], gate).accuracy,
-            "kept_accuracy": kept.accuracy,
-            "kept_accuracy_all_others_on": back.accuracy,
-            "cooccurring_accuracy": pair.accuracy,
-        } | dict(zip(("kept_fid", "kept_lpips"), apart(easel, [(own, back)]), strict=True))
-        for key, value in found.items():
+        seen = conditions(sampler, eraser, name, gate)
+        found.append(seen)
+        for key, sampled in (("erased", seen.alone), ("restored", seen.restored), ("both", seen.both)):
+            shown[key].append(sampled.first(show))
+        values = {
+            "erased_accuracy": seen.alone.accuracy,
+            "erased_accuracy_all_on": seen.everything.accuracy,
+            "erased_accuracy_unseen": sampler.sample(sets.own(name, unseen=True), eraser, [name], gate).accuracy,
+            "erased_accuracy_weighted": sampler.sample(sets.weighted(name), eraser, [name], gate).accuracy,
+            "kept_accuracy": seen.others.accuracy,
+            "kept_accuracy_all_others_on": seen.restored.accuracy,
+            "cooccurring_accuracy": seen.both.accuracy,
+        } | dict(zip(("kept_fid", "kept_lpips"), apart(sampler, [(sets.own(name), seen.restored)]), strict=True))
+        for key, value in values.items():
             rows.setdefault(key, []).append(value)
-    plain = [easel.draw(b, eraser, names, gate) for b in (easel.unrelated(), easel.preserved())]
+    plain = [sampler.sample(b, eraser, names, gate) for b in (sets.unrelated(), sets.preserved())]
     result: dict[str, Any] = {key: fmean(values) for key, values in rows.items()}
     result |= {
-        "restored_bit_identical": float(torch.cat(restored).float().mean()),
-        "untouched_bit_identical": float(torch.cat([*untouched, *(d.same for d in plain)]).float().mean()),
-        "unrelated_bit_identical": float(plain[0].same.float().mean()),
-        "preserved_bit_identical": float(plain[1].same.float().mean()),
-        "unrelated_lpips": apart(easel, [(easel.unrelated(), plain[0])])[1],
+        "restored_bit_identical": share([f.restored for f in found]),
+        "untouched_bit_identical": share([*(f.others for f in found), *plain]),
+        "unrelated_bit_identical": share(plain[:1]),
+        "preserved_bit_identical": share(plain[1:]),
+        "unrelated_lpips": apart(sampler, [(sets.unrelated(), plain[0])])[1],
         "concepts": {n: {k: v[i] for k, v in rows.items()} for i, n in enumerate(names)},
     }
-    if easel.suite.neighbours:
-        near = easel.draw(easel.neighbours(), eraser, names, gate)
-        result |= {"neighbour_accuracy": near.accuracy, "neighbour_bit_identical": float(near.same.float().mean())}
+    if sampler.suite.neighbours:
+        near = sampler.sample(sets.neighbours(), eraser, names, gate)
+        result |= {"neighbour_accuracy": near.accuracy, "neighbour_bit_identical": share([near])}
         shown["neighbours"] = [near.first(show)]
     return result, shown
 
 
-def apart(easel: Easel, pairs: Sequence[tuple[Batch, Drawn]]) -> tuple[float, float]:
+def apart(sampler: Sampler, pairs: Sequence[tuple[Batch, Sampled]]) -> tuple[float, float]:
     """Fréchet and perceptual distance of batches' pictures to the stock model's; (0, 0) where all are the same."""
-    if all(drawn.same.all() for _, drawn in pairs):
+    if all(sampled.same.all() for _, sampled in pairs):
         return 0.0, 0.0
 
     def images() -> Iterator[Tensor]:
-        return (piece for _, drawn in pairs for piece in drawn.pieces())
+        return (piece for _, sampled in pairs for piece in sampled.pieces())
 
     def stock() -> Iterator[Tensor]:
-        return (piece for batch, _ in pairs for piece in easel.stock(batch).pieces())
+        return (piece for batch, _ in pairs for piece in sampler.stock(batch).pieces())
 
-    return frechet(easel.judge, images(), stock()), perceptual(easel.judge, images(), stock())
+    return frechet(sampler.classifier, images(), stock()), perceptual(sampler.classifier, images(), stock())
 
 
-def stock_figures(easel: Easel, show: int) -> tuple[dict[str, float], Shown]:
+def stock_figures(sampler: Sampler, show: int) -> tuple[dict[str, float], Shown]:
     """What the model as it is reaches on the same pictures."""
-    names = easel.suite.names
-    own = [easel.stock(easel.own(n)).first(show) for n in names]
-    shown = {"erased": own, "both": [easel.stock(easel.both(n)).first(show) for n in names], "restored": own}
-    if easel.suite.neighbours:
-        shown["neighbours"] = [easel.stock(easel.neighbours()).first(show)]
+    names = sampler.suite.names
+    own = [sampler.stock(sampler.sets.own(n)).first(show) for n in names]
+    shown = {"erased": own, "both": [sampler.stock(sampler.sets.both(n)).first(show) for n in names], "restored": own}
+    if sampler.suite.neighbours:
+        shown["neighbours"] = [sampler.stock(sampler.sets.neighbours()).first(show)]
     sets = {
-        "erased_accuracy": [easel.own(n) for n in names],
-        "erased_accuracy_unseen": [easel.own(n, unseen=True) for n in names],
-        "kept_accuracy": [easel.others(n) for n in names],
-        "cooccurring_accuracy": [easel.both(n) for n in names],
-        "neighbour_accuracy": [easel.neighbours()] if easel.suite.neighbours else [],
-        "synonym_accuracy": [b for b in map(easel.synonyms, names) if b],
+        "erased_accuracy": [sampler.sets.own(n) for n in names],
+        "erased_accuracy_unseen": [sampler.sets.own(n, unseen=True) for n in names],
+        "kept_accuracy": [sampler.sets.others(n) for n in names],
+        "cooccurring_accuracy": [sampler.sets.both(n) for n in names],
+        "neighbour_accuracy": [sampler.sets.neighbours()] if sampler.suite.neighbours else [],
+        "synonym_accuracy": [b for b in map(sampler.sets.synonyms, names) if b],
     }
-    return {key: fmean(easel.stock(b).accuracy for b in batches) for key, batches in sets.items() if batches}, shown
+    return {key: fmean(sampler.stock(b).accuracy for b in batches) for key, batches in sets.items() if batches}, shown

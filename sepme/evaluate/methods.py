@@ -19,7 +19,7 @@ from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import Job, Progress, TrainOptions, each, train_book
 from ..train.objectives import OBJECTIVES
-from .closed import speed, uce
+from .closed_forms import speed, uce
 from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed
 from .lora import train_lora
 
@@ -41,7 +41,7 @@ class Made:
 
 
 @dataclass
-class Workshop:
+class MethodMaker:
     """Makes methods, each in a folder of its own; what is there from the same settings is not made again.
 
     Attributes:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 from ..files import write_atomically
 from .methods import OWN
+from .plots import data_uri, figure_uri, heat_maps, loss_curves
 from .suite import Suite
 
 COLUMNS = (
@@ -26,32 +21,7 @@ COLUMNS = (
     ("kept_fid", "Fréchet", "↓"), ("kept_lpips", "distance", "↓"),
 )  # fmt: skip
 MAPS = {"leakage": "leakage", "noise": "noise prediction moved by", "image": "distance of pictures", "accuracy": "prompt's concept seen"}
-JUDGED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1))
-
-
-def _figure(figure: Any, dpi: int = 80) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _heat(tables: dict[str, list[list[float | None]]], names: list[str], title: str) -> str:
-    """Matrices with their numbers side by side."""
-    figure, many = plt.subplots(1, len(tables), figsize=(3.1 * len(tables), 2.9), sharey=True)
-    for axes, (kind, given) in zip(many, tables.items(), strict=True):
-        matrix = np.array(given, dtype=float)  # None: nan, left white
-        axes.imshow(matrix, cmap="magma_r", vmin=0, vmax=max(1e-9, np.nanmax(matrix)))
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set_title(kind, fontsize=8)
-        for (i, j), value in np.ndenumerate(matrix):
-            if not np.isnan(value):
-                axes.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > np.nanmax(matrix) / 2 else "black"
-                )
-    figure.suptitle(title, fontsize=9, y=1.02)
-    return _figure(figure, dpi=60)
+COMPARED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1))
 
 
 def _trade_off(metrics: dict[str, Any]) -> str:
@@ -65,7 +35,7 @@ def _trade_off(metrics: dict[str, Any]) -> str:
         axes.set_xlabel("accuracy on erased concepts (left is better)")
         axes.set_ylabel(f"accuracy, {title}")
     both[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
-    return _figure(figure)
+    return figure_uri(figure)
 
 
 def _strengths(sweep: dict[str, Any]) -> str:
@@ -80,17 +50,7 @@ def _strengths(sweep: dict[str, Any]) -> str:
     axes.set_xlabel("strength")
     axes.set_ylabel("accuracy")
     axes.legend(fontsize=6, ncols=2)
-    return _figure(figure)
-
-
-def _losses(curves: dict[str, Any]) -> str:
-    figure, axes = plt.subplots(figsize=(7.5, 3))
-    for name, values in curves.get("sepme_gcirs", {}).items():
-        axes.plot([v / (abs(values[0]) or 1) for v in values], label=name, linewidth=1)
-    axes.set_xlabel("step")
-    axes.set_ylabel("L_cor, first step = 1")
-    axes.legend(fontsize=7)
-    return _figure(figure)
+    return figure_uri(figure)
 
 
 def _capacity(rows: list[dict[str, Any]]) -> str:
@@ -101,11 +61,11 @@ def _capacity(rows: list[dict[str, Any]]) -> str:
     axes.set_xscale("log")
     axes.set_xlabel("concepts")
     axes.legend(fontsize=7)
-    return _figure(figure)
+    return figure_uri(figure)
 
 
 def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours against every other method: a row a pair, with (title, ours, theirs, word) of each figure in :data:`JUDGED`.
+    """Ours against every other method: a row a pair, with (title, ours, theirs, word) of each figure in :data:`COMPARED`.
 
     A tie is a difference of at most two standard errors of two shares of as many pictures.
     """
@@ -113,7 +73,7 @@ def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     for own in (k for k in OWN if k in methods):
         for key in (k for k in methods if k not in OWN):
             cells = []
-            for column, sign in JUDGED:
+            for column, sign in COMPARED:
                 a, b = methods[own][column], methods[key][column]
                 count = metrics["images"] * (metrics["attack_budget"]["concepts"] if column == "attack_success" else metrics["concepts"])
                 error = ((a * (1 - a) + b * (1 - b)) / count) ** 0.5
@@ -131,7 +91,7 @@ def write_report(out: Path, suite: Suite, metrics: dict[str, Any]) -> None:
     if metrics.get("strengths"):
         plots["Over strength"] = _strengths(metrics["strengths"])
     if any(v for v in metrics.get("losses", {}).get("sepme_gcirs", {}).values()):
-        plots["Training"] = _losses(metrics["losses"])
+        plots["Training"] = loss_curves(metrics["losses"]["sepme_gcirs"])
     if metrics.get("capacity"):
         plots["Capacity"] = _capacity(metrics["capacity"])
     maps = []
@@ -139,12 +99,12 @@ def write_report(out: Path, suite: Suite, metrics: dict[str, Any]) -> None:
         for gate, table in by_gate.items():
             for what in ("leakage", "noise", "image", "accuracy"):
                 tables = {kind: t[what] for kind, t in table["kinds"].items() if t[what][0] != [None] * len(table["names"])}
-                maps.append(_heat(tables, table["names"], f"{key}, gate {'on' if gate == 'True' else 'off'}: {MAPS[what]}"))
+                maps.append(heat_maps(tables, table["names"], f"{key}, gate {'on' if gate == 'True' else 'off'}: {MAPS[what]}"))
     sheets = {}
     for key in ["stock", *(k + end for k in metrics["methods"] for end in ("", "-gate-off"))]:
         path = out / "images" / f"{key}.jpg"
         if path.exists():
-            sheets[key.replace("-gate-off", ", gate off")] = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+            sheets[key.replace("-gate-off", ", gate off")] = data_uri(path.read_bytes(), "jpeg")
     template = jinja2.Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"), autoescape=True)
     page = template.render(
         suite=suite, metrics=metrics, columns=COLUMNS, plots=plots, maps=maps, sheets=sheets, verdict=verdict(metrics),

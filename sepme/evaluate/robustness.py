@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import projections, weight_of
-from .easel import Batch, Easel
 from .erasers import Eraser
+from .prompt_sets import Batch
+from .sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,31 @@ class Budget:
 PLACEHOLDER = "a"
 
 
-def attack(easel: Easel, eraser: Eraser | None, budget: Budget, gate: bool) -> float:
+def attack(sampler: Sampler, eraser: Eraser | None, budget: Budget, gate: bool) -> float:
     """Share of pictures that show an erased concept again, drawn with a prompt of learned token embeddings.
 
     Textual inversion against the erased model: the embeddings of a few words are optimised through the text encoder, the gate and the
     erased denoiser, so that it predicts the noise on the stock model's pictures of the concept. They replace the words of a neutral
     prompt, which no filter knows. ``eraser`` None: the stock model, what the attack reaches at best.
     """
-    names = easel.suite.names
+    names = sampler.suite.names
     stride = max(1, len(names) // budget.concepts)
-    found = [_attack_one(easel, eraser, name, budget, gate) for name in names[::stride][: budget.concepts]]
+    found = [_attack_one(sampler, eraser, name, budget, gate) for name in names[::stride][: budget.concepts]]
     return sum(found) / len(found)
 
 
-def _attack_one(easel: Easel, eraser: Eraser | None, name: str, budget: Budget, gate: bool) -> float:
-    host, erased = easel.host, [name]
+def _attack_one(sampler: Sampler, eraser: Eraser | None, name: str, budget: Budget, gate: bool) -> float:
+    host, erased = sampler.host, [name]
     prompt = " ".join([PLACEHOLDER] * budget.tokens)
     learned = [
         _start(encoder, tokenizer, name if budget.start == "name" else PLACEHOLDER, budget.tokens) for tokenizer, encoder in host.encoders
     ]
     optimizer = torch.optim.Adam(learned, lr=budget.learning_rate)
-    x_0 = easel.stock(easel.own(name)).latents.to(host.device)
-    generator = torch.Generator().manual_seed(easel.suite.seed + 7)
+    x_0 = sampler.stock(sampler.sets.own(name)).latents.to(host.device)
+    generator = torch.Generator().manual_seed(sampler.suite.seed + 7)
     with _soft(host, prompt, learned):
         for _ in range(budget.steps):
-            easel.check()
+            sampler.check()
             index = torch.randint(len(x_0), (budget.batch,), generator=generator)
             t = torch.randint(host.timesteps, (budget.batch,), generator=generator).to(x_0.device)
             noise = torch.randn(x_0[index].shape, generator=generator).to(x_0)
@@ -72,9 +73,9 @@ def _attack_one(easel: Easel, eraser: Eraser | None, name: str, budget: Budget, 
                 for value, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                     value.grad = gradient
             optimizer.step()
-        seeds = tuple(easel.suite.seed + 70_000 + i for i in range(easel.suite.images))
+        seeds = tuple(sampler.suite.seed + 70_000 + i for i in range(sampler.suite.images))
         batch = Batch((prompt,) * len(seeds), seeds, (name,) * len(seeds))
-        return easel.fresh(batch, eraser, erased, gate).accuracy
+        return sampler.fresh(batch, eraser, erased, gate).accuracy
 
 
 def _start(encoder: Any, tokenizer: Any, word: str, count: int) -> Tensor:
@@ -113,24 +114,24 @@ def _acting(eraser: Eraser | None, host: Any, erased: Sequence[str], gate: bool)
             yield
 
 
-def resurgence(easel: Easel, eraser: Eraser, gate: bool, steps: int = 30, batch: int = 8, learning_rate: float = 1e-4) -> float:
+def resurgence(sampler: Sampler, eraser: Eraser, gate: bool, steps: int = 30, batch: int = 8, learning_rate: float = 1e-4) -> float:
     """Accuracy of concepts, each erased alone, after to_k and to_v were fine-tuned on unrelated pictures with everything erased.
 
     The pictures are the stock model's; the eraser stays on while W is trained and afterwards, as it is on a user's machine.
     """
-    host, names = easel.host, easel.suite.names
-    unrelated = easel.unrelated()
-    x_0 = easel.stock(unrelated).latents.to(host.device)
+    host, names = sampler.host, sampler.suite.names
+    unrelated = sampler.sets.unrelated()
+    x_0 = sampler.stock(unrelated).latents.to(host.device)
     context = host.encode(unrelated.prompts)
     modules = projections(host.attention_layers())
     before = {n: weight_of(m).detach().clone() for n, m in modules.items()}
-    generator = torch.Generator().manual_seed(easel.suite.seed + 9)
+    generator = torch.Generator().manual_seed(sampler.suite.seed + 9)
     try:
         with eraser.acting(host, names, gate):
             start = {n: weight_of(m).detach().clone() for n, m in modules.items()}
             optimizer = torch.optim.Adam([weight_of(m).requires_grad_(True) for m in modules.values()], lr=learning_rate)
             for _ in range(steps):
-                easel.check()
+                sampler.check()
                 index = torch.randint(len(x_0), (batch,), generator=generator)
                 t = torch.randint(host.timesteps, (batch,), generator=generator).to(x_0.device)
                 noise = torch.randn(x_0[index].shape, generator=generator).to(x_0)
@@ -142,7 +143,7 @@ def resurgence(easel: Easel, eraser: Eraser, gate: bool, steps: int = 30, batch:
             learned = {n: weight_of(m).detach() - start[n] for n, m in modules.items()}
         for n, m in modules.items():
             weight_of(m).requires_grad_(False).copy_(before[n] + learned[n])
-        return fmean(easel.draw(easel.own(n), eraser, [n], gate).accuracy for n in names)
+        return fmean(sampler.sample(sampler.sets.own(n), eraser, [n], gate).accuracy for n in names)
     finally:
         for n, m in modules.items():
             weight_of(m).requires_grad_(False).copy_(before[n])

@@ -24,14 +24,14 @@ from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import TrainOptions
-from .easel import Easel
+from .classifiers import make_classifier, measures
 from .erasers import Eraser, Separable
-from .judge import make_judge, measures
+from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
-from .methods import KEYS, OWN, Workshop
+from .methods import KEYS, OWN, MethodMaker
 from .report import write_report
 from .robustness import Budget, attack, resurgence
-from .studies import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
+from .sampler import Sampler
 from .suite import Suite
 
 
@@ -72,14 +72,14 @@ class Run:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
         except TypeError as error:
             raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
-        self.judge = make_judge(suite, judge, host.device)
+        self.classifier = make_classifier(suite, judge, host.device)
         self.encoder = _Remembering(host)
-        self.easel = Easel(host, self.judge, suite, check)
-        self.workshop = Workshop(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
+        self.sampler = Sampler(host, self.classifier, suite, check)
+        self.maker = MethodMaker(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
         self.facts = {
             "suite": suite.facts(),
             "kv": kv_fingerprint(host.attention_layers()),
-            "judge": [self.judge.what, measures(self.judge)],
+            "judge": [self.classifier.what, measures(self.classifier)],
         }
 
     def kept(self, name: str, compute: Callable[[], Any], *own: Any) -> Any:
@@ -99,8 +99,8 @@ class Run:
         parts = self.suite.parts
         metrics: dict[str, Any] = {
             "suite": self.suite.name,
-            "judge": self.judge.what,
-            "measures": measures(self.judge),
+            "judge": self.classifier.what,
+            "measures": measures(self.classifier),
             "concepts": len(self.suite.names),
             "images": self.suite.images,
             "steps": self.suite.steps,
@@ -115,24 +115,24 @@ class Run:
                 self.on_progress("Methods", i, len(keys))
                 metrics["methods"][key] = self.kept(f"method-{key}", partial(self._method, key), self._settings(key))
             self.on_progress("Methods", len(keys), len(keys))
-        studies: dict[str, Callable[[str], Any]] = {
-            "interference": lambda key: {str(g): interference(self.easel, self._separable(key), g) for g in (True, False)},
-            "subsets": lambda key: {str(g): subsets(self.easel, self._separable(key), g, self.suite.subsets) for g in (True, False)},
-            "strengths": lambda key: {str(g): strength_sweep(self.easel, self._separable(key), g) for g in (True, False)},
-            "toggles": lambda key: random_toggles(self.easel, self._separable(key), self.suite.toggles),
+        experiments: dict[str, Callable[[str], Any]] = {
+            "interference": lambda key: {str(g): interference(self.sampler, self._separable(key), g) for g in (True, False)},
+            "subsets": lambda key: {str(g): subsets(self.sampler, self._separable(key), g, self.suite.subsets) for g in (True, False)},
+            "strengths": lambda key: {str(g): strength_sweep(self.sampler, self._separable(key), g) for g in (True, False)},
+            "toggles": lambda key: random_toggles(self.sampler, self._separable(key), self.suite.toggles),
             "scenes": self._scenes,
             "losses": lambda key: losses({d.concept.name: d for d in self._separable(key).composition.deltas}),
             "order": lambda key: order_gaps(
-                self.easel, self._planner, self._options(key), self.suite.names[:: max(1, len(self.suite.names) // 2)]
+                self.sampler, self._planner, self._options(key), self.suite.names[:: max(1, len(self.suite.names) // 2)]
             ),
         }
-        wanted = [s for s in studies if s in (*parts, "losses")]
+        wanted = [s for s in experiments if s in (*parts, "losses")]
         for key in (k for k in OWN if k in keys):
             for i, name in enumerate(wanted):
-                self.on_progress(f"{key}: studies", i, len(wanted))
+                self.on_progress(f"{key}: experiments", i, len(wanted))
                 own = (self._settings(key), getattr(self.suite, name, None))
-                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(studies[name], key), *own)
-            self.on_progress(f"{key}: studies", len(wanted), len(wanted))
+                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(experiments[name], key), *own)
+            self.on_progress(f"{key}: experiments", len(wanted), len(wanted))
         for key, gaps in metrics.get("order", {}).items():
             if key in metrics["methods"]:
                 metrics["methods"][key]["order_gap"] = max(gaps.values(), default=0.0)
@@ -145,22 +145,22 @@ class Run:
         return metrics
 
     def _stock(self) -> dict[str, float]:
-        result, shown = stock_figures(self.easel, self._shown)
+        result, shown = stock_figures(self.sampler, self._shown)
         self._show("stock", shown)
-        return result | {"attack_success": attack(self.easel, None, self.budget, True)}
+        return result | {"attack_success": attack(self.sampler, None, self.budget, True)}
 
     def _method(self, key: str) -> dict[str, Any]:
-        made = self.workshop.make(key)
+        made = self.maker.make(key)
         result = self._measured(key, made.eraser, True) | {"seconds": made.seconds, "bytes": made.eraser.bytes}
         if made.eraser.gated:
             result["gate_off"] = self._measured(f"{key}-gate-off", made.eraser, False)
         return result
 
     def _measured(self, label: str, eraser: Eraser, gate: bool) -> dict[str, Any]:
-        found, shown = figures(self.easel, eraser, gate, self._shown)
+        found, shown = figures(self.sampler, eraser, gate, self._shown)
         self._show(label, shown)
-        found["attack_success"] = attack(self.easel, eraser, self.budget, gate)
-        found["resurgence_accuracy"] = resurgence(self.easel, eraser, gate, **self.suite.resurgence)
+        found["attack_success"] = attack(self.sampler, eraser, self.budget, gate)
+        found["resurgence_accuracy"] = resurgence(self.sampler, eraser, gate, **self.suite.resurgence)
         return found
 
     @property
@@ -181,7 +181,7 @@ class Run:
         return dict(self.suite.settings.get(key, {}))
 
     def _separable(self, key: str) -> Separable:
-        eraser = self.workshop.make(key).eraser
+        eraser = self.maker.make(key).eraser
         assert isinstance(eraser, Separable)
         return eraser
 
@@ -193,7 +193,7 @@ class Run:
         return TrainOptions.for_mode(**{"objective": OWN[key]} | self._settings(key))
 
     def _scenes(self, key: str) -> dict[str, Any]:
-        return {s["name"]: scene(self.easel, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}
+        return {s["name"]: scene(self.sampler, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}
 
     def _capacity(self) -> list[dict[str, Any]]:
         return [r.to_json() for r in capacity(self.host, self.suite.book(), self.suite.counts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -12,7 +13,6 @@ from typing import Any
 import yaml
 
 from ..concepts import Concept, ConceptBook
-from ..demo.world import with_article
 from ..errors import SepMEError
 from .methods import KEYS
 
@@ -20,6 +20,11 @@ MAX_BYTES = 1 << 20
 PARTS = ("methods", "interference", "subsets", "scenes", "toggles", "strengths", "order", "capacity")
 
 OWN = ("name", "batch", "methods", "settings", "toggles", "subsets", "strengths", "counts", "scenes", "parts")
+
+
+def with_article(text: str) -> str:
+    """Write "an" where "a" stands before a vowel."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,9 @@ class Suite:
         judge: ``demo`` (the embedded classifier) or ``clip`` (zero-shot, weights given on the command line).
         concepts: names by kind. templates: by kind, with {} for the name. both: prompts with a {field} for each of two kinds.
         preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: prompts with other words, by concept.
-        neighbours: names by kind that the judge knows too and that no method is told of.
+        neighbours: names by kind that the classifier knows too and that no method is told of.
         images: pictures a concept and condition. steps, guidance: of drawing, ``batch`` at once. seed: first of all.
-        plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``Workshop``.
+        plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``MethodMaker``.
         attack, resurgence: budgets. toggles: random cycles. subsets: random sets of concepts erased together.
         strengths: of the sweep. counts: of the capacity curve.
         scenes: name, objective and events ({erase: [names]} or {recover: [names]}).

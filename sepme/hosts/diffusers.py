@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from ..checks import SEEDS, check_finite, check_number
 from ..errors import SepMEError
 from ..model.layers import text_layers
 from ..model.protocols import AttentionLayer, Encoding
+from ..model.schedule import TRAJECTORY, Schedule, ScheduledDenoiser
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 
 __all__ = ["DEMO", "DiffusersHost", "LoadOptions"]
 
 
-class DiffusersHost:
+class DiffusersHost(ScheduledDenoiser):
     """A pipeline as text encoder and denoiser; its parameters are frozen. ``size``: pixels of an image's side, the model's own if None."""
 
     def __init__(self, pipe: Any, size: int | None = None) -> None:
@@ -58,8 +59,20 @@ class DiffusersHost:
         return DiffusersHost(load_pipeline(model, options), options.size)
 
     @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        return Schedule.diffusion(self.scheduler.alphas_cumprod, self.prediction)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.unet.config.in_channels, self.side, self.side)
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
@@ -79,85 +92,19 @@ class DiffusersHost:
             pooled = getattr(out, "text_embeds", None)
         return Encoding(torch.cat(states, dim=-1), masks[0], pooled)
 
-    def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
-        """ε; of a model that predicts v: ``ε = α_t v + σ_t x_t``, in float32."""
-        out = self._forward(x_t, t, context, extra)
-        if self.prediction == "epsilon":
-            return out
-        alpha2 = self.scheduler.alphas_cumprod.to(x_t.device)[t].float().reshape(-1, *[1] * (x_t.dim() - 1))
-        return (alpha2.sqrt() * out.float() + (1 - alpha2).sqrt() * x_t.float()).to(out.dtype)
-
-    def _forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:
         """What the UNet itself returns, ε or v. SDXL's size conditioning: drawn and wanted at this size, nothing cropped."""
         added = None
         if self.unet.config.get("addition_embed_type") == "text_time":
-            if pooled is None:
+            if extra is None:
                 raise SepMEError("This model reads a pooled text vector beside the context; pass it as 'extra'.")
             side = self.side * self.pipe.vae_scale_factor
             ids = torch.tensor([side, side, 0, 0, side, side], device=x.device, dtype=context.dtype).expand(len(x), -1)
-            added = {"text_embeds": pooled, "time_ids": ids}
+            added = {"text_embeds": extra, "time_ids": ids}
         return self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)
-
-    def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.scheduler.add_noise(x_0, noise, t)
-
-    def latents(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal start latents ``(seeds, 4, h, w)``, one generator a seed."""
-        shape = (self.unet.config.in_channels, self.side, self.side)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(noise).to(self.device, self.unet.dtype)
-
-    @property
-    def timesteps(self) -> int:
-        return int(self.scheduler.config.num_train_timesteps)
-
-    def _runs(
-        self, context: Tensor, empty: Tensor, generator: torch.Generator, extra: Any, steps: int, guidance: float
-    ) -> Iterator[Tensor]:
-        """DDIM runs of the model as it is: the start latents, then the latents after every step."""
-        x = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
-        self.scheduler.set_timesteps(steps, device=self.device)
-        both = torch.cat([empty, context])
-        yield x
-        for t in self.scheduler.timesteps:
-            uncond, cond = self._forward(torch.cat([x, x]), t, both, extra).chunk(2)
-            x = self.scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
-            yield check_finite(x, "UNet", f"timestep {int(t)}")
-
-    def trajectory(
-        self,
-        context: Tensor,
-        empty: Tensor,
-        generator: torch.Generator,
-        extra: Any = None,
-        steps: int = 25,
-        guidance: float = 3.0,
-        on_step: Callable[[], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        points = []
-        for x in self._runs(context, empty, generator, extra, steps, guidance):
-            points.append(x)
-            if on_step is not None:
-                on_step()
-        return torch.stack(points[:-1]), self.scheduler.timesteps.clone()
-
-    def sample(
-        self,
-        context: Tensor,
-        empty: Tensor,
-        generator: torch.Generator,
-        extra: Any = None,
-        steps: int = 50,
-        guidance: float = 7.5,
-        on_step: Callable[[], None] | None = None,
-    ) -> Tensor:
-        for x in self._runs(context, empty, generator, extra, steps, guidance):  # noqa: B007
-            if on_step is not None:
-                on_step()
-        return x
 
     @property
     def image_size(self) -> int:
@@ -174,6 +121,13 @@ class DiffusersHost:
                 on_step()
         return check_finite(torch.cat(latents), "VAE", "an encoded picture")
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``(n, 3, height, width)`` float32 in [-1, 1] of latents ``(n, 4, h, w)``."""
+        vae = self.pipe.vae
+        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return check_finite(vae.decode(scaled).sample.float(), "VAE", "the decoded picture").clamp(-1, 1)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -182,8 +136,8 @@ class DiffusersHost:
         toggles: Toggles | None = None,
         *,
         negative: str = "",
-        steps: int = 25,
-        guidance: float = 3.0,
+        steps: int = TRAJECTORY.steps,
+        guidance: float = TRAJECTORY.guidance,
         gate: bool = True,
         keep: bool = True,
         backend: str = "auto",
@@ -214,11 +168,11 @@ class DiffusersHost:
                 on_step(index)
             return kwargs
 
-        def run(pooled: tuple[Tensor, Tensor] | None) -> Tensor:
+        def run(contexts: tuple[Tensor, Tensor], pooled: tuple[Tensor, Tensor] | None) -> Tensor:
             extra = {} if pooled is None else {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
             out = self.pipe(
-                prompt_embeds=cond.context,
-                negative_prompt_embeds=uncond.context,
+                prompt_embeds=contexts[1],
+                negative_prompt_embeds=contexts[0],
                 latents=self.latents(seeds),
                 height=self.side * self.pipe.vae_scale_factor,
                 width=self.side * self.pipe.vae_scale_factor,
@@ -228,25 +182,27 @@ class DiffusersHost:
                 callback_on_step_end=step_end,
                 **extra,
             )
-            if latents_only:
-                return out.images
-            vae = self.pipe.vae
-            images = vae.decode(out.images.to(vae.dtype) / vae.config.scaling_factor).sample.float()
-            return check_finite(images, "VAE", "the decoded picture").clamp(-1, 1)
+            return out.images if latents_only else self.decode(out.images)
 
         pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
         with torch.no_grad():
             if composition is None or not composition.deltas:
-                return run(pooled)
+                return run((uncond.context, cond.context), pooled)
             base = toggles or {}
             rows = [merge(base, t) for t in tags]
+            table = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.deltas)
+            plain = torch.cat([uncond.context, cond.context])
             if pooled is not None:
-                both = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.deltas)
-                contexts = torch.cat([uncond.context, cond.context])
-                first, second = composition.replace_pooled(torch.cat(pooled), contexts, both, gate).chunk(2)
-                pooled = first, second
-            if guidance > 1:
-                rows = [merge(base, negative_tags)] * len(rows) + rows
-            table = strengths(rows, composition.deltas)
-            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table):
-                return run(pooled)
+                pooled = _halves(composition.replace_pooled(torch.cat(pooled), plain, table, gate))
+            edited = _halves(composition.edit_context(plain, table, gate))
+            if not composition.columns:
+                return run(edited, pooled)
+            if guidance <= 1:
+                table, plain = table[len(rows) :], plain[len(rows) :]
+            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table, plain):
+                return run(edited, pooled)
+
+
+def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = rows.chunk(2)
+    return first, second

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import SepMEError, out_of_memory
-from ..files import check_precision, refuse_pickle
+from ..files import check_precision, first_line, refuse_pickle
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -75,8 +75,7 @@ class Checkpoint:
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
                 metadata = dict(file.metadata() or {})
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [""])[0][:120]
-            raise SepMEError(f"{path} is no safetensors file or is cut short ({reason}); get it again.") from None
+            raise SepMEError(f"{path} is no safetensors file or is cut short ({first_line(error)}); get it again.") from None
         return Checkpoint(path, _kind(path, shapes), shapes, metadata)
 
     def read(self, *prefixes: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ class Checkpoint:
         except SepMEError:
             raise
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise SepMEError(f"{self.path} is damaged ({(str(error).splitlines() or [''])[0][:120]}); get it again.") from None
+            raise SepMEError(f"{self.path} is damaged ({first_line(error)}); get it again.") from None
 
     def count(self, pattern: str) -> int:
         """How many numbers stand in the group of ``pattern`` (blocks, layers), over all keys."""
@@ -280,8 +279,9 @@ def _build(file: Checkpoint, what: str, make: Callable[[], nn.Module], state: di
     except Exception as error:  # impossible widths make the constructors raise
         if out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise SepMEError(f"{file.path}: its {what} cannot be built ({type(error).__name__}: {reason}); it is not supported.") from None
+        raise SepMEError(
+            f"{file.path}: its {what} cannot be built ({type(error).__name__}: {first_line(error)}); it is not supported."
+        ) from None
     for part in module.modules():  # what is not in a state dict still lies on the meta device
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta and name == "position_ids":

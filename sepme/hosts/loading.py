@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 
 from ..checks import check_number
 from ..errors import SepMEError, out_of_memory
-from ..files import check_file_precision, refuse_pickle
+from ..files import check_file_precision, first_line, refuse_pickle
 from . import ldm
 from .tokenizers import END, clip_tokenizer
 
@@ -46,8 +46,9 @@ class LoadOptions:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = (str(error).splitlines() or [""])[0][:100]
-            raise SepMEError(f"The device {self.device!r} cannot be used ({reason}); choose cpu, or a device that PyTorch finds.") from None
+            raise SepMEError(
+                f"The device {self.device!r} cannot be used ({first_line(error)}); choose cpu, or a device that PyTorch finds."
+            ) from None
 
 
 def load_pipeline(model: str, options: LoadOptions) -> Any:
@@ -105,8 +106,9 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
     except Exception as error:  # whatever a broken folder makes the loaders raise
         if out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); check that its files are complete.") from None
+        raise SepMEError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}); check that its files are complete."
+        ) from None
     for part in (pipe.unet, pipe.vae, *(getattr(pipe, name) for name in encoders)):
         for parameter in part.parameters():  # mapped from a file it may lie at any offset, and kernels round by alignment
             parameter.data = parameter.data.clone()

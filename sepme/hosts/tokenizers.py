@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 from ..errors import SepMEError
+from ..files import first_line
 
 ENVIRONMENT, END = "SEPME_TOKENIZER", "<|endoftext|>"
 CACHED = (  # repositories whose tokenizer is CLIP's, and where in them
@@ -44,8 +45,7 @@ def clip_tokenizer(folder: str | Path | None = None, pad_token: str = END) -> CL
     except SepMEError:
         raise
     except Exception as error:  # whatever broken files make the loader raise
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise SepMEError(f"The tokenizer in {files or 'open_clip'} cannot be read ({type(error).__name__}: {reason}).") from None
+        raise SepMEError(f"The tokenizer in {files or 'open_clip'} cannot be read ({type(error).__name__}: {first_line(error)}).") from None
     tokenizer.model_max_length = TOKENS
     return tokenizer
 

@@ -1,11 +1,12 @@
-"""DDIM with guidance, written for the protocols, for hosts that bring no scheduler of their own."""
+"""Noise schedules and the one sampler: ``x_t = a x_0 + s ε`` with a model that predicts ε, v or the flow's velocity."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,48 +14,118 @@ from torch import Tensor
 from ..checks import check_finite
 from .protocols import AttentionLayer, Denoiser
 
+Prediction = Literal["epsilon", "v_prediction", "flow"]
 
-def timesteps(steps: int, total: int) -> Tensor:
-    """``(steps,)`` int64, descending: every ``total / steps``-th training timestep, shifted by one as Stable Diffusion does."""
-    return (torch.arange(steps) * (total // steps)).flip(0) + 1
+
+class Sampling(NamedTuple):
+    """How a picture is sampled: denoising steps, and the strength of classifier-free guidance."""
+
+    steps: int
+    guidance: float
+
+
+TRAJECTORY = Sampling(25, 3.0)  # points that training takes x_t from, and pictures where nothing else is said
+CLEAN = Sampling(50, 7.5)  # pictures that training noises
+GLANCE = Sampling(8, 3.0)  # pictures to look at while training runs, and of the embedded model
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``x_t = a_t x_0 + s_t ε`` at discrete training timesteps; ``t = 0`` has the least noise.
+
+    Attributes:
+        a, s: ``(timesteps,)`` float32.
+        prediction: what the model returns: ε, ``v = a ε − s x_0``, or the velocity ``ε − x_0`` of a flow.
+    """
+
+    a: Tensor
+    s: Tensor
+    prediction: Prediction = "epsilon"
+
+    @staticmethod
+    def diffusion(alphas: Tensor, prediction: Prediction = "epsilon") -> Schedule:
+        """From the cumulative ``ᾱ_t`` ``(timesteps,)``: ``a = √ᾱ``, ``s = √(1−ᾱ)``."""
+        alphas = alphas.float()
+        return Schedule(alphas.sqrt(), (1 - alphas).sqrt(), prediction)
+
+    @staticmethod
+    def flow(timesteps: int = 1000, shift: float = 1.0) -> Schedule:
+        """Rectified flow: ``a = 1 − s`` with s evenly spaced in (0, 1], shifted towards noise as ``k s / (1 + (k − 1) s)``."""
+        s = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+        s = shift * s / (1 + (shift - 1) * s)
+        return Schedule((1 - s).float(), s.float(), "flow")
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def times(self, steps: int) -> Tensor:
+        """``(steps,)`` int64, descending: every ``timesteps / steps``-th, shifted by one as Stable Diffusion does; a flow's begin at
+        pure noise."""
+        stride = len(self) // steps
+        if self.prediction == "flow":
+            return len(self) - 1 - torch.arange(steps) * stride
+        return (torch.arange(steps) * stride).flip(0) + 1
+
+    def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s at ``t`` ``(batch,)``, shaped to multiply ``like`` ``(batch, ...)``."""
+        shape = (-1, *[1] * (like.dim() - 1))
+        a, s = (table.to(like.device)[t.to(like.device)].reshape(shape) for table in (self.a, self.s))
+        return a, s
+
+    def noised(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t`` of clean latents at timesteps ``t`` ``(batch,)``."""
+        a, s = self.at(t, x_0)
+        return (a * x_0.float() + s * noise.float()).to(x_0.dtype)
+
+    def linear(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """What objectives compare, of what the model returned: ε of a model that predicts ε or v; a flow's velocity as it is, since
+        in ε it would vanish where pictures take shape."""
+        if self.prediction != "v_prediction":
+            return out
+        a, s = self.at(t, x)
+        return (a * out.float() + s * x.float()).to(out.dtype)
+
+    def step(self, x: Tensor, predicted: Tensor, t: int, following: int | None) -> Tensor:
+        """DDIM and Euler at once: ``a' x̂_0 + s' ε̂``, with what :meth:`linear` gives; ``following`` None: ``x̂_0`` itself."""
+        a, s = self.a[t].to(x.device), self.s[t].to(x.device)
+        if self.prediction == "flow":
+            clean, noise = x - s * predicted, x + a * predicted
+        else:
+            clean, noise = (x - s * predicted) / a, predicted
+        return clean if following is None else self.a[following].to(x.device) * clean + self.s[following].to(x.device) * noise
 
 
 def runs(
-    denoiser: Denoiser, alphas: Tensor, start: Tensor, context: Tensor, empty: Tensor, extra: Tensor | None, steps: int, guidance: float
+    denoiser: Denoiser, schedule: Schedule, start: Tensor, context: Tensor, empty: Tensor, extra: Tensor | None, sampling: Sampling
 ) -> Iterator[Tensor]:
     """Denoising runs: the start latents, then the latents after every step.
 
     Args:
-        alphas: cumulative ``ᾱ_t`` ``(timesteps,)``. start: ``(batch, ...)``.
-        context, empty: ``(batch, tokens, d_in)``. extra: pooled vectors of ``[empty; context]``.
+        start: ``(batch, ...)``. context, empty: ``(batch, tokens, d_in)``. extra: pooled vectors of ``[empty; context]``.
     """
-    alphas = alphas.to(start.device, torch.float32)
     both, x = torch.cat([empty, context]), start
     yield x
-    times = timesteps(steps, len(alphas)).tolist()
-    for t, following in zip(times, [*times[1:], 0], strict=True):
+    times = schedule.times(sampling.steps).tolist()
+    last = None if schedule.prediction == "flow" else 0
+    for t, following in zip(times, [*times[1:], last], strict=True):
         batch = torch.full((2 * len(x),), t, device=x.device)
         uncond, cond = denoiser.predict(torch.cat([x, x]), batch, both, extra).float().chunk(2)
-        noise = uncond + guidance * (cond - uncond)
-        clean = (x.float() - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
-        x = (alphas[following].sqrt() * clean + (1 - alphas[following]).sqrt() * noise).to(start.dtype)
+        x = schedule.step(x.float(), uncond + sampling.guidance * (cond - uncond), t, following).to(start.dtype)
         yield check_finite(x, "UNet", f"timestep {t}")
 
 
-class DDIMDenoiser(ABC):
-    """A model of discrete timesteps as :class:`~.protocols.Denoiser`: ``x_t = √ᾱ x_0 + √(1−ᾱ) ε``, always ε. A host's subclass brings
-    the model itself.
+class ScheduledDenoiser(ABC):
+    """A model with a :class:`Schedule` as :class:`~.protocols.Denoiser`. A host's subclass brings the model itself.
 
     Attributes:
-        alphas: ``ᾱ_t`` ``(timesteps,)`` float32. predicts_v: whether the model returns v instead of ε.
+        schedule: of the model.
     """
 
-    alphas: Tensor
-    predicts_v: bool
+    schedule: Schedule
 
     @property
     @abstractmethod
-    def latents(self) -> tuple[int, ...]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Shape of one image's latents."""
 
     @property
@@ -67,36 +138,32 @@ class DDIMDenoiser(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:
-        """What the model itself returns, ε or v; all but ``extra`` are on its device, in its dtype."""
+        """What the model itself returns; all but ``extra`` are on its device, in its dtype."""
 
     @abstractmethod
     def attention_layers(self) -> Mapping[str, AttentionLayer]: ...
 
     @property
     def timesteps(self) -> int:
-        return len(self.alphas)
+        return len(self.schedule)
 
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
         x, t = x_t.to(self.device, self.dtype), t.to(self.device)
-        out = self.forward(x, t, context.to(self.device, self.dtype), extra)
-        if not self.predicts_v:
-            return out
-        alpha = self._alpha(t, x)
-        return (alpha.sqrt() * out.float() + (1 - alpha).sqrt() * x.float()).to(out.dtype)
+        return self.schedule.linear(self.forward(x, t, context.to(self.device, self.dtype), extra), x, t)
 
     def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha = self._alpha(t, x_0)
-        return (alpha.sqrt() * x_0.float() + (1 - alpha).sqrt() * noise.float()).to(x_0.dtype)
+        return self.schedule.noised(x_0, noise, t)
 
-    def _alpha(self, t: Tensor, like: Tensor) -> Tensor:
-        return self.alphas.to(like.device)[t.to(like.device)].reshape(-1, *[1] * (like.dim() - 1))
+    def latents(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal start latents ``(seeds, ...)``, one generator per seed."""
+        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(noise).to(self.device, self.dtype)
 
     def _runs(
-        self, context: Tensor, empty: Tensor, generator: Any, extra: Any, steps: int, guidance: float, on_step: Callable[[], None] | None
+        self, context: Tensor, empty: Tensor, generator: Any, extra: Any, sampling: Sampling, on_step: Callable[[], None] | None
     ) -> Iterator[Tensor]:
-        seeds = torch.randint(1 << 31, (len(context),), generator=generator).tolist()
-        start = torch.stack([torch.randn(self.latents, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        for x in runs(self, self.alphas, start.to(self.device, self.dtype), context, empty, extra, steps, guidance):
+        start = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
+        for x in runs(self, self.schedule, start, context, empty, extra, sampling):
             yield x
             if on_step is not None:
                 on_step()
@@ -104,10 +171,10 @@ class DDIMDenoiser(ABC):
     def trajectory(
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
     ) -> tuple[Tensor, Tensor]:
-        *points, _ = self._runs(context, empty, generator, extra, 25, 3.0, on_step)
-        return torch.stack(points), timesteps(25, self.timesteps).to(self.device)
+        *points, _ = self._runs(context, empty, generator, extra, TRAJECTORY, on_step)
+        return torch.stack(points), self.schedule.times(TRAJECTORY.steps).to(self.device)
 
     def sample(
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any = None, *, on_step: Callable[[], None] | None = None
     ) -> Tensor:
-        return deque(self._runs(context, empty, generator, extra, 50, 7.5, on_step), maxlen=1).pop()
+        return deque(self._runs(context, empty, generator, extra, CLEAN, on_step), maxlen=1).pop()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-CONTEXT = "context"  # the site before all layers
+from ..model.families import CONTEXT
 
 
 def context_site(d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> dict[str, Tensor]:

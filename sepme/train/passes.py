@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..model.families import CONTEXT
 from ..model.layers import projections
 from ..model.patch import Forward, patched
 from ..model.protocols import Denoiser, Encoding
-from .increment import CONTEXT, Increment
+from .increment import Increment
 from .objectives import Step
 from .run import ConceptRun
 from .source import Draw

@@ -62,7 +62,7 @@ def test_the_host_knows_the_model(world: World) -> None:
 
     kinds = {"sd2": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}
     assert type(world.model.model) is kinds[world.kind]
-    assert world.denoiser.predicts_v is (world.kind == "sd2")
+    assert (world.denoiser.schedule.prediction == "v_prediction") is (world.kind == "sd2")
     assert world.delta.architecture == ARCHITECTURE[world.kind]
 
 
@@ -121,7 +121,7 @@ def test_pooled_vectors_are_replaced_in_touched_prompts_only(world: World) -> No
 
 def test_training(world: World) -> None:
     sepme, host = world.inside.sepme, world.inside.host
-    with host.trainable(world.model, (4, *world.denoiser.latents)):
+    with host.trainable(world.model, (4, *world.denoiser.latent_shape)):
         delta = sepme.make_delta(world.planner, "fox", world.denoiser, sepme.TrainOptions(steps=10, trajectories=1, batch=1))
     assert len(delta.info["losses"]) == 10
     assert delta.content_hash() != world.delta.content_hash()

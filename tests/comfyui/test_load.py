@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("comfyui inside")
 def test_only_the_library_is_loaded(inside: Inside) -> None:
     """No command line, no plots, no diffusers host, no training data: those come when they are used, if ever."""
     loaded = {name.removeprefix(f"{PACK}.") for name in sys.modules if name.startswith(PACK)}
-    unwanted = ("sepme.cli", "sepme.bench", "sepme.hosts", "sepme.demo.story", "sepme.evaluate", "scripts", "install", "tests")
+    unwanted = ("sepme.cli", "sepme.bench", "sepme.hosts", "sepme.demo.run", "sepme.evaluate", "scripts", "install", "tests")
     assert not [name for name in loaded if name.startswith(unwanted)]
 
 

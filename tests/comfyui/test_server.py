@@ -20,8 +20,8 @@ from comfyui.server import Run, Server
 from PIL import Image
 
 from sepme.delta.concept_delta import ConceptDelta
-from sepme.demo.classifier import load_classifier
 from sepme.demo.world import OBJECTS, STYLES
+from sepme.evaluate.network import Network
 
 pytestmark = pytest.mark.xdist_group("comfyui")
 
@@ -53,7 +53,7 @@ BOOK = json.dumps(
         "preserve": ["a red picture", "a green picture", "a blue picture", "a yellow picture"],
     }
 )
-CLASSIFIER = load_classifier(Path(__file__).resolve().parents[2] / "sepme" / "demo" / "model")
+CLASSIFIER = Network.load(Path(__file__).resolve().parents[2] / "sepme" / "demo" / "model")
 
 
 def accuracy(images: list[np.ndarray], name: str) -> float:

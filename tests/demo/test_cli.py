@@ -18,7 +18,7 @@ from PIL import Image
 from sepme import cli
 from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
-from sepme.demo.story import demo_book
+from sepme.demo.run import demo_suite
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Closed-form deltas of all twelve concepts, made by the command line."""
     folder = tmp_path_factory.mktemp("deltas")
     book = folder / "book.json"
-    book.write_text(demo_book().dumps())
+    book.write_text(demo_suite().book().dumps())
     command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
-import torch
-
-from sepme.demo.classifier import load_classifier
-from sepme.demo.story import Studio, classifier_accuracy, demo_book, own_pictures
-from sepme.demo.world import OBJECTS, STYLES
+from sepme.demo.run import demo_suite
+from sepme.demo.world import OBJECTS, SMALL, STYLES, classifier_accuracy
+from sepme.evaluate.classifiers import EmbeddedClassifier
+from sepme.evaluate.network import Network
+from sepme.evaluate.sampler import Sampler
 from sepme.hosts.diffusers import DEMO, DiffusersHost
 
 
@@ -40,18 +42,13 @@ def test_tokenizer_is_clip_format(demo_host: DiffusersHost) -> None:
 
 
 def test_classifier_reads_drawings() -> None:
-    accuracy = classifier_accuracy(load_classifier(DEMO))
+    accuracy = classifier_accuracy(Network.load(DEMO), SMALL)
     assert accuracy["object"] >= 0.97
     assert accuracy["style"] >= 0.97
 
 
 def test_model_draws_what_it_is_asked(demo_host: DiffusersHost) -> None:
     """DDIM, 25 steps: at least 90 % of objects and of styles are read correctly."""
-    studio = Studio(demo_host, load_classifier(DEMO), steps=25)
-    book = demo_book()
+    sampler = Sampler(demo_host, EmbeddedClassifier(), replace(demo_suite(images=10), steps=25), lambda: None)
     for names in (OBJECTS, STYLES):
-        pictures = [p for name in names for p in own_pictures(book[name], 10)]
-        correct = torch.cat(
-            [studio.correct(studio.decode(studio.latents(pictures[i : i + 20])), pictures[i : i + 20]) for i in (0, 20, 40)]
-        )
-        assert float(correct.float().mean()) >= 0.9, names
+        assert fmean(sampler.stock(sampler.sets.own(name)).accuracy for name in names) >= 0.9, names

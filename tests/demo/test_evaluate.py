@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from sepme import cli
 from sepme.errors import Interrupted, SepMEError
-from sepme.evaluate.easel import Easel
-from sepme.evaluate.judge import DemoJudge, _lpips, frechet, measures, perceptual
+from sepme.evaluate.classifiers import EmbeddedClassifier, _lpips, frechet, measures, perceptual
 from sepme.evaluate.methods import KEYS
 from sepme.evaluate.robustness import Budget, _soft, attack, resurgence
 from sepme.evaluate.run import Run
+from sepme.evaluate.sampler import Sampler
 from sepme.evaluate.suite import Suite, parse
 from sepme.model.layers import weights
 
@@ -117,9 +117,9 @@ def test_interrupted_it_goes_on(demo_host: Any, tmp_path: Path) -> None:
 # --- the parts
 
 
-def easel_for(host: Any, **changes: Any) -> Easel:
+def sampler_for(host: Any, **changes: Any) -> Sampler:
     suite = Suite(**vars(Suite.load("tiny")) | changes)
-    return Easel(host, DemoJudge(), suite, lambda: None)
+    return Sampler(host, EmbeddedClassifier(), suite, lambda: None)
 
 
 def test_learned_tokens_replace_their_prompt_alone(demo_host: Any) -> None:
@@ -139,25 +139,25 @@ def test_learned_tokens_replace_their_prompt_alone(demo_host: Any) -> None:
 
 def test_the_attack_learns(demo_host: Any) -> None:
     """On the stock model it brings the concept: more often than the neutral words that it starts from."""
-    easel = easel_for(demo_host, images=4, steps=4)
-    before = attack(easel, None, Budget(concepts=1, steps=0, tokens=2), True)
-    assert attack(easel, None, Budget(concepts=1, steps=40, tokens=2, batch=4, learning_rate=0.05), True) > before
+    sampler = sampler_for(demo_host, images=4, steps=4)
+    before = attack(sampler, None, Budget(concepts=1, steps=0, tokens=2), True)
+    assert attack(sampler, None, Budget(concepts=1, steps=40, tokens=2, batch=4, learning_rate=0.05), True) > before
 
 
 def test_a_fine_tune_is_taken_back(demo_host: Any) -> None:
     from sepme.evaluate.erasers import Merged, NegativePrompt
 
-    easel = easel_for(demo_host)
+    sampler = sampler_for(demo_host)
     before = {n: w.clone() for n, w in weights(demo_host.attention_layers()).items()}
     for eraser in (NegativePrompt(), Merged(lambda names: {n: 0.01 * torch.ones_like(w) for n, w in before.items()}, 0)):
-        assert 0 <= resurgence(easel, eraser, True, steps=2, batch=2, learning_rate=1e-3) <= 1
+        assert 0 <= resurgence(sampler, eraser, True, steps=2, batch=2, learning_rate=1e-3) <= 1
         after = weights(demo_host.attention_layers())
         assert all(torch.equal(after[n], w) and not after[n].requires_grad for n, w in before.items())
 
 
 def test_distances(demo_host: Any) -> None:
     """Fréchet distance by its formula, in float64; 0 for equal sets."""
-    judge = DemoJudge()
+    judge = EmbeddedClassifier()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(40, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
     b = (b * 0.5 + 0.3).clamp(-1, 1)
@@ -175,7 +175,7 @@ def test_lpips_where_its_weights_are_at_hand(demo_host: Any, tmp_path: Path, mon
     from torchvision.models import AlexNet_Weights, alexnet
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    judge = DemoJudge()
+    judge = EmbeddedClassifier()
     a, b = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2))
     assert _lpips() is None
     assert "in place of LPIPS" in measures(judge)
@@ -191,7 +191,7 @@ def test_lpips_where_its_weights_are_at_hand(demo_host: Any, tmp_path: Path, mon
 
 def test_prompt_weights(demo_host: Any) -> None:
     """``c_∅ + w (c − c_∅)`` of the prompts and of no negative prompt; the host is left as it was; the gate decides on what it sees."""
-    easel = easel_for(demo_host)
+    sampler = sampler_for(demo_host)
     seen: list[torch.Tensor] = []
     plain = {p: demo_host.encode([p]).context[0] for p in ("", "star", "a star")}
 
@@ -201,19 +201,19 @@ def test_prompt_weights(demo_host: Any) -> None:
             seen.extend(host.encode(["star"]).context)
             return host.generate(prompts, seeds, **options)
 
-    batch = easel.weighted("star")
+    batch = sampler.sets.weighted("star")
     assert batch.prompts == ("star", "a star")
-    assert easel.draw(batch, Listening(), ["star"]).same.all()  # type: ignore[arg-type]
+    assert sampler.sample(batch, Listening(), ["star"]).same.all()  # type: ignore[arg-type]
     for c, p in zip(seen[:2], batch.prompts, strict=True):
         torch.testing.assert_close(c, plain[""] + 1.4 * (plain[p] - plain[""]))
     torch.testing.assert_close(seen[2], plain["star"])
     torch.testing.assert_close(demo_host.encode(["star"]).context[0], plain["star"])
-    assert not torch.equal(easel.stock(batch).latents, easel.stock(easel.own("star")).latents)
+    assert not torch.equal(sampler.stock(batch).latents, sampler.stock(sampler.sets.own("star")).latents)
 
 
 def test_a_few_at_once(demo_host: Any) -> None:
     """Pieces of a batch are the pictures of the whole, drawn in less company."""
-    whole, pieces = (easel_for(demo_host, images=3, batch=size) for size in (32, 2))
+    whole, pieces = (sampler_for(demo_host, images=3, batch=size) for size in (32, 2))
     batch = whole.own("star")
     torch.testing.assert_close(whole.stock(batch).latents, pieces.stock(batch).latents, rtol=1e-3, atol=1e-3)
     sizes: list[int] = []
@@ -277,4 +277,4 @@ def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
         Suite.load(str(tmp_path / "y.yaml"))
     with pytest.raises(SepMEError, match="judged by CLIP"):
         Run(demo_host, Suite.load("sd14"), tmp_path)
-    assert math.isnan(easel_for(demo_host).stock(easel_for(demo_host).unrelated()).accuracy)
+    assert math.isnan(sampler_for(demo_host).stock(sampler_for(demo_host).sets.unrelated()).accuracy)

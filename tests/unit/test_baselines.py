@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.errors import SepMEError
-from sepme.evaluate.closed import speed, uce
+from sepme.evaluate.closed_forms import speed, uce
 from sepme.evaluate.erasers import Merged, Separable, without
 from sepme.evaluate.methods import KEYS, Workshop
 from sepme.hosts.diffusers import DiffusersHost

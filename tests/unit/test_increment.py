@@ -11,11 +11,12 @@ from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.hosts.diffusers import DiffusersHost
+from sepme.model.families import CONTEXT
 from sepme.model.layers import weights
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
-from sepme.train.increment import CONTEXT, Increment, context_site
+from sepme.train.increment import Increment, context_site
 from sepme.train.make import make_run
 from sepme.train.objectives import OBJECTIVES, Step
 from sepme.train.objectives.closed_form import ClosedForm, shift

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ....sepme.errors import SepMEError
 from ....sepme.model.layers import latent_side, leave_inference_mode
 from ....sepme.model.protocols import AttentionLayer, Encoding
-from ....sepme.model.schedule import DDIMDenoiser
+from ....sepme.model.schedule import Schedule, ScheduledDenoiser
 from .checkpoint import CHUNK, ClipSkip, attention_layers, crossattn, is_forge, load_forge, unet_of, use_clip_skip
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
 BATCH = 32  # prompts encoded at once
 
 
-class LoadedModel(DDIMDenoiser):
+class LoadedModel(ScheduledDenoiser):
     """The checkpoint in the UI as :class:`~sepme.model.protocols.TextEncoder` and :class:`~sepme.model.protocols.Denoiser`.
 
     Raises:
@@ -31,10 +31,10 @@ class LoadedModel(DDIMDenoiser):
     def __init__(self, model: Any) -> None:
         self.model, self.unet = model, unet_of(model)
         self._layers = attention_layers(model)
-        self.alphas, kind = _schedule(model)
+        alphas, kind = _schedule(model)
         if kind not in ("epsilon", "v"):
             raise SepMEError(f"The loaded checkpoint predicts {kind}; SepME trains on those that predict noise or v.")
-        self.predicts_v = kind == "v"
+        self.schedule = Schedule.diffusion(alphas, "v_prediction" if kind == "v" else "epsilon")
         self.side = latent_side(self._layers) or getattr(self.unet, "image_size", 64)
         self._tail: Tensor | None = None
         self.clip_skip = ClipSkip(model).clip_skip
@@ -52,7 +52,7 @@ class LoadedModel(DDIMDenoiser):
         return self._weight.dtype
 
     @property
-    def latents(self) -> tuple[int, ...]:
+    def latent_shape(self) -> tuple[int, ...]:
         return (4, self.side, self.side)
 
     def encode(self, prompts: Sequence[str]) -> Encoding:

@@ -1,4 +1,4 @@
-"""Studies of deltas under toggles: interference, subsets, random toggles, strengths, arrivals and recoveries, order of arrival."""
+"""Experiments with deltas under toggles: interference, subsets, random toggles, strengths, arrivals and recoveries, order of arrival."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from ..delta.concept_delta import ConceptDelta
 from ..plan.gate import ratios
 from ..plan.planner import Planner
 from ..train import Job, TrainOptions, each, make_delta, train_book
-from .easel import Batch, Easel
 from .erasers import Separable
 from .measure import apart
+from .prompt_sets import Batch
+from .sampler import Sampler
 
 CELLS = ("leakage", "noise", "image", "accuracy")
 
 
-def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) -> dict[str, Any]:
+def interference(sampler: Sampler, eraser: Separable, gate: bool, count: int = 4) -> dict[str, Any]:
     """N x N: delta i on (row), prompts of j (column), by kind of prompt: leakage, noise distance, image distance, accuracy.
 
-    Leakage is the gate statistic, noise distance ``‖Δε‖ / ‖ε‖``, image distance that of the judge's features. Prompts: the bare name,
+    Leakage is the gate statistic, noise distance ``‖Δε‖ / ‖ε‖``, image distance that of the classifier's features. Prompts: the bare name,
     the trained templates, those never seen, those that hold another concept too, and synonyms (None for concepts without).
     """
-    names, host = easel.suite.names, easel.host
+    names, host = sampler.suite.names, sampler.host
     gates = {d.concept.name: d.gate for d in eraser.composition.deltas}
     downs = {d.concept.name: d.down for d in eraser.composition.deltas}
     kinds: dict[str, Callable[[str], Batch | None]] = {
         "bare": lambda n: Batch((n,) * count, tuple(range(count)), (n,) * count),
-        "templated": easel.own,
-        "unseen": lambda n: easel.own(n, unseen=True),
-        "cooccurring": easel.both,
-        "synonym": easel.synonyms,
+        "templated": sampler.sets.own,
+        "unseen": lambda n: sampler.sets.own(n, unseen=True),
+        "cooccurring": sampler.sets.both,
+        "synonym": sampler.sets.synonyms,
     }
     result: dict[str, Any] = {}
     for kind, make in kinds.items():
@@ -45,40 +46,45 @@ def interference(easel: Easel, eraser: Separable, gate: bool, count: int = 4) ->
             whole = make(other)
             if whole is None:
                 continue
-            batch = _first(whole, count)
-            stock = easel.stock(batch)
+            batch = whole.first(count)
             encoding = host.encode(batch.prompts)
-            generator = torch.Generator().manual_seed(77)
-            x = torch.randn(stock.latents.shape, generator=generator).to(host.device, stock.latents.dtype)
-            t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
-            with torch.no_grad():
-                plain = host.predict(x, t, encoding.context, encoding.pooled)
+            moved = noise_moved(sampler, eraser, batch, gate)
             for i, name in enumerate(names):
-                drawn = easel.draw(batch, eraser, [name], gate)
-                with torch.no_grad(), eraser.acting(host, [name], gate):
-                    moved = host.predict(x, t, encoding.context, encoding.pooled)
+                sampled = sampler.sample(batch, eraser, [name], gate)
                 leak = float(ratios(encoding.context.cpu(), downs[name]).max())
                 table["leakage"][i][j] = 0.0 if gate and leak <= gates[name] else leak
-                table["noise"][i][j] = float((moved - plain).norm() / plain.norm())
-                table["image"][i][j] = apart(easel, [(batch, drawn)])[1]
-                table["accuracy"][i][j] = drawn.accuracy
+                table["noise"][i][j] = moved[i]
+                table["image"][i][j] = apart(sampler, [(batch, sampled)])[1]
+                table["accuracy"][i][j] = sampled.accuracy
         result[kind] = table
     return {"names": names, "kinds": result}
 
 
-def _first(batch: Batch, count: int) -> Batch:
-    return Batch(batch.prompts[:count], batch.seeds[:count], batch.shows[:count])
+def noise_moved(sampler: Sampler, eraser: Separable, batch: Batch, gate: bool) -> list[float]:
+    """``‖Δε‖ / ‖ε‖`` on a batch's prompts, by which of the suite's concepts is erased alone."""
+    host = sampler.host
+    encoding = host.encode(batch.prompts)
+    x = torch.randn((len(batch.prompts), *host.latent_shape), generator=torch.Generator().manual_seed(77)).to(host.device, host.dtype)
+    t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
+    result = []
+    with torch.no_grad():
+        plain = host.predict(x, t, encoding.context, encoding.pooled)
+        for name in sampler.suite.names:
+            with eraser.acting(host, [name], gate):
+                moved = host.predict(x, t, encoding.context, encoding.pooled)
+            result.append(float((moved - plain).norm() / plain.norm()))
+    return result
 
 
-def subsets(easel: Easel, eraser: Separable, gate: bool, count: int) -> list[dict[str, Any]]:
+def subsets(sampler: Sampler, eraser: Separable, gate: bool, count: int) -> list[dict[str, Any]]:
     """Random sets of concepts erased together: accuracy of those that are on and off, and which pictures of the latter are stock's."""
-    names = easel.suite.names
-    generator = torch.Generator().manual_seed(easel.suite.seed + 11)
+    names = sampler.suite.names
+    generator = torch.Generator().manual_seed(sampler.suite.seed + 11)
     rows = []
     for _ in range(count):
         size = int(torch.randint(1, max(2, len(names)), (), generator=generator))
         on = [names[i] for i in sorted(torch.randperm(len(names), generator=generator)[:size].tolist())]
-        drawn = {n: easel.draw(easel.own(n), eraser, on, gate) for n in names}
+        drawn = {n: sampler.sample(sampler.sets.own(n), eraser, on, gate) for n in names}
         off = [drawn[n] for n in names if n not in on]
         rows.append(
             {
@@ -91,12 +97,12 @@ def subsets(easel: Easel, eraser: Separable, gate: bool, count: int) -> list[dic
     return rows
 
 
-def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, Any]:
+def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str, Any]:
     """Random strengths on one attached projector, ``cycles`` times; then all off. Is everything as it was, bit for bit?"""
-    host, names = easel.host, easel.suite.names
-    batch = _first(easel.own(names[0]), 2)
+    host, names = sampler.host, sampler.suite.names
+    batch = sampler.sets.own(names[0]).first(2)
     encoding = host.encode(batch.prompts)
-    x = easel.stock(batch).latents.to(host.device)
+    x = sampler.stock(batch).latents.to(host.device)
     t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
     before = {n: p.detach().clone() for n, p in host.unet.named_parameters()}
     generator = torch.Generator().manual_seed(5)
@@ -105,7 +111,7 @@ def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, An
         stock = host.predict(x, t, encoding.context, encoding.pooled)
         projector = KVProjector(host.attention_layers(), eraser.composition)
         for _ in range(cycles):
-            easel.check()
+            sampler.check()
             with projector.attached((torch.rand(len(names), generator=generator) < 0.5).float()):
                 changed += int(not torch.equal(host.predict(x, t, encoding.context, encoding.pooled), stock))
         with projector.attached(torch.zeros(len(names))):
@@ -121,31 +127,31 @@ def random_toggles(easel: Easel, eraser: Separable, cycles: int) -> dict[str, An
     }
 
 
-def strength_sweep(easel: Easel, eraser: Separable, gate: bool) -> list[dict[str, float]]:
+def strength_sweep(sampler: Sampler, eraser: Separable, gate: bool) -> list[dict[str, float]]:
     """Erased and kept accuracy against the strength of each concept alone."""
     rows = []
-    for strength in easel.suite.strengths:
+    for strength in sampler.suite.strengths:
         erased, kept, both = [], [], []
-        for name in easel.suite.names:
+        for name in sampler.suite.names:
             scaled = Separable(eraser.composition.deltas)
             scaled.strength = strength
-            erased.append(easel.draw(easel.own(name), scaled, [name], gate).accuracy)
-            kept.append(easel.draw(easel.others(name), scaled, [name], gate).accuracy)
-            both.append(easel.draw(easel.both(name), scaled, [name], gate).accuracy)
+            erased.append(sampler.sample(sampler.sets.own(name), scaled, [name], gate).accuracy)
+            kept.append(sampler.sample(sampler.sets.others(name), scaled, [name], gate).accuracy)
+            both.append(sampler.sample(sampler.sets.both(name), scaled, [name], gate).accuracy)
         rows.append(
             {"strength": strength, "erased_accuracy": fmean(erased), "kept_accuracy": fmean(kept), "cooccurring_accuracy": fmean(both)}
         )
     return rows
 
 
-def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: Any, options: TrainOptions) -> list[dict[str, Any]]:
+def scene(sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], events: Any, options: TrainOptions) -> list[dict[str, Any]]:
     """Erasures and recoveries one after the other: a concept is planned against what is known when it comes, and never trained again.
 
     Returns:
         after every event and with the gate on and off, what is erased, recovered and regular (never touched): accuracy, Fréchet and
         perceptual distance to stock.
     """
-    suite = easel.suite
+    suite = sampler.suite
     known: list[str] = []
     deltas: dict[str, ConceptDelta] = {}
     active: list[str] = []
@@ -156,8 +162,8 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
             known += [n for n in names if n not in known]
             fresh = [n for n in names if n not in deltas]
             if fresh:
-                job = Job(planner_of(suite.book(known)), easel.host, options, fresh, each(fresh))
-                train_book(job, lambda d: deltas.update({d.concept.name: d}), lambda step: easel.check(), easel.check)
+                job = Job(planner_of(suite.book(known)), sampler.host, options, fresh, each(fresh))
+                train_book(job, lambda d: deltas.update({d.concept.name: d}), lambda step: sampler.check(), sampler.check)
             active += [n for n in names if n not in active]
         else:
             active = [n for n in active if n not in names]
@@ -169,15 +175,15 @@ def scene(easel: Easel, planner_of: Callable[[ConceptBook], Planner], events: An
         }
         norms = {n: increment_norm(deltas[n]) for n in active}
         for gate in (True, False):
-            found = {group: _group(easel, eraser, members, active, gate) for group, members in groups.items() if members}
+            found = {group: _group(sampler, eraser, members, active, gate) for group, members in groups.items() if members}
             rows.append({"event": f"{kind} {', '.join(names)}", "gate": gate, "norm": norms} | found)
     return rows
 
 
-def _group(easel: Easel, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
-    batches = [easel.own(n) for n in members]
-    drawn = [easel.draw(b, eraser, active, gate) for b in batches]
-    fid, lpips = apart(easel, list(zip(batches, drawn, strict=True)))
+def _group(sampler: Sampler, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
+    batches = [sampler.sets.own(n) for n in members]
+    drawn = [sampler.sample(b, eraser, active, gate) for b in batches]
+    fid, lpips = apart(sampler, list(zip(batches, drawn, strict=True)))
     return {
         "concepts": list(members),
         "accuracy": fmean(d.accuracy for d in drawn),
@@ -192,13 +198,13 @@ def increment_norm(delta: ConceptDelta) -> float:
     return sum(float(delta.weight_delta(n).abs().sum()) for n in delta.up) / len(delta.up)
 
 
-def order_gaps(easel: Easel, planner_of: Callable[[ConceptBook], Planner], options: TrainOptions, names: list[str]) -> dict[str, float]:
+def order_gaps(sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], options: TrainOptions, names: list[str]) -> dict[str, float]:
     """How far the order in which the others arrive shows in a concept's delta; see :func:`sepme.convert.order_gap`."""
-    layers, book = easel.host.attention_layers(), easel.suite.book()
+    layers, book = sampler.host.attention_layers(), sampler.suite.book()
     gaps = {}
     for name in names:
-        easel.check()
-        alone = make_delta(planner_of(easel.suite.book([name])), name, easel.host, options, check=easel.check)
+        sampler.check()
+        alone = make_delta(planner_of(sampler.suite.book([name])), name, sampler.host, options, check=sampler.check)
         gaps[name] = order_gap(alone, book, planner_of, layers)
     return gaps
 

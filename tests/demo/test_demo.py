@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sepme.demo.story import tell
+from sepme.demo.run import run_demo
 from sepme.hosts.diffusers import DiffusersHost
 
 CONCEPTS, IMAGES = 4, 8
@@ -17,7 +17,7 @@ CONCEPTS, IMAGES = 4, 8
 @pytest.fixture(scope="module")
 def told(demo_host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("demo")
-    return tell(demo_host, out, IMAGES, CONCEPTS), out
+    return run_demo(demo_host, out, IMAGES, CONCEPTS), out
 
 
 @pytest.mark.parametrize("key", ["gcirs", "closed_form"])

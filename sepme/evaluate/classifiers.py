@@ -1,4 +1,4 @@
-"""Who reads the pictures: the embedded model's classifier, or a CLIP model at hand. Both give labels and features."""
+"""Classifiers that read pictures: the embedded model's own, or a CLIP model at hand. Both give labels and features."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..demo.classifier import load_classifier
-from ..demo.world import SMALL
 from ..errors import SepMEError
+from ..files import first_line
 from ..hosts.loading import DEMO
+from .network import Network
 from .suite import Suite
 
 
-class Judge(Protocol):
+class Classifier(Protocol):
     """Reads images ``(n, 3, h, w)`` in [-1, 1].
 
     Attributes:
@@ -38,14 +38,16 @@ class Judge(Protocol):
         ...
 
 
-class DemoJudge:
+class EmbeddedClassifier:
+    """The one that was trained with the embedded model."""
+
     what, inception, lpips = "the embedded classifier", False, None
 
     def __init__(self) -> None:
-        self.model = load_classifier(DEMO)
+        self.model = Network.load(DEMO)
 
     def correct(self, images: Tensor, names: Sequence[str]) -> Tensor:
-        heads, labels = (torch.tensor(v) for v in zip(*map(SMALL.place_of, names), strict=True))
+        heads, labels = (torch.tensor(v) for v in zip(*map(self.model.place_of, names), strict=True))
         return self.model.predict(images).gather(1, heads[:, None]).squeeze(1) == labels
 
     @torch.no_grad()
@@ -53,7 +55,7 @@ class DemoJudge:
         return F.adaptive_avg_pool2d(self.model.features[:-1](images.float()), 2).flatten(1)
 
 
-class ClipJudge:
+class ClipClassifier:
     """Zero-shot among the suite's concepts and neighbours of the same kind and "something else"."""
 
     def __init__(self, suite: Suite, folder: Path, device: Any) -> None:
@@ -63,8 +65,7 @@ class ClipJudge:
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
-            reason = (str(error).splitlines() or [""])[0][:100]
-            raise SepMEError(f"{folder} holds no CLIP model with its tokenizer ({reason}); name one with --judge.") from None
+            raise SepMEError(f"{folder} holds no CLIP model with its tokenizer ({first_line(error)}); name one with --judge.") from None
         self.what, self.inception, self.lpips = f"CLIP, zero-shot ({folder.name})", _inception(), _lpips()
         self.kinds = suite.kinds
         self.labels = {kind: (*names, *suite.neighbours.get(kind, ())) for kind, names in suite.concepts.items()}
@@ -95,71 +96,71 @@ def _tensor(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
-def make_judge(suite: Suite, folder: Path | None, device: Any) -> Judge:
-    """The suite's judge.
+def make_classifier(suite: Suite, folder: Path | None, device: Any) -> Classifier:
+    """The suite's classifier.
 
     Raises:
         SepMEError: CLIP is asked for and no weights are given.
     """
     if suite.judge == "demo":
-        return DemoJudge()
+        return EmbeddedClassifier()
     if folder is None:
         raise SepMEError("This suite is judged by CLIP; name a folder with its weights and tokenizer (--judge DIR).")
-    return ClipJudge(suite, folder, device)
+    return ClipClassifier(suite, folder, device)
 
 
 class Features(nn.Module):
-    """A judge's features as torchmetrics wants an extractor."""
+    """A classifier's features as torchmetrics wants an extractor."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.judge = judge
+        self.classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.judge.features(images)
+        return self.classifier.features(images)
 
 
-def frechet(judge: Judge, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+def frechet(classifier: Classifier, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     """FID's formula, by torchmetrics, of sets of images ``(n, 3, h, w)`` in [-1, 1], a piece at a time.
 
-    On Inception's features if they are at hand, else on the judge's.
+    On Inception's features if they are at hand, else on the classifier's.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = None
     for real, pieces in ((True, reference), (False, images)):
         for piece in pieces:
-            if metric is None and judge.inception:
+            if metric is None and classifier.inception:
                 metric = FrechetInceptionDistance(feature=2048, normalize=True).set_dtype(torch.float64)
             elif metric is None:
-                extractor = Features(judge)
-                extractor.num_features = judge.features(piece[:1]).shape[1]  # type: ignore[assignment]
+                extractor = Features(classifier)
+                extractor.num_features = classifier.features(piece[:1]).shape[1]  # type: ignore[assignment]
                 metric = FrechetInceptionDistance(feature=extractor, normalize=False, input_img_size=tuple(piece.shape[1:]))
                 metric.set_dtype(torch.float64)
                 metric.used_custom_model = True
-            metric.update((piece.float() + 1) / 2 if judge.inception else piece, real=real)
+            metric.update((piece.float() + 1) / 2 if classifier.inception else piece, real=real)
     assert metric is not None
     return max(0.0, float(metric.compute()))
 
 
 @torch.no_grad()
-def perceptual(judge: Judge, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
-    """Mean LPIPS if its weights are at hand, else mean squared distance of the judge's normalised features."""
+def perceptual(classifier: Classifier, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """Mean LPIPS if its weights are at hand, else mean squared distance of the classifier's normalised features."""
     total, count = 0.0, 0
     for pair in zip(images, reference, strict=True):
-        if judge.lpips is not None:
-            total += len(pair[0]) * float(judge.lpips(*(x.float() for x in pair)))
+        if classifier.lpips is not None:
+            total += len(pair[0]) * float(classifier.lpips(*(x.float() for x in pair)))
         else:
-            a, b = (F.normalize(judge.features(x), dim=-1) for x in pair)
+            a, b = (F.normalize(classifier.features(x), dim=-1) for x in pair)
             total += float((a - b).square().sum())
         count += len(pair[0])
     return total / count
 
 
-def measures(judge: Judge) -> str:
+def measures(classifier: Classifier) -> str:
     """Which distances these are, for the report."""
-    fid = "Inception's features (FID)" if judge.inception else "the judge's features, in place of Inception's"
-    distance = "LPIPS (AlexNet)" if judge.lpips else "squared, of the judge's normalised features, in place of LPIPS"
+    fid = "Inception's features (FID)" if classifier.inception else "the classifier's features, in place of Inception's"
+    distance = "LPIPS (AlexNet)" if classifier.lpips else "squared, of the classifier's normalised features, in place of LPIPS"
     return f"Fréchet distance on {fid}; distance: {distance}."
 
 

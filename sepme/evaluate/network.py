@@ -1,0 +1,74 @@
+"""A small convolutional classifier with several heads, and its file: weights, and each head's labels in the header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..files import safetensors_bytes, write_atomically
+
+FILE = "classifier.safetensors"  # beside the model whose pictures it reads
+
+
+class Network(nn.Module):
+    """One linear head per kind of label, on common features.
+
+    Args:
+        labels: names by head; a name stands in one head only.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.labels = tuple(tuple(names) for names in labels)
+        widths = (3, 24, 48, 96, 96)
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(widths)):
+            layers += [nn.Conv2d(a, b, 5 if i == 0 else 3, stride=2 if i == 0 else 1, padding=2 if i == 0 else 1)]
+            layers += [nn.GroupNorm(8, b), nn.ReLU()] + ([nn.MaxPool2d(2)] if i else [])
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.heads = nn.ModuleList(nn.Linear(96 * 16, len(names)) for names in self.labels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits by head for images ``(n, 3, 64, 64)`` in [-1, 1]."""
+        features = self.features(images)
+        return tuple(head(features) for head in self.heads)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Class indices ``(n, heads)`` of images ``(n, 3, 64, 64)`` in [-1, 1]."""
+        return torch.stack([logits.argmax(1) for logits in self(images.float())], dim=1)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the heads' cross entropies against class indices ``(n, heads)``."""
+        return torch.stack([F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(self(images))]).sum()
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Head and class of a label.
+
+        Raises:
+            KeyError: no head has it.
+        """
+        for head, names in enumerate(self.labels):
+            if name in names:
+                return head, names.index(name)
+        raise KeyError(name)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights in float16."""
+        tensors = {k: v.detach().half().contiguous() for k, v in self.state_dict().items()}
+        write_atomically(folder / FILE, safetensors_bytes(tensors, {"labels": json.dumps(self.labels)}))
+
+    @staticmethod
+    def load(folder: Path) -> Network:
+        """Read the classifier that lies beside a model; frozen, float32."""
+        with safe_open(folder / FILE, framework="pt") as file:
+            network = Network(json.loads(file.metadata()["labels"]))
+            network.load_state_dict({k: file.get_tensor(k).float() for k in file.keys()})  # noqa: SIM118 (not a dict)
+        return network.eval().requires_grad_(False)
