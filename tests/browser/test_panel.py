@@ -70,8 +70,8 @@ def test_certificates_by_colour_and_shape(page: Page, delta_folder: Path, make_r
     good = {"leakage_linear": {"x": 0.02}, "leakage_gated": {"x": 0.0}, "gate_low": 0.2, "gate_high": 0.6, "false_touch_rate": 0.0}
     changes = {"good": {}, "fair": {"false_touch_rate": 0.01}, "poor": {"leakage_gated": {"x": 0.5}}}
     infos = {grade: {"certificate": good | change} for grade, change in changes.items()} | {"unknown": {}}
-    for grade, info in infos.items():
-        made = make_random_delta(grade, LAYERS, gate=0.4, **info)
+    for i, (grade, info) in enumerate(infos.items()):
+        made = make_random_delta(grade, LAYERS, seed=i, gate=0.4, **info)
         (delta_folder / f"{grade}.safetensors").write_bytes(made.to_bytes())
     page.clear()  # the list is read again
     apply, _ = chain(page, *(f"{grade}.safetensors" for grade in infos), model=False)
@@ -268,8 +268,8 @@ def test_a_prompt_follows_the_models_that_draw_it(page: Page) -> None:
 
 def test_no_scroll_bar_up_to_eight_rows(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
     names = [f"concept {i}" for i in range(8)]
-    for name in names:
-        (delta_folder / f"{name}.safetensors").write_bytes(make_random_delta(name, LAYERS).to_bytes())
+    for i, name in enumerate(names):  # two of one content would be shown as one
+        (delta_folder / f"{name}.safetensors").write_bytes(make_random_delta(name, LAYERS, seed=i).to_bytes())
     page.clear()
     encode = page.add("SepMETextEncode", 1150, 460)
     for count in (1, 2, 3, 8):
@@ -285,7 +285,7 @@ def test_names_are_text(page: Page, delta_folder: Path, make_random_delta: Calla
     """Quotes, brackets, entities, markup characters, emoji, right-to-left and very long names: shown, switched and sent as they are."""
     names = ['the "x" [y]', "a & b &lt;b&gt; {name}", "🦄 ½ $& $1 'q' \\ `c`", "__proto__", "شجرة", "w" * 120]
     for i, name in enumerate(names):
-        (delta_folder / f"odd{i}.safetensors").write_bytes(make_random_delta(name, LAYERS).to_bytes())
+        (delta_folder / f"odd{i}.safetensors").write_bytes(make_random_delta(name, LAYERS, seed=i).to_bytes())
     page.clear()
     apply = page.add("SepMEApply", 760, 140)
     loaders = [page.add("SepMELoadDelta", 80 + 330 * (i % 2), 140 + 220 * (i // 2), delta=f"odd{i}.safetensors") for i in range(len(names))]

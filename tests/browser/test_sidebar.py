@@ -97,6 +97,19 @@ def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
     assert len(page.ids("SepMELoadDelta")) == 1
 
 
+def test_a_copy_of_a_file_is_found_by_its_own_name(page: Page, delta_folder: Path) -> None:
+    (delta_folder / "twin.safetensors").write_bytes((delta_folder / "star.safetensors").read_bytes())
+    page.clear()  # the list is read again
+    page.open_concepts()
+    wait_shown(page, "heart", "star", "striped")
+    apply, loader = page.add("SepMEApply", 800, 200), page.add("SepMELoadDelta", 100, 200, delta="twin.safetensors")
+    page.wire(loader, 0, apply, "deltas")
+    page.wait_rows(apply, "star")
+    page.sees(lambda: len(page.value(loader, "content_hash")), 64)
+    assert page.value(loader, "delta") == "twin.safetensors"
+    expect(page.part(loader, "sepmeCard")).not_to_contain_text("now ")
+
+
 def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
     """A page of another origin, in the same browser: what it sends is refused, what it would read stays hidden."""
     before = {p.name: p.read_bytes() for p in delta_folder.iterdir()}

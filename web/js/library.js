@@ -9,8 +9,17 @@ class Library extends EventTarget {
   /** Whether the list has been read. */
   ready = false;
 
-  async load() {
-    this.deltas = (await request("/sepme/deltas")).deltas;
+  asked = 0;
+
+  /** Read the list; of several that are under way at once the last one asked for counts, whichever answer comes last. */
+  load() {
+    return (this.newest = this.read(++this.asked));
+  }
+
+  async read(turn) {
+    const { deltas } = await request("/sepme/deltas");
+    if (turn !== this.asked) return this.newest;
+    this.deltas = deltas;
     this.ready = true;
     this.dispatchEvent(new Event("change"));
   }
@@ -18,9 +27,9 @@ class Library extends EventTarget {
   /** The delta that a loader means, as the server finds it: with a hash only that one, wherever it lies; without, by name. */
   find(name, hash) {
     const plain = String(name).replaceAll("\\", "/");
-    if (!hash) return this.deltas.find((d) => d.name === plain);
-    const equal = this.deltas.filter((d) => d.content_hash === hash);
-    return equal.find((d) => d.name === plain) ?? equal[0];
+    const equal = hash ? this.deltas.filter((d) => d.content_hash === hash) : this.deltas;
+    const named = equal.find((d) => d.name === plain || d.copies?.includes(plain)); // files of one content are listed once
+    return named ? { ...named, name: plain } : hash ? equal[0] : undefined;
   }
 
   ofConcept(concept) {
