@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,9 +14,10 @@ from ..sepme.errors import SepMEError
 from ..sepme.model.layers import shapes, weights
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
+from ..sepme.train.increment import context_site
 from ..sepme.train.objectives import OBJECTIVES, described
 from ..sepme.train.objectives.closed_form import distance
-from ..sepme.train.options import MODES
+from ..sepme.train.options import EDITS, MODES
 from . import host, queued
 from .concepts import join, lines
 from .facts import facts_of_delta
@@ -71,6 +73,10 @@ class SepMETrain(io.ComfyNode):
                 io.Int.Input(
                     "size", default=0, min=0, max=4096, step=8, optional=True, tooltip="Pixels of an image's side. 0: the model's own."
                 ),
+                io.Combo.Input(
+                    "edit", options=list(EDITS), default="layers", optional=True,
+                    tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items()),
+                ),
             ],
             outputs=[
                 Deltas.Output("deltas_out", display_name="DELTAS"),
@@ -87,31 +93,34 @@ class SepMETrain(io.ComfyNode):
     def execute(
         cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
         mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
-        deltas: Sequence[ConceptDelta] | None = None, size: int = 0,
+        deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers",
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
-        options = TrainOptions.for_mode(mode, objective, steps=steps, learning_rate=learning_rate or None, seed=seed)
+        options = TrainOptions.for_mode(mode, objective, steps=steps, learning_rate=learning_rate or None, seed=seed, edit=edit)
         plan = plan_options(mode, max_rank=max_rank or None)
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
         losses: dict[str, list[float]] = {name: [] for name in names}
         bar = host.Job(1 + len(names))
-        encoder, denoiser = host.ClipEncoder(clip), host.UNetDenoiser(model, size)
-        for delta in known:
+        encoder = host.ClipEncoder(clip)
+        denoiser = host.UNetDenoiser(model, size) if options.needs_model else None
+        live = None if denoiser is None else Live(cls.hidden.unique_id, encoder, denoiser)
+        for delta in known if denoiser is not None else ():
             delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
-        live = Live(cls.hidden.unique_id, encoder, denoiser)
 
         def on_step(step: Progress) -> None:
             losses[step.concept].append(step.loss)
             bar.show(share_done(step, losses[step.concept][0], options))
-            live.step(step, book[step.concept].prompts[0])
+            if live is not None:
+                live.step(step, book[step.concept].prompts[0])
 
         def save(delta: ConceptDelta) -> None:
             name = delta.concept.name
-            losses[name] = losses[name] or [1.0, distance(weights(denoiser.attention_layers()), *planner.prompts.tokens(name), delta)]
+            sites = context_site(delta.d_in) if delta.edits_context else weights(denoiser.attention_layers())
+            losses[name] = losses[name] or [1.0, distance(sites, *planner.prompts.tokens(name), delta)]
             made.append(delta)
 
-        with host.trainable(model, (RUNS, *denoiser.latent_shape)):
+        with host.trainable(model, (RUNS, *denoiser.latent_shape)) if denoiser is not None else nullcontext():
             planner = Planner(encoder, book, plan, on_progress=bar.stage)
             job = Job(planner, denoiser, options, names, each(names))
             train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())

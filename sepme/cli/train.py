@@ -16,6 +16,7 @@ from ..delta.format import check_replaceable
 from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
 from ..train.objectives import described
+from ..train.options import EDITS
 from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
 from .inspect import show_summaries, summary
 
@@ -60,6 +61,7 @@ def train(
     ] = None,
     warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
+    edit: Annotated[str, typer.Option(help="What a delta changes. " + " ".join(f"{k}: {v}." for k, v in EDITS.items()))] = "layers",
     pooled: Annotated[
         str | None, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave; by default replace in mode subspace.")
     ] = None,
@@ -85,7 +87,7 @@ def train(
     plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
     options = TrainOptions.for_mode(
         mode, objective, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold, regularise=regularise, seed=seed,
-        warm_start=warm_start, values_only=values_only, guidance=guidance,
+        warm_start=warm_start, values_only=values_only, guidance=guidance, edit=edit,
     )  # fmt: skip
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):

@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ..concepts import ConceptBook, mentions, normalised
+from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder
 from ..progress import OnProgress, silent
 from .gate import ordinary_prompts
@@ -66,6 +67,11 @@ class EncodedBook:
         own, anchor = self.encodings[name], self.anchors[name].context
         anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
         return self.rows(name), token_rows(Encoding(anchor, own.mask), self.padding)
+
+    @cached_property
+    def fingerprint(self) -> EncoderFingerprint:
+        """Of the text encoder, at the layer that it was read at."""
+        return EncoderFingerprint.of(self.encoder)
 
     @property
     def row_count(self) -> int:

@@ -33,7 +33,7 @@ class Job:
     """Deltas to be made of a planner's concepts.
 
     Attributes:
-        denoiser: the frozen model.
+        denoiser: the frozen model; None where the options need none.
         names: all concepts of the run. They are planned together, whichever are left to do, so that a concept's gate is calibrated in
             the same batches by whoever makes it.
         todo: what is left to do.
@@ -41,7 +41,7 @@ class Job:
     """
 
     planner: Planner
-    denoiser: Denoiser
+    denoiser: Denoiser | None
     options: TrainOptions
     names: Sequence[str]
     todo: Sequence[Group]

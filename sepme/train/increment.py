@@ -60,9 +60,10 @@ class Increment:
         return {name: self.beta * w.detach().cpu() for name, w in self.w.items()}
 
     def fill(self, up: Mapping[str, Tensor]) -> None:
-        """Set w so that :attr:`up` is what is given, for every site of this increment."""
-        for name, w in self.w.items():
-            w.data.copy_(up[name] / self.beta)
+        """Set w so that :attr:`up` is what is given, for the sites that are given."""
+        for name, value in up.items():
+            if name in self.w:
+                self.w[name].data.copy_(value / self.beta)
 
     def features(self, context: Tensor) -> Tensor:
         """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once a pass, for all layers."""

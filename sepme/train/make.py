@@ -16,12 +16,13 @@ from ..checks import check_finite
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
+from ..model.families import CONTEXT
 from ..model.layers import kv_fingerprint, weights
 from ..model.protocols import Denoiser, Encoding, clip_skip
 from ..plan.concept_tokens import own_words
 from ..plan.planner import Planner, Subspace
 from .compress import compress
-from .increment import Increment
+from .increment import Increment, context_site
 from .loop import Training
 from .objectives.closed_form import ClosedForm
 from .options import OnStep, TrainOptions
@@ -47,7 +48,7 @@ class _Plan(NamedTuple):
 def make_delta(
     planner: Planner,
     name: str,
-    denoiser: Denoiser,
+    denoiser: Denoiser | None,
     options: TrainOptions | None = None,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
@@ -62,7 +63,7 @@ def make_delta(
 def make_deltas(
     planner: Planner,
     names: Sequence[str],
-    denoiser: Denoiser,
+    denoiser: Denoiser | None,
     options: TrainOptions | None = None,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
@@ -72,7 +73,8 @@ def make_deltas(
     """Plan the concepts' directions and fill them, several concepts jointly (Eq. 3 with η).
 
     Args:
-        planner: holds the book and its tokens. names: the concepts. denoiser: the frozen model.
+        planner: holds the book and its tokens. names: the concepts.
+        denoiser: the frozen model; None where the options need none (:attr:`TrainOptions.needs_model`).
         checkpoint: where training state is kept meanwhile; training goes on from it when it is there and of the same recipe.
             The caller deletes it once the deltas are saved.
         on_step: called after every step; it may raise :class:`~sepme.errors.Interrupted`, which stops training after a checkpoint.
@@ -90,24 +92,21 @@ def make_deltas(
     if options.mode == "unrestricted" and len(names) > 1:
         raise SepMEError("Unrestricted increments mix their gradients, so they cannot be trained jointly; train them one by one.")
     plans = [_plan(planner, name, options) for name in names]
-    layers = denoiser.attention_layers()
-    kv = weights(layers)
-    for name, weight in kv.items():
-        check_finite(weight, "UNet", f"the weight of {name}")
+    sites, model = _sites(planner, denoiser, options)
     common = {
         "book": json.loads(planner.book.dumps()),
         "preserve_sha256": planner.prompts.preserved.digest,
         "plan": asdict(planner.options),
         "train": asdict(options),
-        "kv_fingerprint": kv_fingerprint(layers),
         "threads": torch.get_num_threads(),
-    }
+    } | model
     if len(names) > 1:
         common["joint"] = [p.concept.name for p in plans]
     recipes = [common | {"concept": p.concept.name} | _facts(pictures.get(n)) for n, p in zip(names, plans, strict=True)]
-    increments = [_start(planner, plan, kv, options) for plan in plans]
+    increments = [_start(planner, plan, sites, options) for plan in plans]
     losses: list[list[float]] = [[] for _ in names]
     if options.make_objective().trained:
+        assert denoiser is not None
         runs = [
             make_run(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check)
             for name, plan, increment in zip(names, plans, increments, strict=True)
@@ -115,7 +114,25 @@ def make_deltas(
         digest = hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
         Training(runs, denoiser, options).run(checkpoint, digest, on_step)
         losses = [run.losses for run in runs]
-    return [_finish(planner, kv, *row, options) for row in zip(plans, increments, recipes, losses, strict=True)]
+    return [_finish(planner, sites, *row, options) for row in zip(plans, increments, recipes, losses, strict=True)]
+
+
+def _sites(planner: Planner, denoiser: Denoiser | None, options: TrainOptions) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What an increment may change, ``(d_out, d_in)`` by site, and which model's it is."""
+    kv: dict[str, Tensor] = {}
+    facts: dict[str, str] = {}
+    if options.needs_model:
+        if denoiser is None:
+            raise SepMEError("A model is needed for this training; only context edits in closed form are made without one.")
+        layers = denoiser.attention_layers()
+        kv, facts = weights(layers), {"kv_fingerprint": kv_fingerprint(layers)}
+        for name, weight in kv.items():
+            check_finite(weight, "UNet", f"the weight of {name}")
+    if options.edit == "layers":
+        return kv, facts
+    some = next(iter(kv.values()), torch.zeros(()))
+    context = context_site(planner.prompts.empty.context.shape[-1], torch.promote_types(some.dtype, torch.float32), some.device)
+    return context | (kv if options.edit == "both" else {}), facts
 
 
 def _facts(pictures: Pictures | None) -> dict[str, Any]:
@@ -129,15 +146,19 @@ def _plan(planner: Planner, name: str, options: TrainOptions) -> _Plan:
     return _Plan(concept, null=planner.null_space(name) if options.mode == "paper" else None)
 
 
-def _start(planner: Planner, plan: _Plan, kv: Mapping[str, Tensor], options: TrainOptions) -> Increment:
-    """The increment before the first step: zero, or what an objective solves for, with which training may begin too (the closed form)."""
-    increment = Increment.zeros(kv, plan.basis, options.beta, options.values_only)
+def _start(planner: Planner, plan: _Plan, sites: Mapping[str, Tensor], options: TrainOptions) -> Increment:
+    """The increment before the first step: zero, or what an objective solves for, with which training may begin too (the closed form).
+
+    Where the context and the layers are edited, the context takes all of the solution.
+    """
+    increment = Increment.zeros(sites, plan.basis, options.beta, options.values_only)
     objective = options.make_objective()
     if plan.subspace is not None and (options.warm_start or not objective.trained):
         tokens, target = planner.prompts.tokens(plan.concept.name)
         if objective.trained:
             objective = ClosedForm(options)
-        increment.fill(objective.solve(kv, tokens, target, plan.subspace.down))
+        solved = {CONTEXT: sites[CONTEXT]} if CONTEXT in sites else sites
+        increment.fill(objective.solve(solved, tokens, target, plan.subspace.down))
     return increment
 
 
@@ -167,7 +188,7 @@ def make_run(
 
 def _finish(
     planner: Planner,
-    kv: Mapping[str, Tensor],
+    sites: Mapping[str, Tensor],
     plan: _Plan,
     increment: Increment,
     recipe: dict[str, Any],
@@ -192,12 +213,15 @@ def _finish(
     info = separable_from(planner, name) | {
         "objective": asdict(options) | {"name": options.objective, "steps": len(losses)},
         "recipe": recipe,
-        "kv_fingerprint": recipe["kv_fingerprint"],
         "clip_skip": clip_skip(planner.prompts.encoder),
         "certificate": subspace.certificate.to_json() | ({"separable": False} if options.mode == "unrestricted" else {}),
         "losses": [round(v, 8) for v in losses],
     }
-    untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in kv.items() if n not in up}
+    if CONTEXT in sites:
+        facts["text_encoder"] = planner.prompts.fingerprint.to_json()
+    if len(sites) > (CONTEXT in sites):
+        facts["kv_fingerprint"] = recipe["kv_fingerprint"]
+    untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in sites.items() if n not in up}
     return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
 
 

@@ -25,6 +25,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0, "pooled": "leave"},
     "unrestricted": {"pooled": "leave"},
 }
+EDITS = {  # what a delta changes; the sum of both acts
+    "layers": "keys and values of every cross-attention layer, as published",
+    "context": "the text encoder's output, once, before the model reads it: one small file for every model with that encoder",
+    "both": "both of them",
+}
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 10**7),
     "learning_rate": (1e-30, 1e38),
@@ -68,6 +73,7 @@ class TrainOptions:
         warm_start: start from the closed form.
         ridge: μ of the closed form.
         values_only: leave to_k as it is.
+        edit: a key of :data:`EDITS`.
         checkpoint_every: steps between checkpoints.
         seed: of every draw.
 
@@ -95,18 +101,24 @@ class TrainOptions:
     values_only: bool = False
     checkpoint_every: int = 50
     seed: int = 0
+    edit: str = "layers"
 
     def __post_init__(self) -> None:
         _choice("objective", self.objective, OBJECTIVES)
         _choice("mode", self.mode, MODES)
         _choice("regularisation", self.regularise, ("w", "delta"))
         _choice("source", self.source, ("trajectory", "drawn", "anchor"))
+        _choice("edit", self.edit, EDITS)
         check_numbers(self, RANGES, WHOLE)
         objective = OBJECTIVES[self.objective]
         if objective.moves == "attention" and self.values_only:
             raise SepMEError(
                 f"The objective {self.objective} moves attention, which values have no part in; train keys too, or choose another."
             )
+        if self.edit != "layers" and self.mode != "subspace":
+            raise SepMEError(f"Edits of the context lie in the concept's subspace; use mode subspace for them, not {self.mode}.")
+        if self.edit != "layers" and self.values_only:
+            raise SepMEError("Keys and values both read an edited context; leave out values only, or edit the layers.")
         if self.mode != "subspace" and (self.warm_start or not objective.trained):
             raise SepMEError(f"The closed form fills the concept's subspace; use it with mode subspace, not {self.mode}.")
 
@@ -127,6 +139,11 @@ class TrainOptions:
     def protects_empty(self) -> bool:
         """Whether the empty prompt lies in A, so that no increment changes what it predicts."""
         return self.mode != "unrestricted"
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a denoiser is read: a context edit in closed form is made from the text encoder alone."""
+        return self.edit != "context" or OBJECTIVES[self.objective].trained
 
     def make_objective(self) -> Objective:
         return OBJECTIVES[self.objective](self)

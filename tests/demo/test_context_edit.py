@@ -112,3 +112,48 @@ def test_fingerprint_of_an_encoder(demo_host: Any) -> None:
     assert own.distance(EncoderFingerprint.from_encoding(encoding._replace(context=turned))) > RELATED
     assert own.distance(EncoderFingerprint.from_encoding(encoding._replace(context=encoding.context[..., :96]))) == float("inf")
     assert EncoderFingerprint.from_json(own.to_json()) == own
+
+
+BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "heart")))
+
+
+def test_trained_edits(demo_host: Any) -> None:
+    """G-CiRs moves S through the context; of both, the context starts with the closed form and the layers with nothing."""
+    planner = Planner(demo_host, BOOK, PlanOptions(), ())
+    few = {"steps": 3, "batch": 2, "trajectories": 2}
+    edits = {e: make_delta(planner, "star", demo_host, TrainOptions(edit=e, **few)) for e in ("context", "both")}
+    solved = shift(*planner.prompts.tokens("star"), planner.plan("star").down).float()
+    assert set(edits["context"].up) == {CONTEXT}
+    assert not torch.allclose(edits["context"].up_factor(CONTEXT), solved, rtol=1e-2)
+    assert set(edits["both"].up) > {CONTEXT}
+    assert edits["both"].info["kv_fingerprint"]
+    assert len(edits["context"].facts.losses) == 3
+    for delta in edits.values():
+        stock, erased = (latents(demo_host, d, ["a star"]) for d in ((), (delta,)))
+        assert (erased - stock).abs().max() > 0.5
+
+
+def test_closed_form_needs_no_model(demo_host: Any, pairs: dict[str, tuple[ConceptDelta, ConceptDelta]]) -> None:
+    """Made from the text encoder alone, it names the encoder and no model."""
+    planner = Planner(demo_host, BOOK, PlanOptions(), ())
+    options = TrainOptions(objective="closed-form", edit="context")
+    delta = make_delta(planner, "star", None, options)
+    assert torch.equal(delta.up[CONTEXT], pairs["star"][1].up[CONTEXT])
+    assert "kv_fingerprint" not in delta.info
+    assert "kv_fingerprint" not in delta.info["recipe"]
+    assert EncoderFingerprint.from_json(delta.info["text_encoder"]) == EncoderFingerprint.of(demo_host)
+    with pytest.raises(SepMEError, match="A model is needed"):
+        make_delta(planner, "star", None, TrainOptions(objective="closed-form"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": "weights"}, "There is no edit 'weights'; choose one of layers, context, both"),
+        ({"edit": "context", "values_only": True}, "leave out values only"),
+        ({"edit": "both", "mode": "paper", "warm_start": False}, "use mode subspace"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SepMEError, match=message):
+        TrainOptions(**options)
