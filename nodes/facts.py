@@ -32,15 +32,15 @@ def describe(entry: Entry, copies: Sequence[str] = ()) -> PageFacts:
 def _of_header(path: Path, mtime: int, size: int) -> str:
     """As text: the cache must not be changed by who gets it, and text is small. Damaged parts are left out."""
     metadata, declared = read_header(path)
-    gate, rank, prompts = nan, 0, []
+    gate, rank, prompts = nan, 0, list[str]()
     with suppress(*DAMAGE):
         gate = number(plain_json(metadata["gate"]))
     with suppress(*DAMAGE):
         rank = int(declared["down"]["shape"][0])
     with suppress(*DAMAGE):
         prompts = [str(prompt) for prompt in plain_json(metadata["prompts"])]
-    names = (metadata.get(key, "") for key in ("concept", "content_hash", "architecture"))
-    return json.dumps(_facts(*names, rank, prompts, gate, Facts.from_header(metadata)))
+    concept, content_hash, architecture = (metadata.get(key, "") for key in ("concept", "content_hash", "architecture"))
+    return json.dumps(_facts(concept, content_hash, architecture, rank, prompts, gate, Facts.from_header(metadata)))
 
 
 def facts_of_delta(delta: ConceptDelta) -> PageFacts:

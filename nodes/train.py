@@ -117,7 +117,8 @@ class SepMETrain(io.ComfyNode):
         def save(delta: ConceptDelta) -> None:
             name = delta.concept.name
             sites = context_site(delta.d_in) if delta.edits_context else weights(denoiser.attention_layers())
-            losses[name] = losses[name] or [1.0, distance(sites, *planner.prompts.tokens(name), delta)]
+            tokens, target = planner.prompts.tokens(name)
+            losses[name] = losses[name] or [1.0, distance(sites, tokens, target, delta)]
             made.append(delta)
 
         with host.trainable(model, (RUNS, *denoiser.latent_shape)) if denoiser is not None else nullcontext():

@@ -88,7 +88,8 @@ class TinyDenoiser(nn.Module):
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         names = ("input_blocks.1.1.transformer_blocks.0.attn2", "middle_block.1.transformer_blocks.0.attn2")
-        return dict(zip(names, self.layers, strict=True))
+        layers: Any = self.layers
+        return dict(zip(names, layers, strict=True))
 
     def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         level = (t.float() / 1000).reshape(-1, 1, 1, 1)
@@ -197,6 +198,6 @@ def make_random_delta() -> Callable[..., ConceptDelta]:
 @pytest.fixture(scope="session")
 def shapes_of() -> Callable[[Any], dict[str, tuple[int, int]]]:
     """K/V shapes of a host's layers."""
-    from sepme.model.layers import weights
+    from sepme.model.layers import shapes
 
-    return lambda denoiser: {n: tuple(w.shape) for n, w in weights(denoiser.attention_layers()).items()}
+    return lambda denoiser: shapes(denoiser.attention_layers())

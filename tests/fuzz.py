@@ -31,7 +31,7 @@ from sepme.delta.format import header_hash
 from sepme.errors import SepMEError
 
 CASE_SECONDS, MEMORY, MAX_MESSAGE = 20, 2 << 30, 1000
-JUNK = (
+JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 1 << 31, 1 << 63, 1 << 64, -(1 << 63), 10**400, 1.5, 1e308, math.nan, math.inf, "", "F16", "F32", "F64",
     "I64", "\ud800", "\x00", "a\nb", "<x>", "9" * 5000, [], [0], [[]], [1 << 62, 1 << 62], [-1, 4], [0, 1 << 60], [True, 2], {}, {"a": {}},
     {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 4]}, {"name": "x", "prompts": ["y"]}, [{"name": 3}],
@@ -208,6 +208,8 @@ def run(cases: int, seed: int, go_on: bool = False) -> tuple[Counter[str], dict[
     whole = base()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         path = Path(name) / "a.safetensors"
+        check: Callable[..., Any]
+        arguments: tuple[Any, ...]
         for i in range(cases):
             kind = ("delta", "book", "toggles", "tags")[i % 4]
             if kind == "delta":

@@ -75,8 +75,7 @@ class Applied:
         facts = kwargs.pop(KEY, None) or {}
         own = self._strengths(facts)
         if SKIP in facts:
-            encoder: Any = SimpleNamespace(clip_skip=facts[SKIP])
-            for warning in clip_skip_warnings(encoder, self.composition.deltas):
+            for warning in clip_skip_warnings(SimpleNamespace(clip_skip=facts[SKIP]), self.composition.deltas):
                 self._say(warning)
         if bool(((own < 0) | (own > 1)).any()):
             self._say("A strength lies outside 0 to 1: negative ones amplify the concept, larger ones overshoot.")
@@ -128,7 +127,7 @@ class Applied:
     def _inner(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """What the patch stands before: of a module's own forward that of the running model's module, which may be another object."""
         inner = self.inner[name]
-        return MethodType(inner.__func__, module) if isinstance(getattr(inner, "__self__", None), nn.Module) else inner
+        return MethodType(inner.__func__, module) if isinstance(inner, MethodType) and isinstance(inner.__self__, nn.Module) else inner
 
     def _rows(self, rows: Tensor | None, context: Tensor) -> Tensor:
         if rows is None:  # a caller that makes its arguments itself
@@ -200,7 +199,7 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     if not deltas:
         return clone
     composition = Composition(tuple(deltas))
-    modules = projections(attention_layers(patcher.model)) if composition.columns else {}
+    modules: dict[str, Any] = projections(attention_layers(patcher.model)) if composition.columns else {}
     for delta in deltas if modules else ():
         delta.check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
     paths = {name: f"diffusion_model.{name}.forward" for name in modules} | {"extra_conds": "extra_conds"}

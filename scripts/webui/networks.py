@@ -10,7 +10,7 @@ from . import host
 from .script import add_tags, say
 
 
-class TagNetwork(host.ExtraNetwork):  # type: ignore[misc,name-defined]
+class TagNetwork(host.ExtraNetwork):
     """Prompts are read in ``before_process_batch``, each for itself; what comes here later counts for the whole batch."""
 
     def activate(self, p: Any, params_list: list[Any]) -> None:

@@ -79,7 +79,7 @@ class Panel:
             table, _ = by_concept(known, list({e.content_hash: e for files in found.values() for e in files}.values()), entries)
         except SepMEError as error:
             return f'<p class="sepme-error">{html.escape(str(error))}</p>'
-        return "".join(self._row(label, files, settings.strengths | table) for label, files in found.items())
+        return "".join(self._row(label, files, {**settings.strengths, **table}) for label, files in found.items())
 
     @staticmethod
     def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float]) -> str:

@@ -144,7 +144,7 @@ def _for_tag(p: Any, name: str, chosen: Sequence[Entry]) -> Entry:
     return entry
 
 
-class SepMEScript(host.Script):  # type: ignore[misc,name-defined]
+class SepMEScript(host.Script):
     """The accordion in txt2img and img2img, and its work."""
 
     sorting_priority = 20

@@ -102,7 +102,7 @@ def verify(
     return Verification(tuple(checks), matrix, tuple(warnings))
 
 
-def clip_skip_warnings(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> list[str]:
+def clip_skip_warnings(encoder: object, deltas: Sequence[ConceptDelta]) -> list[str]:
     """What is to be said of deltas that were made with another clip skip than the encoder's."""
     now = clip_skip(encoder)
     return [

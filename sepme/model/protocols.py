@@ -36,7 +36,7 @@ class TextEncoder(Protocol):
         ...
 
 
-def clip_skip(encoder: TextEncoder) -> int:
+def clip_skip(encoder: object) -> int:
     """How many of CLIP's last layers the user has skipped: ``encoder.clip_skip`` of hosts that let users do so, else 0."""
     return int(getattr(encoder, "clip_skip", 0))
 

@@ -26,6 +26,7 @@ from sepme import cli, files
 from sepme.concepts import ConceptBook
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.hosts.diffusers import DiffusersHost
+from sepme.model import schedule
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
 
@@ -38,9 +39,9 @@ MOMENTS = ("timer", "half written", "before rename", "after rename")
 def quicken() -> None:
     """Load the model once, before forking; short denoising runs, remembered encodings, a checkpoint every fifth step."""
     host = DiffusersHost.load("demo")
-    host.trajectory = functools.partial(host.trajectory, steps=4)  # type: ignore[method-assign]
+    schedule.TRAJECTORY = schedule.TRAJECTORY._replace(steps=4)
     encode = functools.cache(lambda prompts: DiffusersHost.encode(host, prompts))
-    host.encode = lambda prompts: encode(tuple(prompts))  # type: ignore[method-assign]
+    host.encode = lambda prompts, grad=False: encode(tuple(prompts))  # type: ignore[method-assign]
     Planner(host, ConceptBook.loads(BOOK))  # remembers the encodings of the corpus
     cli.train.load_host = lambda *arguments, **options: host
     TrainOptions.for_mode = staticmethod(functools.partial(TrainOptions.for_mode, checkpoint_every=5))  # type: ignore[method-assign]

@@ -109,11 +109,11 @@ class LoadedModel(ScheduledDenoiser):
             y = torch.cat([extra, self._tail.to(extra).expand(len(extra), -1)], dim=1).to(self.device, self.dtype)
         if is_forge(self.model):
             with torch.autograd.graph.saved_tensors_hooks(_copied, lambda saved: saved):
-                return self.unet(x, t, context=context, transformer_options={}, **({} if y is None else {"y": y}))  # type: ignore[no-any-return]
+                return self.unet(x, t, context=context, transformer_options={}, **({} if y is None else {"y": y}))
         with devices.autocast():
             if y is None:
-                return self.model.model(x, t, c_crossattn=[context])  # type: ignore[no-any-return]
-            return self.model.model(x, t, {"crossattn": context, "vector": y})  # type: ignore[no-any-return]
+                return self.model.model(x, t, c_crossattn=[context])
+            return self.model.model(x, t, {"crossattn": context, "vector": y})
 
 
 def _copied(saved: Tensor) -> Tensor:

@@ -178,8 +178,9 @@ class ModelPatch:
 
 def _unmarked(context: Tensor | None) -> Any:
     """Without the token of ±1024 that ControlNet puts before every prompt and its own ``forward`` takes off again."""
-    marked = context is not None and context.shape[1] % CHUNK == 1 and bool((context[:, 0].abs() == MARK).all())
-    return context[:, 1:] if marked else context
+    if context is None or context.shape[1] % CHUNK != 1 or not bool((context[:, 0].abs() == MARK).all()):
+        return context
+    return context[:, 1:]
 
 
 def _split_a1111(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
