@@ -28,17 +28,17 @@ from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.format import MAX_FILE
 from ..sepme.errors import SepMEError
 from . import host, workflow
-from .shelf import Absent, Shelf, Taken, TooLarge
+from .library import Absent, Library, Taken, TooLarge
 
 Handler = Callable[[web.Request], Awaitable[Any]]
 STATUS: dict[type[SepMEError], int] = {Taken: 409, Absent: 404, TooLarge: 413}
 MAX_JSON = 2 * MAX_BOOK_BYTES
 
-shelf = Shelf(host.delta_library)
+library = Library(host.delta_library)
 installing = asyncio.Semaphore(2)  # files of a gigabyte are checked in memory
 
 
-class Foreign(SepMEError):
+class CrossOrigin(SepMEError):
     """A request from another origin's page."""
 
 
@@ -46,14 +46,14 @@ def check_origin(request: web.Request) -> None:
     """Refuse what a page of another origin sends: browsers say so themselves, older or insecure ones name the origin.
 
     Raises:
-        Foreign: it is one.
+        CrossOrigin: it is one.
     """
     site = request.headers.get("Sec-Fetch-Site")
     origin = request.headers.get("Origin")
     own = (None, f"http://{request.host}", f"https://{request.host}")
     same = site in ("same-origin", "none") if site is not None else origin in own
     if not same:
-        raise Foreign("Only ComfyUI's own page may ask this.")
+        raise CrossOrigin("Only ComfyUI's own page may ask this.")
 
 
 def route(handler: Handler) -> Handler:
@@ -64,7 +64,7 @@ def route(handler: Handler) -> Handler:
         try:
             check_origin(request)
             return web.json_response(await handler(request), headers={"Cache-Control": "no-store"})
-        except Foreign as error:
+        except CrossOrigin as error:
             return web.json_response({"error": str(error)}, status=403)
         except SepMEError as error:
             return web.json_response({"error": str(error)}, status=STATUS.get(type(error), 400))
@@ -113,7 +113,7 @@ async def body(request: web.Request) -> dict[str, Any]:
 
 @route
 async def list_deltas(request: web.Request) -> Any:
-    return {"deltas": await asyncio.to_thread(shelf.list)}
+    return {"deltas": await asyncio.to_thread(library.list)}
 
 
 @route
@@ -122,23 +122,23 @@ async def install(request: web.Request) -> Any:
         raise SepMEError("Send the file as application/octet-stream.")
     async with installing:
         replace = request.query.get("replace") == "true"
-        return await shelf.receive(request.query.get("name"), pieces(request, MAX_FILE), replace)
+        return await library.receive(request.query.get("name"), pieces(request, MAX_FILE), replace)
 
 
 @route
 async def delete(request: web.Request) -> Any:
-    return {"deleted": await asyncio.to_thread(shelf.delete, request.query.get("name"), request.query.get("content_hash"))}
+    return {"deleted": await asyncio.to_thread(library.delete, request.query.get("name"), request.query.get("content_hash"))}
 
 
 @route
 async def rename(request: web.Request) -> Any:
     data = await body(request)
-    return await asyncio.to_thread(shelf.rename, data.get("from"), data.get("to"))
+    return await asyncio.to_thread(library.rename, data.get("from"), data.get("to"))
 
 
 @route
 async def record(request: web.Request) -> Any:
-    entry = await asyncio.to_thread(shelf.get, request.query.get("name"))
+    entry = await asyncio.to_thread(library.get, request.query.get("name"))
     delta = await asyncio.to_thread(ConceptDelta.load, entry.path)
     return {delta.content_hash(): workflow.record(delta, entry.name, request.query.get("embed") == "true")}
 

@@ -101,12 +101,13 @@ class SepMETrain(io.ComfyNode):
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
         losses: dict[str, list[float]] = {name: [] for name in names}
-        bar = host.Job(1 + len(names))
+        bar = host.NodeProgress(1 + len(names))
         encoder = host.ClipEncoder(clip)
         denoiser = host.UNetDenoiser(model, size) if options.needs_model else None
         live = None if denoiser is None else Live(cls.hidden.unique_id, encoder, denoiser)
-        for delta in known if denoiser is not None else ():
-            delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
+        if denoiser is not None:
+            for delta in known:
+                delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
 
         def on_step(step: Progress) -> None:
             losses[step.concept].append(step.loss)
@@ -116,7 +117,7 @@ class SepMETrain(io.ComfyNode):
 
         def save(delta: ConceptDelta) -> None:
             name = delta.concept.name
-            sites = context_site(delta.d_in) if delta.edits_context else weights(denoiser.attention_layers())
+            sites = context_site(delta.d_in) if denoiser is None or delta.edits_context else weights(denoiser.attention_layers())
             tokens, target = planner.prompts.tokens(name)
             losses[name] = losses[name] or [1.0, distance(sites, tokens, target, delta)]
             made.append(delta)

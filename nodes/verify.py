@@ -42,7 +42,7 @@ class SepMEVerify(io.ComfyNode):
         if not deltas:
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
         composition = Composition(tuple(deltas))
-        job = host.Job(1)
+        job = host.NodeProgress(1)
         encoder = host.ClipEncoder(clip)
         result = verify(encoder, deltas, on_progress=job.stage)
         job.next()

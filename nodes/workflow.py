@@ -14,12 +14,17 @@ from ..sepme.delta.library import embed, unembed
 
 KEY = "sepme"
 MAX_KNOWN = 32 << 10  # characters: beyond, a record keeps the known concepts' names without their prompts
-Record = dict[str, Any]
+DeltaRecord = dict[str, Any]
 
 
-def record(delta: ConceptDelta, file: str, embedded: bool) -> Record:
+def record(delta: ConceptDelta, file: str, embedded: bool) -> DeltaRecord:
     """What is kept of a delta; ``data`` is the file itself."""
-    facts: Record = {"concept": delta.concept.name, "prompts": list(delta.concept.prompts), "anchor": delta.concept.anchor, "file": file}
+    facts: DeltaRecord = {
+        "concept": delta.concept.name,
+        "prompts": list(delta.concept.prompts),
+        "anchor": delta.concept.anchor,
+        "file": file,
+    }
     facts["train"] = {k: v for k, v in delta.recipe.train.items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
     known = [{"name": c.name, "prompts": list(c.prompts)} for c in delta.known]
     facts["known"] = known if len(json.dumps(known)) <= MAX_KNOWN else [c.name for c in delta.known]
@@ -27,7 +32,7 @@ def record(delta: ConceptDelta, file: str, embedded: bool) -> Record:
     return facts | ({"data": embed(delta)} if embedded else {})
 
 
-def remember(extra_pnginfo: Any, content_hash: str, entry: Record) -> None:
+def remember(extra_pnginfo: Any, content_hash: str, entry: DeltaRecord) -> None:
     """Put a record into the workflow that is running; without one (a bare API prompt) nothing happens."""
     workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
     if isinstance(workflow, dict):
@@ -41,7 +46,7 @@ def remember(extra_pnginfo: Any, content_hash: str, entry: Record) -> None:
         kept[content_hash] = (old if isinstance(old, dict) else {}) | entry
 
 
-def recall(extra_pnginfo: Any, content_hash: str, name: str) -> Record | None:
+def recall(extra_pnginfo: Any, content_hash: str, name: str) -> DeltaRecord | None:
     """The record of this hash, or, without one, of this file name."""
     kept: Any = extra_pnginfo
     for key in ("workflow", "extra", KEY):
@@ -52,13 +57,13 @@ def recall(extra_pnginfo: Any, content_hash: str, name: str) -> Record | None:
     return found[0] if found else None
 
 
-def carried(entry: Record | None) -> ConceptDelta | None:
+def carried(entry: DeltaRecord | None) -> ConceptDelta | None:
     """The delta inside a record, checked like a file."""
     data = entry.get("data") if entry else None
     return unembed(data) if isinstance(data, str) else None
 
 
-def again(entry: Record | None) -> str:
+def again(entry: DeltaRecord | None) -> str:
     """How to make a delta again, in a sentence."""
     if entry is None:
         return "this workflow holds no recipe for it, so ask whoever made it for the file"

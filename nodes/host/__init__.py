@@ -4,7 +4,7 @@ from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
 from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
-from .jobs import Job, check_interrupted, trainable
+from .jobs import NodeProgress, check_interrupted, trainable
 from .page import architecture_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
 from .text import ClipEncoder, clip_skip
@@ -13,7 +13,7 @@ SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module
 
 __all__ = [
     "ClipEncoder",
-    "Job",
+    "NodeProgress",
     "UNetDenoiser",
     "apply_deltas",
     "architecture_of",

@@ -18,7 +18,7 @@ def check_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-class Job:
+class NodeProgress:
     """The progress bar of a node whose parts are shown one after another on one scale of 1000."""
 
     def __init__(self, parts: int) -> None:

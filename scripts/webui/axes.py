@@ -9,7 +9,7 @@ from typing import Any
 from ...sepme.concepts import split_names
 from ...sepme.delta.library import Entry
 from . import host
-from .shelf import find, labels
+from .files import find, labels
 
 JOINT = "+"  # commas separate an axis's values
 NOTHING = ("none", "nothing")  # the first that is no concept's name
@@ -43,7 +43,7 @@ def concepts_of(value: str, entries: Sequence[Entry]) -> list[str]:
     return names
 
 
-def is_nothing(concepts: Sequence[str], entries: Sequence[Entry]) -> bool:
+def means_none(concepts: Sequence[str], entries: Sequence[Entry]) -> bool:
     """Whether a value of the axis means that nothing is to be erased."""
     return not concepts or (len(concepts) == 1 and concepts[0] in NOTHING and not find(concepts[0], entries))
 

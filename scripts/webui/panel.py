@@ -14,9 +14,9 @@ from ...sepme.apply.projector import BACKENDS
 from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
 from . import infotext
+from .files import by_concept, by_hash, find, label_of, labels
 from .host import InputAccordion
 from .settings import Settings
-from .shelf import by_concept, by_hash, find, label_of, labels
 
 GRADIO_3 = gr.__version__.startswith("3.")
 HELP = (

@@ -17,7 +17,7 @@ WIDTH, HEIGHT, POINTS = 400, 160, 300
 
 
 @dataclass
-class Progress:
+class TaskStatus:
     """What the page sees; the work writes it. ``losses`` by concept."""
 
     text: str = "Waiting for the queue"
@@ -29,14 +29,14 @@ class Progress:
 
 
 class Work(Protocol):
-    def __call__(self, progress: Progress) -> str:
+    def __call__(self, progress: TaskStatus) -> str:
         """Do it, and return what to say at the end as HTML."""
         ...
 
 
 def follow(work: Work, every: float = EVERY) -> Iterator[tuple[str, str]]:
     """Run work; status and loss plot as HTML, until it has ended."""
-    progress, last = Progress(), [""]
+    progress, last = TaskStatus(), [""]
 
     def run() -> None:
         try:
@@ -59,7 +59,7 @@ def follow(work: Work, every: float = EVERY) -> Iterator[tuple[str, str]]:
     yield last[0], plot(progress.losses)
 
 
-def bar(progress: Progress) -> str:
+def bar(progress: TaskStatus) -> str:
     share = min(max(progress.done, 0.0), 1.0)
     return f'<p>{html.escape(progress.text)}</p><div class="sepme-progress"><div style="width: {100 * share:.0f}%"></div></div>'
 

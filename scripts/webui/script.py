@@ -16,14 +16,14 @@ from ...sepme.delta.library import Entry
 from ...sepme.delta.verify import clip_skip_warnings
 from ...sepme.errors import SepMEError
 from . import host, infotext
-from .axes import is_nothing
+from .axes import means_none
+from .files import by_concept, choose, find, load, with_hash
 from .panel import Panel
 from .settings import Settings, Tables, Tags, take_tags
-from .shelf import by_concept, choose, find, load, with_hash
 
 
 @dataclass
-class Batch:
+class BatchTags:
     """Tags of one batch of images: of prompts and negative prompts, and of those of the hires pass."""
 
     positive: list[Tags]
@@ -32,12 +32,12 @@ class Batch:
 
 
 @dataclass
-class Run:
+class Generation:
     """What this extension keeps of one generation."""
 
     settings: Settings
     chosen: list[Entry]
-    batch: Batch | None = None
+    batch: BatchTags | None = None
     attached: host.ModelPatch | None = None
 
     @property
@@ -46,7 +46,7 @@ class Run:
         return {e: self.settings.strength(e.concept) for e in self.chosen}
 
 
-_runs: list[Run] = []  # the one whose deltas are on the model, if any
+_runs: list[Generation] = []  # the one whose deltas are on the model, if any
 
 
 def say(p: Any, text: str) -> None:
@@ -84,7 +84,7 @@ def watch(params: Any) -> None:
         run.attached.expect(params)
 
 
-def _attach(p: Any, run: Run) -> None:
+def _attach(p: Any, run: Generation) -> None:
     """Put the deltas that any prompt of the batch needs on the model as it is now."""
     _release()
     batch = run.batch
@@ -107,7 +107,7 @@ def _attach(p: Any, run: Run) -> None:
         say(p, f"nothing is erased. {error}")
 
 
-def _meant(p: Any, run: Run, rows: Sequence[Tags]) -> tuple[dict[str, ConceptDelta], dict[str, str]]:
+def _meant(p: Any, run: Generation, rows: Sequence[Tags]) -> tuple[dict[str, ConceptDelta], dict[str, str]]:
     """The panel's deltas with those that only tags name, by concept; and the concept that each tag's name means.
 
     Names that mean none of them are said, and change nothing.
@@ -176,19 +176,19 @@ class SepMEScript(host.Script):
                 settings = replace(settings, strengths=strengths)
                 if idle and getattr(p, "is_api", False):  # the page keeps strengths of concepts that are chosen again later
                     say(p, f"the strength of {', '.join(idle)[:200]} has no effect, since it is not chosen.")
-            p.sepme_run = Run(settings, chosen)
+            p.sepme_run = Generation(settings, chosen)
             _record(p, p.sepme_run)
         except SepMEError as error:
             say(p, f"nothing is erased. {error}")
 
     def before_process_batch(self, p: Any, *args: Any, prompts: list[str], **kwargs: Any) -> None:
         """Take the tags out of prompts and negative prompts, before the host reads its own tags and encodes them."""
-        run: Run | None = getattr(p, "sepme_run", None)
+        run: Generation | None = getattr(p, "sepme_run", None)
         prompts[:], positive = _taken(p, prompts)
         p.negative_prompts[:], negative = _taken(p, p.negative_prompts)
         hires = self._take_hires_tags(p, len(prompts)) if getattr(p, "enable_hr", False) else None
         if run is not None:
-            run.batch = Batch(positive, negative, hires)
+            run.batch = BatchTags(positive, negative, hires)
 
     def _take_hires_tags(self, p: Any, count: int) -> tuple[list[Tags], list[Tags]]:
         """The hires pass has prompts of its own, by default the same. The host cuts them into batches after this, and writes the whole
@@ -209,7 +209,7 @@ class SepMEScript(host.Script):
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Attach anew for every pass; the Forges throw earlier patches away, and call this twice for hires."""
-        run: Run | None = getattr(p, "sepme_run", None)
+        run: Generation | None = getattr(p, "sepme_run", None)
         if run is not None:
             _attach(p, run)
 
@@ -220,7 +220,7 @@ class SepMEScript(host.Script):
         _release()
 
 
-def _record(p: Any, run: Run) -> None:
+def _record(p: Any, run: Generation) -> None:
     """Write what is on into the infotext: the panel's deltas with strengths, and which files the prompts' tags mean."""
     texts = [*p.all_prompts, *p.all_negative_prompts]
     if getattr(p, "enable_hr", False):  # those of the hires pass are None without it
@@ -242,7 +242,7 @@ def _record(p: Any, run: Run) -> None:
 
 def add_tags(p: Any, tags: Mapping[str, float]) -> None:
     """Tags that another extension wrote into the prompts after ours were read: for every prompt of the batch."""
-    run: Run | None = getattr(p, "sepme_run", None)
+    run: Generation | None = getattr(p, "sepme_run", None)
     if run is not None and run.batch is not None and tags:
         run.batch.positive = [merge(tags, row) for row in run.batch.positive]
 
@@ -255,7 +255,7 @@ def _override(p: Any, settings: Settings, entries: Sequence[Entry]) -> Settings:
     """
     concepts, strength = getattr(p, "sepme_concepts", None), getattr(p, "sepme_strength", None)
     if concepts is not None:
-        wanted = () if is_nothing(concepts, entries) else tuple(dict.fromkeys(concepts))
+        wanted = () if means_none(concepts, entries) else tuple(dict.fromkeys(concepts))
         settings = replace(settings, enabled=bool(wanted), concepts=wanted)
     if strength is not None:
         check_number("SepME strength", strength, -100, 100)

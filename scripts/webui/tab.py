@@ -19,14 +19,13 @@ from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
 from ...sepme.plan.planner import Planner
 from ...sepme.progress import OnProgress
-from ...sepme.train import Job, TrainOptions, each, plan_options, train_book
-from ...sepme.train import Progress as Step
+from ...sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ...sepme.train.objectives import OBJECTIVES, described
 from ...sepme.train.options import MODES
 from . import host
+from .files import choose, labels, load
 from .panel import delta_choice
-from .progress import Progress, follow, table
-from .shelf import choose, labels, load
+from .progress import TaskStatus, follow, table
 
 BOOK = """concepts:
   - van gogh          # templates make the prompts
@@ -118,7 +117,7 @@ def train(
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Status and loss plot, until every concept of the book has its file."""
 
-    def work(progress: Progress) -> str:
+    def work(progress: TaskStatus) -> str:
         concepts = _book(book)
         options = TrainOptions.for_mode(mode, objective, steps=int(steps), seed=int(seed))
         plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space)
@@ -129,7 +128,7 @@ def train(
         def on_start(names: Sequence[str]) -> None:
             progress.show(f"{names[0]}: directions", 0, 1)
 
-        def on_step(step: Step) -> None:
+        def on_step(step: Progress) -> None:
             progress.losses.setdefault(step.concept, []).append(step.loss)
             progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
             host.check_interrupted()
@@ -144,7 +143,7 @@ def train(
     yield from follow(work)
 
 
-def _shown(progress: Progress) -> OnProgress:
+def _shown(progress: TaskStatus) -> OnProgress:
     def on_progress(what: str, done: int, total: int) -> None:
         host.check_interrupted()
         progress.show(what, done, total)
@@ -182,7 +181,7 @@ def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
 def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
     """A table of what was measured."""
 
-    def work(progress: Progress) -> str:
+    def work(progress: TaskStatus) -> str:
         deltas = _deltas(chosen)
         with host.job("sepme"), host.loaded_model() as model:
             layers = model.attention_layers()
@@ -210,7 +209,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
 def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Iterator[tuple[str, str]]:
     """Where the file was written."""
 
-    def work(progress: Progress) -> str:
+    def work(progress: TaskStatus) -> str:
         deltas, table_ = _deltas(chosen), parse_json(strengths or "")
         stem = file_name(name) if name.strip() else "erased"
         folder = host.lora_folder() if kind == LORA else host.checkpoint_folder()

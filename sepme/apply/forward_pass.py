@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .kv_cache import Batch, version
+from .kv_cache import CachedBatch, version
 from .row_strengths import row_strengths
 
 MAX_SEEN = 8  # contexts known by address; extensions that make a new one in every layer would fill the memory
@@ -33,7 +33,7 @@ class Pass:
     state: Hashable
     unedited: Tensor | None = None
     _asked: set[str] = field(default_factory=set, init=False, repr=False)
-    _seen: dict[Hashable, tuple[Tensor, Batch]] = field(default_factory=dict, init=False, repr=False)
+    _seen: dict[Hashable, tuple[Tensor, CachedBatch]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, context: Tensor) -> Tensor:
         """Strengths of the rows of a context, which may be others than the batch's: another extension added or split rows."""
@@ -48,7 +48,7 @@ class Pass:
         """What per-layer deltas read of a context: the batch before the context edit, so that several deltas add up."""
         return self.unedited if self.unedited is not None and self.unedited.shape == context.shape else context
 
-    def recall(self, name: str, context: Tensor, mode: torch.dtype | None) -> Batch | None:
+    def recall(self, name: str, context: Tensor, mode: torch.dtype | None) -> CachedBatch | None:
         """The batch of a context that was met in this pass, known by its address.
 
         A projection that asks again shows that the model was called again. Then contexts are compared by content once more, so one
@@ -64,7 +64,7 @@ class Pass:
         seen = self._seen.get(_address(context, mode))
         return None if seen is None else seen[1]
 
-    def remember(self, context: Tensor, mode: torch.dtype | None, batch: Batch) -> None:
+    def remember(self, context: Tensor, mode: torch.dtype | None, batch: CachedBatch) -> None:
         """Note the batch of a context. Holding the context keeps its address from being used again."""
         if len(self._seen) < MAX_SEEN:
             self._seen[_address(context, mode)] = context, batch

@@ -16,7 +16,7 @@ MAX_BATCHES = 32  # a comparison looks at all of them
 
 
 @dataclass(eq=False)
-class Batch:
+class CachedBatch:
     """Keys and values of one batch of prompts.
 
     Attributes:
@@ -80,7 +80,7 @@ class KVCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.comparisons = 0
-        self._batches: list[Batch] = []
+        self._batches: list[CachedBatch] = []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -93,7 +93,7 @@ class KVCache:
         """Forget everything."""
         self._batches.clear()
 
-    def get(self, context: Tensor, strengths: Tensor, key: Hashable) -> Batch | None:
+    def get(self, context: Tensor, strengths: Tensor, key: Hashable) -> CachedBatch | None:
         """The batch with this content. All candidates are compared before any answer is waited for: one wait for the GPU."""
         self.comparisons += 1
         candidates, answers = [], []
@@ -116,7 +116,7 @@ class KVCache:
             return None
         return next((b for b, same in zip(candidates, torch.stack(answers).tolist(), strict=True) if same), None)
 
-    def put(self, batch: Batch) -> None:
+    def put(self, batch: CachedBatch) -> None:
         """Hold a batch as the most recently used one, and let go of what is over the limits."""
         if batch in self._batches:
             self._batches.remove(batch)

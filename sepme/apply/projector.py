@@ -18,7 +18,7 @@ from ..model.patch import Forward, patched
 from ..model.protocols import AttentionLayer
 from .composition import Composition, Touch
 from .forward_pass import Pass
-from .kv_cache import Batch, KVCache, fingerprint
+from .kv_cache import CachedBatch, KVCache, fingerprint
 from .ops import PROJECT_KV, add_to_rows, add_to_rows_eager, project_kv, project_kv_eager, split, why_not
 
 BACKENDS = ("auto", "exact", "fused", "eager")
@@ -178,7 +178,7 @@ class KVProjector:
         reason = why_not(PROJECT_KV, context=context.to(plain[0].dtype), weights=plain)
         return reason and f"{reason}; plain PyTorch does the same here"
 
-    def _batch(self, current: Pass, name: str, context: Tensor) -> Batch:
+    def _batch(self, current: Pass, name: str, context: Tensor) -> CachedBatch:
         """The batch of a context: by its address within a pass, by its content across passes, or a new one."""
         autocast = torch.get_autocast_dtype(context.device.type) if torch.is_autocast_enabled(context.device.type) else None
         batch = current.recall(name, context, autocast)
@@ -186,17 +186,17 @@ class KVProjector:
             rows, key = current.rows(context), (current.state, autocast)
             batch = self.cache.get(context, rows, key)
             if batch is None:
-                batch = Batch(context, rows, key, self.composition.touch(current.source(context), rows, self.gate))
+                batch = CachedBatch(context, rows, key, self.composition.touch(current.source(context), rows, self.gate))
             self.cache.put(batch)
             current.remember(context, autocast, batch)
         return batch
 
-    def _compute(self, name: str, context: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _compute(self, name: str, context: Tensor, batch: CachedBatch) -> dict[str, Tensor]:
         """The output that is asked for, and all others that are missing where one operator makes them together."""
         weights = self._fusible(name, context, batch) if self.backend != "exact" and len(batch.touch.rows) > 0 else {}
         return self._fused(weights, context, batch.touch) if weights else {name: self._exact(name, context, batch.touch)}
 
-    def _fusible(self, name: str, context: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _fusible(self, name: str, context: Tensor, batch: CachedBatch) -> dict[str, Tensor]:
         """Weights of the projection that is asked for, and of the missing ones, if one operator is to make them; else nothing."""
         if torch.is_autocast_enabled(context.device.type) or (self.backend == "auto" and len(batch.touch.rows) < len(context)):
             return {}

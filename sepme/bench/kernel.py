@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from ..apply import ops
 from ..errors import SepMEError
+from ..progress import OnProgress, silent
 
 # d_in and d_out of to_k and to_v of every attn2 layer, in the order of the forward pass
 SIZES: dict[str, tuple[int, list[int]]] = {
@@ -24,7 +25,6 @@ SIZES: dict[str, tuple[int, list[int]]] = {
 TOKENS = 77
 # bytes and half-precision products a second, from the makers' data sheets
 PARTS = {"H100 SXM": (3.35e12, 989e12), "RTX 4090": (1.008e12, 165e12), "A100 80GB": (2.04e12, 312e12), "MI300X": (5.3e12, 1307e12)}
-Progress = Callable[[str, int, int], None]
 
 
 def roofline(model: str, rows: int, rank: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _package(name: str) -> Any:
         raise SepMEError(f"The kernels need Triton ({error}); on Linux run: pip install 'comfyui-sepme[kernels]'.") from None
 
 
-def aot(targets: Sequence[str] = (), widths: Sequence[int] = (768,), on_progress: Progress = lambda *_: None) -> dict[str, Any]:
+def aot(targets: Sequence[str] = (), widths: Sequence[int] = (768,), on_progress: OnProgress = silent) -> dict[str, Any]:
     """Compile every configuration for every family.
 
     Returns:
@@ -192,7 +192,7 @@ def configurations(d_in: int, d_outs: Sequence[int], rows: int, rank: int, dtype
     return sorted(result, key=lambda r: r.get("seconds", math.inf))
 
 
-def measure(repeats: int = 50, on_progress: Progress = lambda *_: None) -> dict[str, Any]:
+def measure(repeats: int = 50, on_progress: OnProgress = silent) -> dict[str, Any]:
     """Time all sides at Stable Diffusion 1.5's and XL's sizes on the GPU.
 
     Returns:

@@ -37,7 +37,7 @@ SIDES = ("ours", "published")
 
 
 @dataclass(frozen=True)
-class Size:
+class UNetSize:
     """UNet with ``channels`` by block and ``layers`` resnets a block, prompts ``(tokens, d_in)``, latents ``latent x latent``.
 
     ``known`` other prompts stand in A beside the empty one; ``rank`` is the cap on k.
@@ -126,7 +126,7 @@ class Published:
 class Bench:
     """Both sides on the same UNet, tokens and draws; each is built when it is first asked for."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: UNetSize) -> None:
         from diffusers import UNet2DConditionModel
 
         self.size = size
@@ -176,7 +176,7 @@ def resident(field: str) -> int:
         raise SepMEError("Memory is read from /proc/self/status, which only Linux has; run this benchmark on Linux.") from None
 
 
-def _measure(side: str, size: Size, steps: int) -> dict[str, int]:
+def _measure(side: str, size: UNetSize, steps: int) -> dict[str, int]:
     import diffusers.models.unets.unet_2d_condition  # noqa: F401  counted among the libraries
 
     before = resident("VmRSS")
@@ -186,7 +186,7 @@ def _measure(side: str, size: Size, steps: int) -> dict[str, int]:
     return {"before": before, "peak": resident("VmHWM")}
 
 
-def memory(side: str, size: Size, steps: int = 3) -> dict[str, int]:
+def memory(side: str, size: UNetSize, steps: int = 3) -> dict[str, int]:
     """Bytes ``before`` building and at ``peak`` of one side after some steps, in a process of its own."""
     arguments = json.dumps({"side": side, "steps": steps, "threads": torch.get_num_threads(), "size": asdict(size)})
     done = subprocess.run([sys.executable, "-m", __name__, arguments], capture_output=True, text=True)
@@ -195,7 +195,7 @@ def memory(side: str, size: Size, steps: int = 3) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(size: Size | None = None, pairs: int = 7) -> dict[str, Any]:
+def run(size: UNetSize | None = None, pairs: int = 7) -> dict[str, Any]:
     """Time and weigh a training step of both sides.
 
     Args:
@@ -205,7 +205,7 @@ def run(size: Size | None = None, pairs: int = 7) -> dict[str, Any]:
         ``train_step_speedup`` (median over pairs of published / ours, seconds), ``train_memory_ratio`` (ours / published, peak bytes),
         and what they were made of.
     """
-    size = size or Size()
+    size = size or UNetSize()
     used = {side: memory(side, size) for side in SIDES}
     net = {side: used[side]["peak"] - used[side]["before"] for side in SIDES}
     bench = Bench(size)
@@ -232,4 +232,4 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
     given["size"]["channels"] = tuple(given["size"]["channels"])
-    print(json.dumps(_measure(given["side"], Size(**given["size"]), given["steps"])))
+    print(json.dumps(_measure(given["side"], UNetSize(**given["size"]), given["steps"])))

@@ -56,12 +56,12 @@ def bench_train(
     as_json: Json = False,
 ) -> None:
     """Seconds and peak memory of a training step against the published scheme."""
-    from ..bench.train import Size, run
+    from ..bench.train import UNetSize, run
 
     if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", channels):
         raise SepMEError(f"{channels!r} are no numbers of channels; write them like 64,128,256.")
     blocks = tuple(int(c) for c in channels.split(","))
-    result = run(Size(blocks, layers, latent, d_in, tokens, batch, known), pairs)
+    result = run(UNetSize(blocks, layers, latent, d_in, tokens, batch, known), pairs)
 
     def show() -> None:
         table = Table("", "published", "ours", "")

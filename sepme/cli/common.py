@@ -25,7 +25,7 @@ Model = Annotated[str, typer.Argument(help="'demo', a diffusers folder or a .saf
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 DType = Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")]
-Prediction = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
+PredictionType = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
 Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
 
 

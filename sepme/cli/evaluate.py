@@ -15,7 +15,7 @@ from .common import (
     DType,
     Json,
     Model,
-    Prediction,
+    PredictionType,
     Size,
     Tokenizer,
     finish,
@@ -39,7 +39,7 @@ def evaluate(
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
-    prediction: Prediction = None,
+    prediction: PredictionType = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:

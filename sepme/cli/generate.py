@@ -16,7 +16,7 @@ from .common import (
     DType,
     Json,
     Model,
-    Prediction,
+    PredictionType,
     Size,
     Tokenizer,
     finish,
@@ -45,7 +45,7 @@ def generate(
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
-    prediction: Prediction = None,
+    prediction: PredictionType = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:

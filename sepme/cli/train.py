@@ -17,7 +17,21 @@ from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
 from ..train.objectives import described
 from ..train.options import EDITS
-from .common import Device, DType, Json, Model, Prediction, Size, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .common import (
+    Device,
+    DType,
+    Json,
+    Model,
+    PredictionType,
+    Size,
+    Tokenizer,
+    finish,
+    interruptible,
+    load_host,
+    log,
+    progress,
+    progress_bar,
+)
 from .inspect import show_summaries, summary
 
 if TYPE_CHECKING:
@@ -68,7 +82,7 @@ def train(
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
-    prediction: Prediction = None,
+    prediction: PredictionType = None,
     size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,

@@ -16,7 +16,7 @@ from .common import (
     Files,
     Json,
     Model,
-    Prediction,
+    PredictionType,
     Tokenizer,
     finish,
     interruptible,
@@ -39,7 +39,7 @@ def verify(
     device: Device = "cpu",
     dtype: DType = "float32",
     tokenizer: Tokenizer = None,
-    prediction: Prediction = None,
+    prediction: PredictionType = None,
     as_json: Json = False,
 ) -> None:
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""

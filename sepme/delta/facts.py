@@ -55,15 +55,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveUsed:
     """Name of the objective that was trained, and how many steps it took."""
 
     name: str = "?"
     steps: int = 0
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Objective:
-        return Objective(text(data.get("name", "?")), number(data.get("steps", 0)))
+    def from_json(data: Mapping[str, Any]) -> ObjectiveUsed:
+        return ObjectiveUsed(text(data.get("name", "?")), number(data.get("steps", 0)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Facts:
     known: tuple[Concept, ...] = ()
     preserve: Preserve = Preserve()
     recipe: Recipe = Recipe()
-    objective: Objective = Objective()
+    objective: ObjectiveUsed = ObjectiveUsed()
     losses: tuple[float, ...] = ()
     kv_fingerprint: str = ""
     clip_skip: int = 0
@@ -114,7 +114,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "known": _known,
     "preserve": Preserve.from_json,
     "recipe": Recipe.from_json,
-    "objective": Objective.from_json,
+    "objective": ObjectiveUsed.from_json,
     "losses": lambda data: tuple(map(number, data)),
     "kv_fingerprint": text,
     "clip_skip": number,

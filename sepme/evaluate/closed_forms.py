@@ -10,8 +10,7 @@ from torch import Tensor
 from ..plan.directions import null_basis
 from ..plan.planner import Planner
 from ..plan.tokens import token_rows
-
-Changes = dict[str, Tensor]
+from .erasers import Changes
 
 
 def _kept(planner: Planner, erased: frozenset[str]) -> Tensor:

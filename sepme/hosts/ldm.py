@@ -50,7 +50,7 @@ SCHEDULE = {
     "steps_offset": 1,
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Checkpoint:
 
     path: Path
     kind: str
-    shapes: Shapes
+    shapes: TensorShapes
     metadata: Mapping[str, str]
 
     @staticmethod
@@ -101,7 +101,7 @@ class Checkpoint:
         return len({m[1] for m in map(re.compile(pattern).match, self.shapes) if m})
 
 
-def _kind(path: Path, shapes: Shapes) -> str:
+def _kind(path: Path, shapes: TensorShapes) -> str:
     for name, part in FOREIGN.items():
         if any(part in key for key in shapes):
             raise SepMEError(f"{path} holds {name}; only checkpoints of Stable Diffusion 1.x, 2.x and XL can be loaded.")

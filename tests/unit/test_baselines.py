@@ -14,7 +14,7 @@ from sepme.concepts import Concept, ConceptBook
 from sepme.errors import SepMEError
 from sepme.evaluate.closed_forms import speed, uce
 from sepme.evaluate.erasers import Merged, Separable, without
-from sepme.evaluate.methods import KEYS, Workshop
+from sepme.evaluate.methods import KEYS, MethodMaker
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.model.layers import weights
 from sepme.plan.directions import PlanOptions
@@ -33,13 +33,13 @@ def host(tiny_host: Hosts) -> DiffusersHost:
 
 
 @pytest.fixture(scope="module")
-def workshop(host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def maker(host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> MethodMaker:
     settings: dict[str, dict[str, Any]] = {k: dict(QUICK) for k in [*TRAINED, "lora_sum"]}
     settings["sepme_closed_form"] = {}
     for key in ("esd", "sdd", "ablation", "fmn"):
         settings[key] |= {"learning_rate": 0.05, "source": "trajectory"}
     settings["ablation"]["anchor"] = settings["ablation_wd"]["anchor"] = "a house"
-    return Workshop(host, BOOK, PLAN, tmp_path_factory.mktemp("methods"), settings)
+    return MethodMaker(host, BOOK, PLAN, tmp_path_factory.mktemp("methods"), settings)
 
 
 def rows(host: DiffusersHost, *prompts: str) -> Tensor:
@@ -82,9 +82,9 @@ def test_speed_spares_and_minimises(host: DiffusersHost) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_method_erases_a_set(key: str, workshop: Workshop, host: DiffusersHost) -> None:
+def test_every_method_erases_a_set(key: str, maker: MethodMaker, host: DiffusersHost) -> None:
     """The concept changes; with nothing erased the pictures are the stock model's, bit for bit; the model is left as it was."""
-    made = workshop.make(key)
+    made = maker.make(key)
     before = {n: w.clone() for n, w in weights(host.attention_layers()).items()}
     prompts, options = ["a tree", "the moon"], {"steps": 2, "latents_only": True}
     stock = host.generate(prompts, [1, 2], **options)
@@ -99,9 +99,9 @@ def test_every_method_erases_a_set(key: str, workshop: Workshop, host: Diffusers
 
 
 @pytest.mark.parametrize("key", ["sepme_closed_form", "uce", "negative_prompt"])
-def test_acting_is_what_generation_does(key: str, workshop: Workshop, host: DiffusersHost) -> None:
+def test_acting_is_what_generation_does(key: str, maker: MethodMaker, host: DiffusersHost) -> None:
     """One pass with the eraser acting: differentiable by the context, gate in the loop, the same as the projector's keys and values."""
-    eraser = workshop.make(key).eraser
+    eraser = maker.make(key).eraser
     context = torch.cat([host.encode(["a tree"]).context, host.encode(["the moon"]).context]).requires_grad_(True)
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
     with torch.no_grad():
@@ -124,31 +124,31 @@ def test_acting_is_what_generation_does(key: str, workshop: Workshop, host: Diff
             torch.testing.assert_close(out.detach(), host.predict(x, t, context), rtol=1e-4, atol=1e-5)
 
 
-def test_published_forms_add_up(workshop: Workshop) -> None:
+def test_published_forms_add_up(maker: MethodMaker) -> None:
     """One concept: its own fine-tuning; all: the one of all."""
-    eraser = workshop.make("esd").eraser
+    eraser = maker.make("esd").eraser
     assert isinstance(eraser, Merged)
     tree, star, both = (eraser.changes(frozenset(s)) for s in (["tree"], ["star"], ["tree", "star"]))
     name = next(iter(tree))
     assert not torch.equal(tree[name], star[name])
     assert not torch.equal(both[name], tree[name] + star[name])
-    lora = workshop.make("lora_sum").eraser.changes
+    lora = maker.make("lora_sum").eraser.changes
     assert torch.equal(lora(frozenset(["tree", "star"]))[name], lora(frozenset(["star"]))[name] + lora(frozenset(["tree"]))[name])
     assert torch.linalg.matrix_rank(lora(frozenset(["tree"]))[name]) == 4
 
 
-def test_nothing_is_made_twice(workshop: Workshop, host: DiffusersHost) -> None:
-    """A second workshop on the same folder trains nothing, also under other settings for another method; other settings train again."""
-    first = workshop.make("esd_wd")
+def test_nothing_is_made_twice(maker: MethodMaker, host: DiffusersHost) -> None:
+    """A second one on the same folder trains nothing, also under other settings for another method; other settings train again."""
+    first = maker.make("esd_wd")
     passes: list[int] = []
     handle = host.unet.register_forward_pre_hook(lambda *_: passes.append(1))
     try:
-        again = Workshop(host, BOOK, PLAN, workshop.folder, workshop.settings)
+        again = MethodMaker(host, BOOK, PLAN, maker.folder, maker.settings)
         assert again.make("esd_wd").seconds == first.seconds
         again.make("esd")
         again.make("lora_sum")
         assert passes == []
-        Workshop(host, BOOK, PLAN, workshop.folder, {"esd_wd": QUICK | {"steps": 1}}).make("esd_wd")
+        MethodMaker(host, BOOK, PLAN, maker.folder, {"esd_wd": QUICK | {"steps": 1}}).make("esd_wd")
         assert passes
     finally:
         handle.remove()
@@ -162,8 +162,8 @@ def test_keyword_filter() -> None:
 
 def test_unknown_methods_and_settings(host: DiffusersHost, tmp_path: Path) -> None:
     with pytest.raises(SepMEError, match="no method 'magic'"):
-        Workshop(host, BOOK, PLAN, tmp_path).make("magic")
+        MethodMaker(host, BOOK, PLAN, tmp_path).make("magic")
     with pytest.raises(SepMEError, match="no method 'magic'"):
-        Workshop(host, BOOK, PLAN, tmp_path, {"magic": {}})
+        MethodMaker(host, BOOK, PLAN, tmp_path, {"magic": {}})
     with pytest.raises(SepMEError, match="unknown entry"):
-        Workshop(host, BOOK, PLAN, tmp_path, {"esd": {"step": 3}}).make("esd")
+        MethodMaker(host, BOOK, PLAN, tmp_path, {"esd": {"step": 3}}).make("esd")

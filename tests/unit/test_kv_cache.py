@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sepme.apply.composition import Composition, Touch
-from sepme.apply.kv_cache import MAX_BATCHES, Batch, KVCache
+from sepme.apply.kv_cache import MAX_BATCHES, CachedBatch, KVCache
 from sepme.apply.ops import project_kv
 from sepme.apply.projector import KVProjector
 from sepme.delta.concept_delta import ConceptDelta
@@ -267,7 +267,7 @@ def test_few_batches_are_held() -> None:
     """The least recently used go first; what is found again counts as used when it is put back."""
     cache, contexts = KVCache(1 << 30), [torch.full((1, 2, 3), float(i)) for i in range(3 * MAX_BATCHES)]
     for context in contexts:
-        cache.put(Batch(context, torch.ones(1), None, NOTHING))
+        cache.put(CachedBatch(context, torch.ones(1), None, NOTHING))
         first = cache.get(contexts[0], torch.ones(1), None)
         assert first is not None
         cache.put(first)
@@ -280,7 +280,7 @@ def test_few_batches_are_held() -> None:
 
 def test_what_a_batch_was_made_of_may_be_written_over() -> None:
     cache, context, strengths = KVCache(1 << 30), torch.zeros(1, 2, 3), torch.ones(1)
-    cache.put(Batch(context, strengths, None, NOTHING))
+    cache.put(CachedBatch(context, strengths, None, NOTHING))
     context.add_(1)
     strengths.add_(1)
     assert cache.get(context, strengths, None) is None
@@ -301,7 +301,7 @@ def test_type_device_strengths_and_state_tell_batches_apart() -> None:
     made = []
     for variant in variants:
         assert cache.get(*variant) is None
-        made.append(Batch(*variant, NOTHING))
+        made.append(CachedBatch(*variant, NOTHING))
         cache.put(made[-1])
     for variant, batch in zip(variants, made, strict=True):
         if not variant[0].is_meta:  # nothing to compare in a meta tensor; that it was told apart from the others is what counts

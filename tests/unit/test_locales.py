@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))["sepme"]
 BLANK = re.compile(r"\{\w+\}")
 SERVER = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["sepmeServer"]
-SHOWN = ("nodes/shelf.py", "nodes/routes.py", "sepme/delta/format.py")  # what the page shows in a toast comes from here
+SHOWN = ("nodes/library.py", "nodes/routes.py", "sepme/delta/format.py")  # what the page shows in a toast comes from here
 USED = re.compile(r'\bt\(\s*"([a-zA-Z.]+)"')
 
 

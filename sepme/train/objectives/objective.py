@@ -13,7 +13,7 @@ from ...model.protocols import Encoding
 if TYPE_CHECKING:
     from ..options import TrainOptions
 
-Predict = Callable[[Encoding], Tensor]
+PromptNoise = Callable[[Encoding], Tensor]
 Maps = Callable[[Encoding], Sequence[Tensor]]
 
 
@@ -31,8 +31,8 @@ class Step:
         words: ``(batch, tokens)`` bool, where the concept's own words stand in ``own`` (:attr:`Objective.reads_words`).
     """
 
-    frozen: Predict
-    erased: Predict
+    frozen: PromptNoise
+    erased: PromptNoise
     attention: Maps
     own: Encoding
     empty: Encoding

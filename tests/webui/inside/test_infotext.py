@@ -37,14 +37,14 @@ def test_a_picture_says_what_was_on(webui: Any) -> None:
 
 def test_files_of_one_name_are_told_apart(make_webui: Any, delta_files: Any, tmp_path: Any) -> None:
     ui = make_webui("a1111", tmp_path)
-    library, shelf = ui.part("scripts.webui.host").library, ui.part("scripts.webui.shelf")
+    library, files = ui.part("scripts.webui.host").library, ui.part("scripts.webui.files")
     ConceptDelta = ui.part("sepme.delta.concept_delta").ConceptDelta
     first = ConceptDelta.load(next((delta_files / "sepme").glob("star*.safetensors")))
     library.save(first)
     library.save(first, "again/")
-    assert list(shelf.labels(library.entries())) == ["star"]
+    assert list(files.labels(library.entries())) == ["star"]
     library.save(ConceptDelta(first.concept, first.down, {k: -v for k, v in first.up.items()}, first.scale, first.gate, first.info))
-    labels = shelf.labels(library.entries())
+    labels = files.labels(library.entries())
     assert len(labels) == 2
     assert all(label == f"star [{entry.content_hash[:10]}]" for label, entry in labels.items())
     drawn = [ui.erase(label) for label in labels]
@@ -52,9 +52,9 @@ def test_files_of_one_name_are_told_apart(make_webui: Any, delta_files: Any, tmp
     ui.erase(*labels)
     assert any("erase the same concept" in c for c in ui.last.comments)
     with pytest.raises(ValueError, match="means several files"):
-        shelf.choose("star", library.entries(), "other")
-    assert shelf.choose("STAR-2.safetensors", library.entries(), "") is not None
-    assert shelf.choose("nobody", library.entries(), "") is None
+        files.choose("star", library.entries(), "other")
+    assert files.choose("STAR-2.safetensors", library.entries(), "") is not None
+    assert files.choose("nobody", library.entries(), "") is None
 
 
 def test_plot_axes(webui: Any) -> None:

@@ -50,7 +50,7 @@ def checked_name(name: Any) -> str:
     return name
 
 
-class Shelf:
+class Library:
     """What the page may do with the files of a library; every name is checked, nothing leaves the folders."""
 
     def __init__(self, library: DeltaLibrary) -> None:
