@@ -133,11 +133,11 @@ class Bench:
         def side(name: str, model: Any) -> Callable[[int], Any]:
             if name == "stock_kept":
 
-                def kept(steps: int) -> Any:
-                    with self.models.barely_kept(self.layers):
+                def cached(steps: int) -> Any:
+                    with self.models.barely_cached(self.layers):
                         return self.sample(model, steps)
 
-                return kept
+                return cached
             return lambda steps: self.sample(model, steps, negatives.get(name))
 
         most = max(concepts)
@@ -149,7 +149,7 @@ class Bench:
         timed = overhead.rounds(
             {n: (lambda run=run: run(steps)) for n, run in sides.items()}, number, lambda *_: None, lambda name: self.load(models[name])
         )
-        return overhead.summary(timed, counts, most) | overhead.kept_bytes(self.layers, self.positive[0][0].repeat(2, 1, 1), most)
+        return overhead.summary(timed, counts, most) | overhead.cached_bytes(self.layers, self.positive[0][0].repeat(2, 1, 1), most)
 
     def toggle(self, pairs: int) -> dict[str, Any]:
         """One of ten, by turns each of the chain: ComfyUI runs its loader and those after it again, and patches all weights anew. LoRAs

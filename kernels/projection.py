@@ -105,7 +105,7 @@ def precision(dtype: torch.dtype, name: str) -> str:
 
 
 def _table(weights: Sequence[Tensor], block_n: int, device: torch.device) -> Tensor:
-    """Where each output block is. Kept while the weights stay where they are: it holds addresses, not values."""
+    """Where each output block is. Cached while the weights stay where they are: it holds addresses, not values."""
     places = [(w.data_ptr(), len(w), w.stride(0) * w.element_size()) for w in weights]
     key = (block_n, device, *places)
     if key in _tables:

@@ -31,7 +31,7 @@ class SepMEConcept(io.ComfyNode):
             display_name="SepME Concept",
             category=CATEGORY,
             description="A concept that can be erased: a style, a character, an object, a trademark. Chain several; each becomes its own "
-            "delta, and each is kept separable from all others in the chain.",
+            "delta, and each stays separable from all others in the chain.",
             inputs=[
                 io.String.Input("name", default="", tooltip="Its name, as prompts call it: van gogh."),
                 io.String.Input(

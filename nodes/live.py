@@ -31,7 +31,7 @@ class Live:
         self.encoded: dict[str, Any] = {}
 
     def step(self, step: Progress, prompt: str) -> None:
-        """Tell the page of a step; ``prompt`` is drawn when it is time for a picture. No generator of the training is touched."""
+        """Tell the page of a step; ``prompt`` is sampled when it is time for a picture. No generator of the training is touched."""
         data = {"node": self.node, "concept": step.concept, "step": step.step, "steps": step.steps, "loss": step.loss}
         if self.decode is not None and time.monotonic() >= self.next:
             start = time.monotonic()

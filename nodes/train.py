@@ -43,7 +43,7 @@ class SepMETrain(io.ComfyNode):
                 io.String.Input(
                     "erase", default="*", optional=True,
                     tooltip="Names to erase, separated by commas or lines; * for all. A name with a comma in it stands in double "
-                    'quotes: "cruise, tom". The other concepts are only kept safe.',
+                    'quotes: "cruise, tom". The other concepts are only preserved.',
                 ),
                 io.String.Input(
                     "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."

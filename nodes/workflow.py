@@ -18,7 +18,7 @@ DeltaRecord = dict[str, Any]
 
 
 def record(delta: ConceptDelta, file: str, embedded: bool) -> DeltaRecord:
-    """What is kept of a delta; ``data`` is the file itself."""
+    """What a workflow remembers of a delta; ``data`` is the file itself."""
     facts: DeltaRecord = {
         "concept": delta.concept.name,
         "prompts": list(delta.concept.prompts),
@@ -39,21 +39,21 @@ def remember(extra_pnginfo: Any, content_hash: str, entry: DeltaRecord) -> None:
         extra = workflow.get("extra")
         if not isinstance(extra, dict):
             extra = workflow["extra"] = {}
-        kept = extra.get(KEY)
-        if not isinstance(kept, dict):
-            kept = extra[KEY] = {}
-        old = kept.get(content_hash)
-        kept[content_hash] = (old if isinstance(old, dict) else {}) | entry
+        records = extra.get(KEY)
+        if not isinstance(records, dict):
+            records = extra[KEY] = {}
+        old = records.get(content_hash)
+        records[content_hash] = (old if isinstance(old, dict) else {}) | entry
 
 
 def recall(extra_pnginfo: Any, content_hash: str, name: str) -> DeltaRecord | None:
     """The record of this hash, or, without one, of this file name."""
-    kept: Any = extra_pnginfo
+    records: Any = extra_pnginfo
     for key in ("workflow", "extra", KEY):
-        kept = kept.get(key) if isinstance(kept, Mapping) else None
-    if not isinstance(kept, Mapping):
+        records = records.get(key) if isinstance(records, Mapping) else None
+    if not isinstance(records, Mapping):
         return None
-    found = [r for h, r in kept.items() if isinstance(r, dict) and (h == content_hash if content_hash else r.get("file") == name)]
+    found = [r for h, r in records.items() if isinstance(r, dict) and (h == content_hash if content_hash else r.get("file") == name)]
     return found[0] if found else None
 
 

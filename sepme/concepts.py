@@ -134,7 +134,7 @@ class ConceptBook:
                 if other != f"concept {concept.name!r}":
                     raise SepMEError(
                         f"The prompt {prompt!r} of concept {concept.name!r} also belongs to {other}; "
-                        "it cannot be erased and kept at once, so remove it from one of them."
+                        "it cannot be erased and preserved at once, so remove it from one of them."
                     )
 
     def __getitem__(self, name: str) -> Concept:

@@ -48,7 +48,7 @@ def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
         patcher: a MODEL; its LoRAs are in effect. latents: shape of the batch, for the memory that has to be free.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        needed = 3 * patcher.memory_required(list(latents))  # activations are kept for the way back
+        needed = 3 * patcher.memory_required(list(latents))  # activations are stored for the backward pass
         comfy.model_management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         model = patcher.model
         leave_inference_mode(model)

@@ -63,15 +63,15 @@ class ClipEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`; prompts of fewer chunks are repeated to a common length, as ComfyUI does."""
-        kept, asked = self._kept(), tuple(prompts)
-        if asked not in kept:
+        cache, asked = self._cache(), tuple(prompts)
+        if asked not in cache:
             encoding = self._read(asked)
             if not set(ordinary_prompts()).issuperset(asked):
                 return encoding
-            kept[asked] = encoding
-        return kept[asked]
+            cache[asked] = encoding
+        return cache[asked]
 
-    def _kept(self) -> dict[tuple[str, ...], Encoding]:
+    def _cache(self) -> dict[tuple[str, ...], Encoding]:
         """By whole lists: a row's last bits depend on the rows that it is read with."""
         state = (self.clip.patcher.patches_uuid, self.clip.layer_idx)
         known = _ORDINARY.get(self.clip.cond_stage_model)

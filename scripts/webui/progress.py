@@ -66,13 +66,13 @@ def bar(progress: TaskStatus) -> str:
 
 def plot(losses: Mapping[str, Sequence[float]]) -> str:
     """Curves of the losses as SVG, on one scale; nothing before the second step."""
-    drawn = {name: [float(v) for v in values] for name, values in losses.items() if len(values) > 1}
-    if not drawn:
+    curves = {name: [float(v) for v in values] for name, values in losses.items() if len(values) > 1}
+    if not curves:
         return ""
-    low, high = min(min(v) for v in drawn.values()), max(max(v) for v in drawn.values())
-    longest = max(len(v) for v in drawn.values()) - 1
+    low, high = min(min(v) for v in curves.values()), max(max(v) for v in curves.values())
+    longest = max(len(v) for v in curves.values()) - 1
     parts = []
-    for i, (name, values) in enumerate(drawn.items()):
+    for i, (name, values) in enumerate(curves.items()):
         stride = max(1, len(values) // POINTS)
         points = " ".join(
             f"{WIDTH * step / longest:.1f},{HEIGHT * (high - values[step]) / ((high - low) or 1):.1f}"

@@ -228,7 +228,7 @@ def _record(p: Any, run: Generation) -> None:
     tags = merge(*take_tags(list(dict.fromkeys(texts)))[1])
     named = {}
     for name, strength in tags.items():
-        with suppress(SepMEError):  # said when the batch is drawn
+        with suppress(SepMEError):  # said when the batch is sampled
             named[_for_tag(p, name, run.chosen)] = strength
     for key, strengths in ((infotext.TAGS, {e: s for e, s in named.items() if e not in run.chosen}), (infotext.CONCEPTS, run.strengths)):
         if strengths:

@@ -1,4 +1,4 @@
-"""Patched projections: the host's own keys and values, a delta added in touched rows, kept across steps."""
+"""Patched projections: the host's own keys and values, a delta added in touched rows, cached across denoising steps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class KVProjector:
         layers: cross-attention modules by canonical name.
         composition: the deltas. gate: False applies purely linear deltas.
         keep: keep keys and values across steps (same prompt, strengths and weights); the environment's SEPME_KEEP=0 switches it off in
-            every host. max_bytes: cap on what is kept.
+            every host. max_bytes: cap on the cache.
 
     Raises:
         SepMEError: deltas of another model, an unknown backend.
@@ -130,7 +130,7 @@ class KVProjector:
         self._held = None
 
     @property
-    def kept_bytes(self) -> int:
+    def cached_bytes(self) -> int:
         """Bytes in the cache: contexts, H, keys and values."""
         return self.cache.bytes
 
@@ -217,7 +217,7 @@ class KVProjector:
         return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows, fresh)
 
     def _factors(self, touch: Touch, device: torch.device) -> Tensor:
-        """Y of the concepts that touch a batch, held until all its projections are there (or as long as nothing is kept)."""
+        """Y of the concepts that touch a batch, held until all its projections are there (or for one projection where nothing is cached)."""
         key = (touch.concepts, device)
         if self._held is None or self._held[0] != key:
             self._held = key, self.composition.factors(touch.concepts, device)

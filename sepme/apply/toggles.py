@@ -136,7 +136,7 @@ def _strength(value: Any, name: str) -> float:
         number = math.nan
     if not math.isfinite(number) or abs(number) > 100:
         raise SepMEError(
-            f"The strength {str(value)[:20]!r} of {name[:40]!r} is no number between -100 and 100; use 0 (kept) to 1 (erased)."
+            f"The strength {str(value)[:20]!r} of {name[:40]!r} is no number between -100 and 100; use 0 (preserved) to 1 (erased)."
         )
     return number
 

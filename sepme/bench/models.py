@@ -113,7 +113,7 @@ def strengths(count: int, changed: float = 1.0) -> Tensor:
 
 
 @contextmanager
-def barely_kept(layers: Mapping[str, AttentionLayer]) -> Iterator[None]:
+def barely_cached(layers: Mapping[str, AttentionLayer]) -> Iterator[None]:
     """The least that keeping can cost: every projection runs once and its result is returned without a check."""
 
     def wrap(name: str, module: nn.Module, forward: Any) -> Any:

@@ -23,7 +23,7 @@ from ..model.layers import weight_of
 from ..model.protocols import AttentionLayer
 from . import seconds
 from .counting import count
-from .models import Subject, add_adapters, barely_kept, merge, random_deltas, strengths, subject
+from .models import Subject, add_adapters, barely_cached, merge, random_deltas, strengths, subject
 
 Side = Callable[[], Any]
 
@@ -74,8 +74,8 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Call
 
         return run
 
-    def kept(steps: int) -> Any:
-        with barely_kept(model.layers):
+    def cached(steps: int) -> Any:
+        with barely_cached(model.layers):
             return model.sample(steps)
 
     def twin(change: Callable[[Any, tuple[ConceptDelta, ...]], None], number: int) -> Callable[[int], Any]:
@@ -89,7 +89,7 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Call
 
         return lambda steps: made().sample(steps)
 
-    sides: dict[str, Callable[[int], Any]] = {"stock": model.sample, "stock_kept": kept}
+    sides: dict[str, Callable[[int], Any]] = {"stock": model.sample, "stock_kept": cached}
     for number in concepts:
         sides[f"ours_{number}"] = ours(number)
         if number:
@@ -108,14 +108,14 @@ def second_step(sides: dict[str, Callable[[int], Any]]) -> dict[str, dict[str, i
     return result
 
 
-def kept_bytes(layers: Mapping[str, AttentionLayer], context: Tensor, number: int) -> dict[str, int]:
-    """Bytes of the deltas as they are in memory, and of what is kept of one batch of prompts."""
+def cached_bytes(layers: Mapping[str, AttentionLayer], context: Tensor, number: int) -> dict[str, int]:
+    """Bytes of the deltas as they are in memory, and of what is cached of one batch of prompts."""
     deltas = random_deltas(layers, number)
     projector = KVProjector(layers, Composition(deltas))
     with projector.attached(strengths(number)):
         for module in projector.modules.values():
             module(context.to(weight_of(module).dtype))
-        held = projector.kept_bytes
+        held = projector.cached_bytes
     return {"delta_bytes": sum(t.numel() * t.element_size() for d in deltas for t in d.tensors().values()), "cache_bytes": held}
 
 
@@ -142,7 +142,7 @@ def run(
         counts = second_step(sides)
         timed = rounds({n: (lambda side=side: side(steps)) for n, side in sides.items()}, number, on_progress)  # type: ignore[misc]
         most = max(concepts)
-        return summary(timed, counts, most) | kept_bytes(model.layers, model.context, most) | {
+        return summary(timed, counts, most) | cached_bytes(model.layers, model.context, most) | {
             "host": "diffusers", "model": name, "steps": steps, "rounds": number, "threads": torch.get_num_threads(),
         }  # fmt: skip
 

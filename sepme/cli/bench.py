@@ -164,7 +164,7 @@ def bench_overhead(
                 str(c["operators"]), f"{c['flops'] / 1e9:.3f}", f"{c['bytes'] / 1e6:.1f}",
             )  # fmt: skip
         show_table(table, 120)
-        print(f"deltas {data['delta_bytes'] / 1e6:.1f} MB, kept keys and values {data['cache_bytes'] / 1e6:.1f} MB")
+        print(f"deltas {data['delta_bytes'] / 1e6:.1f} MB, cached keys and values {data['cache_bytes'] / 1e6:.1f} MB")
 
     finish(data, as_json, show)
 

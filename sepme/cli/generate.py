@@ -33,7 +33,9 @@ def generate(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each with its own <erase:name:strength> and <keep:name> tags.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several prompts are laid side by side.")],
-    delta: Annotated[list[Path] | None, typer.Option("--delta", help="Delta file (repeatable); on unless kept.")] = None,
+    delta: Annotated[
+        list[Path] | None, typer.Option("--delta", help="Delta file (repeatable); on unless --keep names its concept.")
+    ] = None,
     erase: Annotated[list[str] | None, typer.Option(help="NAME or NAME:STRENGTH (repeatable).")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="NAME to leave as it is (repeatable).")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",

@@ -21,7 +21,7 @@ from ..plan.planner import Planner
 from ..train.make import separable_from
 from .foreign import Foreign, read_foreign
 
-KEPT = ("objective", "losses", "imported", "compression", "kv_fingerprint")  # of a delta that is reprojected
+RETAINED = ("objective", "losses", "imported", "compression", "kv_fingerprint")  # of a delta that is reprojected
 
 
 def refit(changes: Iterable[tuple[str, Tensor]], tokens: Tensor, down: Tensor) -> tuple[dict[str, Tensor], float]:
@@ -113,7 +113,7 @@ def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, Attent
     delta.check_fits(shapes(layers))
     changes = ((name, delta.weight_delta(name)) for name in delta.up)
     facts = {"from": delta.content_hash(), "rank": delta.rank}
-    old = {k: v for k, v in delta.info.items() if k in KEPT}
+    old = {k: v for k, v in delta.info.items() if k in RETAINED}
     recipe = {"reproject": {"from": facts["from"], "recipe": delta.recipe.data}}
     return _delta(planner, delta.concept, changes, layers, old, "reprojected", facts, recipe)
 

@@ -107,7 +107,7 @@ class DeltaLibrary:
         return None
 
     def save(self, delta: ConceptDelta, prefix: str = "") -> Path:
-        """Write a delta as ``<prefix><concept>.safetensors``; a file with the same content is kept, one with other content never replaced.
+        """Write a delta as ``<prefix><concept>.safetensors``; a file with the same content stays, one with other content is never replaced.
 
         Raises:
             SepMEError: the prefix leads out of the folder, or the file cannot be written.

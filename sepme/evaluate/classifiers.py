@@ -105,7 +105,7 @@ def make_classifier(suite: Suite, folder: Path | None, device: Any) -> Classifie
     if suite.judge == "demo":
         return EmbeddedClassifier()
     if folder is None:
-        raise SepMEError("This suite is judged by CLIP; name a folder with its weights and tokenizer (--judge DIR).")
+        raise SepMEError("This suite is classified by CLIP; name a folder with its weights and tokenizer (--judge DIR).")
     return ClipClassifier(suite, folder, device)
 
 

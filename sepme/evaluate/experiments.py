@@ -84,12 +84,12 @@ def subsets(sampler: Sampler, eraser: Separable, gate: bool, count: int) -> list
     for _ in range(count):
         size = int(torch.randint(1, max(2, len(names)), (), generator=generator))
         on = [names[i] for i in sorted(torch.randperm(len(names), generator=generator)[:size].tolist())]
-        drawn = {n: sampler.sample(sampler.sets.own(n), eraser, on, gate) for n in names}
-        off = [drawn[n] for n in names if n not in on]
+        sampled = {n: sampler.sample(sampler.sets.own(n), eraser, on, gate) for n in names}
+        off = [sampled[n] for n in names if n not in on]
         rows.append(
             {
                 "on": on,
-                "erased_accuracy": fmean(drawn[n].accuracy for n in on),
+                "erased_accuracy": fmean(sampled[n].accuracy for n in on),
                 "kept_accuracy": fmean(d.accuracy for d in off) if off else None,
                 "restored_bit_identical": float(torch.cat([d.same for d in off]).float().mean()) if off else None,
             }
@@ -182,14 +182,14 @@ def scene(sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], events
 
 def _group(sampler: Sampler, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
     batches = [sampler.sets.own(n) for n in members]
-    drawn = [sampler.sample(b, eraser, active, gate) for b in batches]
-    fid, lpips = apart(sampler, list(zip(batches, drawn, strict=True)))
+    sampled = [sampler.sample(b, eraser, active, gate) for b in batches]
+    fid, lpips = apart(sampler, list(zip(batches, sampled, strict=True)))
     return {
         "concepts": list(members),
-        "accuracy": fmean(d.accuracy for d in drawn),
+        "accuracy": fmean(d.accuracy for d in sampled),
         "fid": fid,
         "lpips": lpips,
-        "bit_identical": float(torch.cat([d.same for d in drawn]).float().mean()),
+        "bit_identical": float(torch.cat([d.same for d in sampled]).float().mean()),
     }
 
 

@@ -38,7 +38,7 @@ PLACEHOLDER = "a"
 
 
 def attack(sampler: Sampler, eraser: Eraser | None, budget: Budget, gate: bool) -> float:
-    """Share of pictures that show an erased concept again, drawn with a prompt of learned token embeddings.
+    """Share of pictures that show an erased concept again, sampled with a prompt of learned token embeddings.
 
     Textual inversion against the erased model: the embeddings of a few words are optimised through the text encoder, the gate and the
     erased denoiser, so that it predicts the noise on the stock model's pictures of the concept. They replace the words of a neutral

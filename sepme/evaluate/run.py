@@ -1,4 +1,4 @@
-"""``sepme eval``: every part of a suite once, each result kept on disk as soon as it is there."""
+"""``sepme eval``: every part of a suite once, each result written to disk as soon as it is there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Run:
     """One evaluation of a model in a folder; what is there from the same suite and model is not done again.
 
     Args:
-        judge: folder of a CLIP model, for suites that need one. keep_images: write all pictures, not only those of the report.
+        clip: folder of a CLIP model, for suites that need one. keep_images: write all pictures, not only those of the report.
         check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
     """
 
@@ -61,7 +61,7 @@ class Run:
         host: Any,
         suite: Suite,
         out: Path,
-        judge: Path | None = None,
+        clip: Path | None = None,
         keep_images: bool = False,
         on_progress: OnProgress = silent,
         check: Callable[[], None] = lambda: None,
@@ -72,7 +72,7 @@ class Run:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
         except TypeError as error:
             raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
-        self.classifier = make_classifier(suite, judge, host.device)
+        self.classifier = make_classifier(suite, clip, host.device)
         self.encoder = _Remembering(host)
         self.sampler = Sampler(host, self.classifier, suite, check)
         self.maker = MethodMaker(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
@@ -82,7 +82,7 @@ class Run:
             "judge": [self.classifier.what, measures(self.classifier)],
         }
 
-    def kept(self, name: str, compute: Callable[[], Any], *own: Any) -> Any:
+    def stored(self, name: str, compute: Callable[[], Any], *own: Any) -> Any:
         """A result from disk, or computed and written; ``own``: what it depends on beside what all do."""
         digest = hashlib.sha256(json.dumps([self.facts, own], sort_keys=True).encode()).hexdigest()
         path = self.out / "results" / f"{name}.json"
@@ -106,14 +106,14 @@ class Run:
             "steps": self.suite.steps,
             "threads": torch.get_num_threads(),
             "attack_budget": vars(self.budget),
-            "stock": self.kept("stock", self._stock),
+            "stock": self.stored("stock", self._stock),
             "methods": {},
         }
         keys = [k for k in KEYS if k in self.suite.methods]
         if "methods" in parts:
             for i, key in enumerate(keys):
                 self.on_progress("Methods", i, len(keys))
-                metrics["methods"][key] = self.kept(f"method-{key}", partial(self._method, key), self._settings(key))
+                metrics["methods"][key] = self.stored(f"method-{key}", partial(self._method, key), self._settings(key))
             self.on_progress("Methods", len(keys), len(keys))
         experiments: dict[str, Callable[[str], Any]] = {
             "interference": lambda key: {str(g): interference(self.sampler, self._separable(key), g) for g in (True, False)},
@@ -131,14 +131,14 @@ class Run:
             for i, name in enumerate(wanted):
                 self.on_progress(f"{key}: experiments", i, len(wanted))
                 own = (self._settings(key), getattr(self.suite, name, None))
-                metrics.setdefault(name, {})[key] = self.kept(f"{name}-{key}", partial(experiments[name], key), *own)
+                metrics.setdefault(name, {})[key] = self.stored(f"{name}-{key}", partial(experiments[name], key), *own)
             self.on_progress(f"{key}: experiments", len(wanted), len(wanted))
         for key, gaps in metrics.get("order", {}).items():
             if key in metrics["methods"]:
                 metrics["methods"][key]["order_gap"] = max(gaps.values(), default=0.0)
         metrics["order_gap"] = max((max(g.values(), default=0.0) for g in metrics.get("order", {}).values()), default=None)
         if "capacity" in parts:
-            metrics["capacity"] = self.kept("capacity", self._capacity, self.suite.counts)
+            metrics["capacity"] = self.stored("capacity", self._capacity, self.suite.counts)
         write_atomically(self.out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True).encode())
         self._tables(metrics)
         write_report(self.out, self.suite, metrics)
@@ -165,7 +165,7 @@ class Run:
 
     @property
     def _shown(self) -> int:
-        """Pictures of a batch that are kept until they are written."""
+        """Pictures of a batch, held until they are written."""
         return self.suite.images if self.keep_images else 6
 
     def _show(self, label: str, shown: Shown) -> None:

@@ -29,7 +29,7 @@ def calibrate(
     table = {n: v.tolist() for n, v in worst.items()}
     halves = [([], []) if c is None else (half, extremes(c, abreast, measured)[0].T.tolist()) for half, c in book.ordinary]
     result = []
-    for i, (name, down, (_, kept, null_dims)) in enumerate(zip(names, downs, found, strict=True)):
+    for i, (name, down, (_, energy, null_dims)) in enumerate(zip(names, downs, found, strict=True)):
         leakage = {n: v[i] for n, v in table.items() if n != name}
         for other, free in book.carriers(name).items():
             del leakage[other]
@@ -39,7 +39,7 @@ def calibrate(
             [value for prompt, value in zip(half, values[i], strict=True) if not mentions(prompt, name)] if half else []
             for half, values in halves
         )
-        result.append(certify(leakage, float(least[name][i]), calibration, held_out, kept, len(down), null_dims, mode, gate))
+        result.append(certify(leakage, float(least[name][i]), calibration, held_out, energy, len(down), null_dims, mode, gate))
     return result
 
 

@@ -70,8 +70,8 @@ def extended(book: ConceptBook, count: int) -> ConceptBook:
         SepMEError: there are not so many names.
     """
     names = [c.name for c in book.concepts]
-    kept = {normalised(p) for p in book.preserve}
-    free = [n for n in shipped_names() if normalised(n) not in kept and not any(mentions(n, own) or mentions(own, n) for own in names)]
+    preserved = {normalised(p) for p in book.preserve}
+    free = [n for n in shipped_names() if normalised(n) not in preserved and not any(mentions(n, own) or mentions(own, n) for own in names)]
     concepts = (*book.concepts, *(Concept(n, (n,)) for n in free))[:count]
     if len(concepts) < count:
         raise SepMEError(f"There are names for {len(concepts)} concepts, not for {count}; choose a smaller number or a longer book.")
@@ -99,7 +99,7 @@ def capacity(
         certificates = [s.certificate for s in planner.plan_all().values()]
         linear = [c.worst_leakage for c in certificates]
         gated = [c.worst_leakage_gated for c in certificates]
-        kept = [c.kept_energy for c in certificates]
+        energies = [c.kept_energy for c in certificates]
         rows.append(
             CapacityRow(
                 concepts=count,
@@ -108,8 +108,8 @@ def capacity(
                 leakage_linear_median=median(linear),
                 leakage_gated_worst=max(gated),
                 leakage_gated_median=median(gated),
-                kept_energy_min=min(kept),
-                kept_energy_median=median(kept),
+                kept_energy_min=min(energies),
+                kept_energy_median=median(energies),
                 gate_open=sum(s.certificate.gate_high > s.gate for s in planner.plan_all().values()) / count,
                 dims_left=int(min(c.null_dims for c in certificates)),
             )

@@ -34,7 +34,7 @@ class Found(NamedTuple):
     """D ``(d_in, k)`` float64, the share of the concept's energy along it, and the number of directions it was chosen from."""
 
     basis: Tensor
-    kept: float
+    energy: float
     null_dims: int
 
 
@@ -72,7 +72,7 @@ class DirectionFinder:
         return "soft"
 
     def has_room(self, found: Found) -> bool:
-        return found.basis.shape[1] > 0 and found.kept >= self.options.min_kept_energy
+        return found.basis.shape[1] > 0 and found.energy >= self.options.min_kept_energy
 
     def find(self, names: Sequence[str]) -> list[Found]:
         """Directions of these concepts.
@@ -83,7 +83,7 @@ class DirectionFinder:
         result = []
         for name, found in zip(names, self._find(names, self.mode), strict=True):
             if not self.has_room(found):
-                raise SepMEError(self._refusal(name, found.kept))
+                raise SepMEError(self._refusal(name, found.energy))
             result.append(found)
         return result
 
@@ -96,9 +96,9 @@ class DirectionFinder:
         if self.mode == "soft":
             raise SepMEError("Directions of mode soft are no null space; choose exact or tolerance.")
         null = self._null(name, self._others(name), self.mode)
-        kept = kept_energy(self.book.rows(name), null)
-        if kept < self.options.min_kept_energy:
-            raise SepMEError(self._refusal(name, kept, basis=False))
+        energy = kept_energy(self.book.rows(name), null)
+        if energy < self.options.min_kept_energy:
+            raise SepMEError(self._refusal(name, energy, basis=False))
         return null
 
     def pooled(self, name: str) -> tuple[Pooled | None, PooledFacts | None]:
@@ -193,7 +193,7 @@ class DirectionFinder:
         values = torch.linalg.eigvalsh(self._total)
         return int((values <= self.options.tolerance**2 * values[-1]).sum())
 
-    def _refusal(self, name: str, kept: float, basis: bool = True) -> str:
+    def _refusal(self, name: str, energy: float, basis: bool = True) -> str:
         """Why there is no room and what to do; ``basis`` False where soft directions would not do (mode ``paper``)."""
         others = self._others(name)
 
@@ -211,4 +211,4 @@ class DirectionFinder:
             "tolerance": f"raise the tolerance{', use mode soft or auto' * basis}, or use fewer concepts or prompts",
             "soft": "raise epsilon, or use fewer concepts or prompts",
         }[self.mode]
-        return f"No room is left for {name!r}: {kept:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."
+        return f"No room is left for {name!r}: {energy:.1e} of its energy is free of the others ({room} in mode {self.mode}); {advice}."

@@ -161,7 +161,7 @@ def certify(
     high: float,
     calibration: Sequence[float],
     held_out: Sequence[float],
-    kept: float,
+    energy: float,
     rank: int,
     null_dims: int,
     mode: str,
@@ -179,7 +179,7 @@ def certify(
     touched = [value > gate for value in held_out]
     rate = sum(touched) / len(touched) if touched else 0.0
     gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}
-    return gate, Certificate(leakage, gated, kept, soft_low, high, rate, rank, null_dims, mode)
+    return gate, Certificate(leakage, gated, energy, soft_low, high, rate, rank, null_dims, mode)
 
 
 def leakage_matrix(downs: Mapping[str, Tensor], contexts: Mapping[str, Tensor]) -> Tensor:

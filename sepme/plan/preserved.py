@@ -116,7 +116,7 @@ class Preserved:
             for i, (name, k) in same.items():
                 raise SepMEError(
                     f"The prompt {self.book[name].prompts[k]!r} of concept {name!r} reads the same to the text encoder as the preserved "
-                    f"prompt {prompts[i]!r}; it cannot be erased and kept at once, so remove one."
+                    f"prompt {prompts[i]!r}; it cannot be erased and preserved at once, so remove one."
                 )
             digest.update("".join(f"{p}\n" for p in prompts).encode())
             self.count += len(prompts)

@@ -17,14 +17,14 @@ from .source import Pictures
 
 
 class Group(NamedTuple):
-    """Concepts that are trained jointly, and where their state is kept meanwhile, if anywhere."""
+    """Concepts that are trained jointly, and where their state is stored meanwhile, if anywhere."""
 
     names: tuple[str, ...]
     checkpoint: Path | None = None
 
 
 def each(names: Sequence[str], checkpoint: Callable[[str], Path] | None = None) -> list[Group]:
-    """Every concept by itself; ``checkpoint`` says where a concept's state is kept."""
+    """Every concept by itself; ``checkpoint`` says where a concept's state is stored."""
     return [Group((name,), checkpoint(name) if checkpoint else None) for name in names]
 
 

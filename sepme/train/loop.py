@@ -116,7 +116,7 @@ class Training:
         run.optimizer.zero_grad()
 
     def run(self, checkpoint: Path | None, digest: str, on_step: OnStep | None) -> None:
-        """Train to the end, going on from a checkpoint of the same recipe; one is kept meanwhile.
+        """Train to the end, going on from a checkpoint of the same recipe; one is stored meanwhile.
 
         Raises:
             Interrupted: raised by ``on_step``; the state is saved first.

@@ -75,7 +75,7 @@ def make_deltas(
     Args:
         planner: holds the book and its tokens. names: the concepts.
         denoiser: the frozen model; None where the options need none (:attr:`TrainOptions.needs_model`).
-        checkpoint: where training state is kept meanwhile; training goes on from it when it is there and of the same recipe.
+        checkpoint: where training state is stored meanwhile; training goes on from it when it is there and of the same recipe.
             The caller deletes it once the deltas are saved.
         on_step: called after every step; it may raise :class:`~sepme.errors.Interrupted`, which stops training after a checkpoint.
         pictures: by concept, the user's pictures of which x_t is made.

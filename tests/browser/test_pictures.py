@@ -11,7 +11,7 @@ from comfyui.server import Server
 from PIL import Image
 
 from browser.page import Page
-from browser.test_story import build
+from browser.test_first_use import build
 
 pytestmark = pytest.mark.xdist_group("browser")
 

@@ -1,4 +1,4 @@
-"""The embedded model is good enough to judge erasures on: sizes, classifier, and what it draws."""
+"""The embedded model is good enough to measure erasures on: sizes, classifier, and what it draws."""
 
 from __future__ import annotations
 

@@ -157,17 +157,22 @@ def test_a_fine_tune_is_taken_back(demo_host: Any) -> None:
 
 def test_distances(demo_host: Any) -> None:
     """Fréchet distance by its formula, in float64; 0 for equal sets."""
-    judge = EmbeddedClassifier()
+    classifier = EmbeddedClassifier()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(40, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
     b = (b * 0.5 + 0.3).clamp(-1, 1)
-    fa, fb = judge.features(a).double(), judge.features(b).double()
+    fa, fb = classifier.features(a).double(), classifier.features(b).double()
     covariance = [torch.cov(f.T) for f in (fa, fb)]
     root = torch.linalg.eigvals(covariance[0] @ covariance[1]).sqrt().real.sum()
     expected = float((fa.mean(0) - fb.mean(0)).square().sum() + covariance[0].trace() + covariance[1].trace() - 2 * root)
-    assert frechet(judge, b.split(15), a.split(7)) == pytest.approx(expected, rel=1e-3)
-    assert frechet(judge, [a], [a]) == pytest.approx(0, abs=1e-6 * expected)
-    assert perceptual(judge, [a], [a]) == 0 < perceptual(judge, [b], [a]) == pytest.approx(perceptual(judge, b.split(9), a.split(9)))
+    assert frechet(classifier, b.split(15), a.split(7)) == pytest.approx(expected, rel=1e-3)
+    assert frechet(classifier, [a], [a]) == pytest.approx(0, abs=1e-6 * expected)
+    assert (
+        perceptual(classifier, [a], [a])
+        == 0
+        < perceptual(classifier, [b], [a])
+        == pytest.approx(perceptual(classifier, b.split(9), a.split(9)))
+    )
 
 
 def test_lpips_where_its_weights_are_at_hand(demo_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,18 +180,18 @@ def test_lpips_where_its_weights_are_at_hand(demo_host: Any, tmp_path: Path, mon
     from torchvision.models import AlexNet_Weights, alexnet
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    judge = EmbeddedClassifier()
+    classifier = EmbeddedClassifier()
     a, b = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2))
     assert _lpips() is None
-    assert "in place of LPIPS" in measures(judge)
+    assert "in place of LPIPS" in measures(classifier)
     torch.manual_seed(0)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1])
-    judge.lpips = _lpips()
-    assert "distance: LPIPS (AlexNet)" in measures(judge)
-    one_by_one = [float(judge.lpips(x[None], y[None])) for x, y in zip(a, b, strict=True)]
-    assert perceptual(judge, a.split(2), b.split(2)) == pytest.approx(sum(one_by_one) / 3)
-    assert perceptual(judge, [a], [a]) == 0 < min(one_by_one)
+    classifier.lpips = _lpips()
+    assert "distance: LPIPS (AlexNet)" in measures(classifier)
+    one_by_one = [float(classifier.lpips(x[None], y[None])) for x, y in zip(a, b, strict=True)]
+    assert perceptual(classifier, a.split(2), b.split(2)) == pytest.approx(sum(one_by_one) / 3)
+    assert perceptual(classifier, [a], [a]) == 0 < min(one_by_one)
 
 
 def test_prompt_weights(demo_host: Any) -> None:
@@ -275,6 +280,6 @@ def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
     (tmp_path / "y.yaml").write_text("like: nowhere\nname: y\n")
     with pytest.raises(SepMEError, match="like one that is not shipped"):
         Suite.load(str(tmp_path / "y.yaml"))
-    with pytest.raises(SepMEError, match="judged by CLIP"):
+    with pytest.raises(SepMEError, match="classified by CLIP"):
         Run(demo_host, Suite.load("sd14"), tmp_path)
     assert math.isnan(sampler_for(demo_host).stock(sampler_for(demo_host).sets.unrelated()).accuracy)

@@ -1,4 +1,4 @@
-"""Rivals and baselines under their keys: closed forms against what they minimise, sets of concepts on a real (tiny) host."""
+"""Published methods and baselines under their keys: closed forms against what they minimise, sets of concepts on a real (tiny) host."""
 
 from __future__ import annotations
 

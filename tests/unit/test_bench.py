@@ -74,7 +74,7 @@ def test_sides_draw_what_they_should(demo: models.Subject) -> None:
     """Nothing switched on is stock bit for bit; merged, PEFT's and ours are one increment, up to rounding."""
     deltas = models.random_deltas(demo.layers, 3)
     stock = demo.step(demo.latents, 500)
-    with models.barely_kept(demo.layers):
+    with models.barely_cached(demo.layers):
         assert torch.equal(demo.step(demo.latents, 500), stock)
         assert torch.equal(demo.step(demo.latents, 500), stock)
     with KVProjector(demo.layers, Composition(deltas)).attached(models.strengths(3)):

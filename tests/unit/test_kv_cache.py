@@ -236,14 +236,14 @@ def test_an_interrupt_lets_go_of_everything(host: Any, delta: ConceptDelta, monk
     held: list[int] = []
 
     def stop(step: int) -> None:
-        held.append(projectors[0].kept_bytes)
+        held.append(projectors[0].cached_bytes)
         if step == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         host.generate(["a star"], [1], Composition((delta,)), steps=5, on_step=stop)
     assert held[0] > 0
-    assert projectors[0].kept_bytes == 0
+    assert projectors[0].cached_bytes == 0
     assert not any("forward" in m.__dict__ for m in projections(host.attention_layers()).values())
 
 
@@ -256,8 +256,8 @@ def test_bytes_are_those_of_the_tensors(host: Any, delta: ConceptDelta) -> None:
         with projector.attached():
             outputs = [m(context) for m in modules.values()]
             h = 2 * context.shape[1] * 4
-            assert projector.kept_bytes == 4 * (context.numel() + h + sum(out.numel() for out in outputs))
-        assert projector.kept_bytes == 0
+            assert projector.cached_bytes == 4 * (context.numel() + h + sum(out.numel() for out in outputs))
+        assert projector.cached_bytes == 0
 
 
 NOTHING = Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 0), ())
@@ -336,11 +336,11 @@ def test_an_extension_that_writes_into_keys_and_values(
                 after_step.append(len(calls))
             once = 1 if backend == "fused" else len(modules)
             assert once < after_step[2] == after_step[4] <= 2 * once
-            held = projector.kept_bytes
+            held = projector.cached_bytes
             projector.clear()
             for module in modules.values():
                 module(context)
-            assert projector.kept_bytes == held
+            assert projector.cached_bytes == held
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -1,4 +1,4 @@
-"""Rivals' losses against their equations, written out here a second time, in float64.
+"""Baselines' losses against their equations, written out here a second time, in float64.
 
 The reference shares with ours the draws, which are overheard at the denoiser, the directions D, and w before each step, read from the
 checkpoint. ``W + ΔW`` is formed explicitly, and the objective is differentiated by all w at once.

@@ -186,7 +186,7 @@ def test_gradients_flow_and_nothing_is_kept(host: Any, delta: ConceptDelta) -> N
     with projector.attached(), torch.enable_grad():
         point = x.clone().requires_grad_()
         host.predict(point, t, context).square().sum().backward()
-        assert projector.kept_bytes == 0
+        assert projector.cached_bytes == 0
     assert point.grad is not None
     assert point.grad.abs().max() > 0
 
@@ -404,16 +404,16 @@ def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
     probe = KVProjector(host.attention_layers(), composition)
     with probe.attached():
         host.predict(x, t, first)
-        one = probe.kept_bytes
+        one = probe.cached_bytes
         assert one > sum(10 * m.weight.shape[0] * 4 for m in projections(host.attention_layers()).values())
-    assert probe.kept_bytes == 0
+    assert probe.cached_bytes == 0
 
     two = KVProjector(host.attention_layers(), composition, max_bytes=2 * one)
     with counted(host) as calls, two.attached():
         for index, expected_calls in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):  # 2 pushes out 1, not 0
             assert torch.equal(host.predict(x, t, contexts[index].clone()), stock[index])
             assert set(calls.values()) == {expected_calls}
-            assert two.kept_bytes <= 2 * one
+            assert two.cached_bytes <= 2 * one
     for cap in (0, one // 2):
         small = KVProjector(host.attention_layers(), composition, max_bytes=cap)
         with small.attached():
@@ -421,7 +421,7 @@ def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
                 index = round_ % 3
                 assert torch.equal(host.predict(x, t, contexts[index] * 1.0), stock[index])
                 host.predict(x, t, torch.randn(1, 10, 64, generator=torch.Generator().manual_seed(round_)))
-            assert small.kept_bytes < one  # does not grow with the number of prompts
+            assert small.cached_bytes < one  # does not grow with the number of prompts
 
 
 # --- hosts that leave the patch in place

@@ -72,7 +72,7 @@ def build(page: Page) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
-    """The story's first half; the PNGs with and without the delta inside."""
+    """A first use, up to the shared pictures; the PNGs with and without the delta inside."""
     page = open_page(server)
     ids = build(page)
     apply, save = ids["SepMEApply"], ids["SaveImage"]
