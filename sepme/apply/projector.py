@@ -217,7 +217,7 @@ class KVProjector:
         return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows, fresh)
 
     def _factors(self, touch: Touch, device: torch.device) -> Tensor:
-        """Y of the concepts that touch a batch, held until all its projections are there (or for one projection where nothing is cached)."""
+        """Y of the concepts that touch a batch, held until all its projections are there (without a cache: for one projection)."""
         key = (touch.concepts, device)
         if self._held is None or self._held[0] != key:
             self._held = key, self.composition.factors(touch.concepts, device)

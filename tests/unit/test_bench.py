@@ -15,8 +15,9 @@ import torch
 from sepme import cli
 from sepme.apply.composition import Composition
 from sepme.apply.projector import KVProjector
-from sepme.bench import kernel, models, overhead, toggle
+from sepme.bench import alternate, kernel, models, overhead, toggle
 from sepme.bench.counting import count
+from sepme.bench.solver import SolverOptions, run, sd15_shapes
 from sepme.errors import SepMEError
 
 
@@ -218,3 +219,24 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any,
         assert (code, err.splitlines()[-1]) == (2, "sepme: There is no model 'huge' to measure on; choose one of demo, sd15.")
         code, _, err = sepme(monkeypatch, capsys, "bench", command, "--comfyui", str(tmp_path))
         assert (code, "holds no ComfyUI (main.py is missing)" in err) == (2, True)
+
+
+def test_bench_solver_gives_all_keys() -> None:
+    data = run(SolverOptions(budget=20, sizes=((2, 6), (3, 8), (60, 300)), pairs=1, concepts=12, d_ins=(24,), closed_form=2))
+    assert data["solver_speedup_vs_sympy"] > 0
+    assert data["solver_residual"] <= 1e-10
+    assert set(data["plan_1000_seconds"]) == {"24"}
+    assert data["closed_form_100_seconds"] > 0
+    assert data["delta_bytes_sd15_rank8"] <= 500_000
+    for size in data["solver"]:
+        assert size["ours"]["condition"] == pytest.approx(1, abs=1e-10)
+    json.dumps(data)
+    assert sum(o for o, _ in sd15_shapes().values()) == 24_960
+    assert len(sd15_shapes()) == 32
+
+
+def test_sides_are_timed_by_turns() -> None:
+    calls: list[str] = []
+    timing = alternate(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3)
+    assert "".join(calls) == "abbaab"
+    assert min(timing) > 0

@@ -13,7 +13,7 @@ from sepme.concepts import Concept, ConceptBook
 from sepme.model.layers import weights
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
-from sepme.train.objectives.closed_form import solve
+from sepme.train.objectives.closed_form import shift, solve, up_factors
 
 ROWS, D_IN, RANK = 40, 24, 5
 
@@ -108,3 +108,15 @@ def test_moves_the_concept_and_nothing_known(world: SimpleNamespace) -> None:
         after = (tokens @ (w + delta).T - target @ w.T).norm()
         assert after < 0.98 * before
         assert (moon @ delta.T).norm() <= 1e-5 * (tokens @ delta.T).norm()
+
+
+def test_closed_form_of_many_is_that_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"a.{p}": torch.randn(9, D_IN, generator=generator) for p in ("to_k", "to_v")}
+    parts = [(torch.randn(10, D_IN, generator=generator), torch.linalg.qr(torch.randn(D_IN, k, generator=generator)).Q.T) for k in (2, 3)]
+    target = torch.zeros(10, D_IN)
+    many = up_factors(weights, [shift(c, target, d) for c, d in parts], values_only=True)
+    for (c, d), one in zip(parts, many, strict=True):
+        for name, y in solve(weights, c, target, d, values_only=True).items():
+            torch.testing.assert_close(one[name], y, rtol=1e-4, atol=1e-5)
+        assert not one["a.to_k"].any()

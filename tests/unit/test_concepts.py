@@ -218,3 +218,10 @@ def test_load_refuses_what_is_no_text_file(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"- \xff\xfe\x00")
     with pytest.raises(SepMEError, match="not a text file"):
         ConceptBook.load(tmp_path / "binary")
+
+
+def test_a_book_finds_its_preserve_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "book.yaml").write_text("concepts: [a, b]\npreserve_file: preserved.txt\n", encoding="utf-8")
+    loaded = ConceptBook.load(tmp_path / "book.yaml")
+    assert loaded.preserve_file == str(tmp_path / "preserved.txt")
+    assert ConceptBook.loads(loaded.dumps()) == loaded

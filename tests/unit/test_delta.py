@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.delta.format import FORMAT, MAX_FILE, MAX_HEADER, header_hash
 from sepme.errors import SepMEError
-from sepme.files import write_atomically
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
 SHAPES = {f"{LAYER}.to_k": (6, 16), f"{LAYER}.to_v": (6, 16), "input_blocks.1.1.transformer_blocks.0.attn2.to_k": (4, 16)}
@@ -430,30 +428,3 @@ def test_target_is_a_folder(delta: ConceptDelta, tmp_path: Path) -> None:
         delta.save(tmp_path / "a.safetensors")
     assert leftovers(tmp_path) == []
     assert (tmp_path / "a.safetensors" / "inner").is_dir()
-
-
-def test_disk_full_keeps_the_old_file(tmp_path: Path) -> None:
-    """A real write that stops half way: the process may write no file beyond 4 kB."""
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(SepMEError, match=r"cannot be written \(File too large\)"):
-            write_atomically(path, b"x" * 100_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old"
-    assert leftovers(tmp_path) == []
-
-
-def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between the write and the rename."""
-
-    def interrupt(handle: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "a", b"data")
-    assert list(tmp_path.iterdir()) == []
