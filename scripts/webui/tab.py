@@ -12,7 +12,7 @@ import gradio as gr
 
 from ...sepme.apply.toggles import parse_json
 from ...sepme.concepts import ConceptBook, file_name
-from ...sepme.convert import export_checkpoint, export_lora
+from ...sepme.convert import export_checkpoint, export_lora, model_weights
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
@@ -219,7 +219,8 @@ def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Itera
             raise SepMEError(f"There is already a file {path.name} in {folder}; choose another name.")
         progress.show(f"Writing {path.name}", 0, 1)
         if kind == LORA:
-            export_lora(deltas, path, table_)
+            weights = model_weights(host.checkpoint_file()) if any(d.edits_context for d in deltas) else None
+            export_lora(deltas, path, table_, weights=weights)
         else:
             export_checkpoint(deltas, host.checkpoint_file(), path, table_)
         return f"<p>Wrote {html.escape(str(path))}. Refresh the host's own list to see it.</p>"
