@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..concepts import Concept, ConceptBook, normalised
 from ..delta.concept_delta import ConceptDelta
-from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.families import CONTEXT
 from ..model.layers import kv_fingerprint, shapes, weights
 from ..model.protocols import AttentionLayer, clip_skip
@@ -163,7 +162,7 @@ def _delta(
         up |= {n: torch.zeros(s[0], len(subspace.down)) for n, s in shapes(layers).items() if n not in up}
         made_with["kv_fingerprint"] = kv_fingerprint(layers)
     if CONTEXT in up:
-        made_with["text_encoder"] = EncoderFingerprint.of(planner.prompts.encoder).to_json()
+        made_with["text_encoder"] = planner.prompts.fingerprint.to_json()
     own = {
         what: facts | {"response_loss": loss},
         "recipe": recipe | {"book": json.loads(planner.book.dumps()), "plan": asdict(planner.options), "concept": concept.name},
