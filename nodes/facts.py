@@ -15,6 +15,7 @@ from ..sepme.delta.facts import DAMAGE, Facts
 from ..sepme.delta.format import plain_json, read_header
 from ..sepme.delta.library import Entry
 from ..sepme.files import number
+from ..sepme.model.families import fits
 
 PageFacts = dict[str, Any]
 
@@ -56,6 +57,7 @@ def _facts(concept: str, content_hash: str, architecture: str, rank: int, prompt
         "concept": concept,
         "content_hash": content_hash,
         "architecture": architecture,
+        "fits": fits(architecture),
         "kv_fingerprint": facts.kv_fingerprint,
         "rank": rank,
         "prompts": list(prompts[:SHOWN]),

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..sepme.model.layers import architecture, kv_fingerprint, shapes
+from ..sepme.model.families import fits
+from ..sepme.model.layers import fitting, kv_fingerprint, shapes
 from . import host
 from .sockets import CATEGORY
 
@@ -56,10 +57,13 @@ class SepMELoadCheckpoint(io.ComfyNode):
 def describe(model: Any) -> str:
     """Architecture, K/V fingerprint and the installed deltas that fit, one a line."""
     layers = host.attention_layers(model.model)
-    kind, fingerprint = architecture(shapes(layers)), kv_fingerprint(layers)
-    lines = [f"architecture: {kind}", f"K/V fingerprint: {fingerprint}", "installed deltas that fit:"]
+    kinds, fingerprint = fitting(shapes(layers)), kv_fingerprint(layers)
+    lines = [f"architecture: {kinds[0]}", f"K/V fingerprint: {fingerprint}", "installed deltas that fit:"]
     for entry in host.delta_library.entries():
-        if entry.architecture == kind:
-            same = entry.kv_fingerprint == fingerprint
-            lines.append(f"  {entry.concept} ({entry.name}){'' if same else ' - made on other weights of this architecture'}")
+        if entry.architecture not in kinds:
+            continue
+        note = "" if entry.kv_fingerprint == fingerprint else " - made on other weights of this architecture"
+        if entry.architecture != kinds[0]:
+            note = f" - fits {fits(entry.architecture)}"
+        lines.append(f"  {entry.concept} ({entry.name}){note}")
     return "\n".join(lines if len(lines) > 3 else [*lines[:2], "installed deltas that fit: none"])

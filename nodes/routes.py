@@ -8,7 +8,7 @@
 | ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |
 | ``GET /sepme/deltas/record?name=N&embed=true`` | ``{hash: record}``: what a workflow keeps of a delta, the file itself included if asked |
 | ``POST /sepme/book`` | ``{"book": text}``: names in a concept book |
-| ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A}`` of a checkpoint by its header; of the embedded model without a name |
+| ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A, "fits": [A, B]}`` of a checkpoint and of deltas that fit it |
 
 Errors are ``{"error": sentence}``. Requests from pages of other origins get 403, bodies over the limit 413.
 """
@@ -154,7 +154,8 @@ async def book(request: web.Request) -> Any:
 
 @route
 async def architecture(request: web.Request) -> Any:
-    return {"architecture": await asyncio.to_thread(host.architecture_of, request.query.get("checkpoint", ""))}
+    found = await asyncio.to_thread(host.architectures_of, request.query.get("checkpoint", ""))
+    return {"architecture": found[0], "fits": found}
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..sepme.apply.composition import Composition
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.delta.verify import Verification, clip_skip_warnings, verify
+from ..sepme.delta.verify import Verification, check_encoder, verify
 from ..sepme.errors import SepMEError
 from . import host
 from .pictures import heat_map
@@ -44,10 +44,11 @@ class SepMEVerify(io.ComfyNode):
         composition = Composition(tuple(deltas))
         job = host.NodeProgress(1)
         encoder = host.ClipEncoder(clip)
+        warnings = check_encoder(encoder, deltas)
         result = verify(encoder, deltas, on_progress=job.stage)
         job.next()
         image = heat_map(result.matrix, composition.names, composition.names, composition.gates.tolist())
-        text = "\n".join([report(result), *clip_skip_warnings(encoder, deltas)])
+        text = "\n".join([report(result), *warnings])
         return io.NodeOutput(text, image, ui=ui.PreviewImage(image, cls=cls).as_dict() | {"text": (text,)})
 
 

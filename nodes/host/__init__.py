@@ -5,7 +5,7 @@ from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
 from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
 from .jobs import NodeProgress, check_interrupted, trainable
-from .page import architecture_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
+from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
 from .text import ClipEncoder, clip_skip
 
@@ -16,7 +16,7 @@ __all__ = [
     "NodeProgress",
     "UNetDenoiser",
     "apply_deltas",
-    "architecture_of",
+    "architectures_of",
     "attention_layers",
     "check_interrupted",
     "checkpoint_names",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
 from ...sepme.model.families import find, labels
-from ...sepme.model.layers import architecture
+from ...sepme.model.layers import fitting
 from .demo import FOLDER as DEMO
 
 
@@ -63,8 +63,10 @@ def _server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def architecture_of(checkpoint: str) -> str:
-    """Architecture of a checkpoint in ComfyUI's folders by the shapes in its header; of the embedded model for an empty name.
+def architectures_of(checkpoint: str) -> tuple[str, ...]:
+    """Architectures of the deltas that fit a checkpoint in ComfyUI's folders, its own first, by the shapes in its header.
+
+    An empty name is the embedded model.
 
     Raises:
         SepMEError: no such checkpoint, a pickle, or no UNet of Stable Diffusion in it.
@@ -74,16 +76,16 @@ def architecture_of(checkpoint: str) -> str:
     if path is None:
         raise SepMEError(f"There is no checkpoint {checkpoint[:60]!r}; choose one that is installed.")
     stat = Path(path).stat()
-    return _file_architecture(path, stat.st_mtime_ns, stat.st_size)
+    return _file_architectures(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=64)
-def _file_architecture(path: str, mtime: int, size: int) -> str:
+def _file_architectures(path: str, mtime: int, size: int) -> tuple[str, ...]:
     shapes = _shapes(path)
     sites = find(shapes)
     if not sites:
         raise SepMEError(f"{Path(path).name} is no {labels()} checkpoint; SepME edits the text layers of those only.")
-    return architecture({site: shapes[name] for site, name in sites.items()})
+    return fitting({site: shapes[name] for site, name in sites.items()})
 
 
 def _shapes(path: str) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ...sepme.apply.projector import KVProjector
 from ...sepme.apply.row_strengths import row_strengths
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
-from ...sepme.delta.verify import clip_skip_warnings
+from ...sepme.delta.verify import encoder_warnings
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
 from .page import notice
@@ -75,7 +75,7 @@ class Applied:
         facts = kwargs.pop(KEY, None) or {}
         own = self._strengths(facts)
         if SKIP in facts:
-            for warning in clip_skip_warnings(SimpleNamespace(clip_skip=facts[SKIP]), self.composition.deltas):
+            for warning in encoder_warnings(self.composition.deltas, facts[SKIP]):
                 self._say(warning)
         if bool(((own < 0) | (own > 1)).any()):
             self._say("A strength lies outside 0 to 1: negative ones amplify the concept, larger ones overshoot.")

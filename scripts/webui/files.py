@@ -35,17 +35,17 @@ def find(wanted: str, entries: Sequence[Entry]) -> list[Entry]:
     return list({entries[i].content_hash: entries[i] for i in reversed(resolve(wanted, entries))}.values())[::-1]
 
 
-def choose(wanted: str, entries: Sequence[Entry], architecture: str) -> Entry | None:
-    """The file that a text means; of several the one for this architecture.
+def choose(wanted: str, entries: Sequence[Entry], fitting: Sequence[str] = ()) -> Entry | None:
+    """The file that a text means; of several the one of the first of these architectures that any has.
 
     Raises:
         SepMEError: it means several.
     """
     found = find(wanted, entries)
-    fitting = [e for e in found if e.architecture == architecture] or found
-    if len(fitting) > 1:
-        raise SepMEError(f"{wanted[:60]!r} means several files; write {' or '.join(repr(with_hash(e)) for e in fitting[:3])}.")
-    return fitting[0] if fitting else None
+    meant = next((those for a in fitting if (those := [e for e in found if e.architecture == a])), found)
+    if len(meant) > 1:
+        raise SepMEError(f"{wanted[:60]!r} means several files; write {' or '.join(repr(with_hash(e)) for e in meant[:3])}.")
+    return meant[0] if meant else None
 
 
 def by_hash(digest: str, entries: Sequence[Entry]) -> Entry | None:

@@ -13,6 +13,7 @@ import gradio as gr
 from ...sepme.apply.projector import BACKENDS
 from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
+from ...sepme.model.families import fits
 from . import infotext
 from .files import by_concept, by_hash, find, label_of, labels
 from .host import InputAccordion
@@ -86,7 +87,7 @@ class Panel:
         """The row of what is chosen under this label, of no file or (for different checkpoints) of several."""
         name = files[0].concept if files else label
         strength = strengths.get(name, 1.0)
-        facts = "; ".join(f"{e.bytes / 1000:.0f} kB, {e.architecture}" for e in files) or "no such file; refresh, or take it out"
+        facts = "; ".join(f"{e.bytes / 1000:.0f} kB, {fits(e.architecture)}" for e in files) or "no such file; refresh, or take it out"
         quoted = html.escape(name, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'

@@ -13,7 +13,7 @@ from ...sepme.checks import check_number
 from ...sepme.concepts import normalised
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.library import Entry
-from ...sepme.delta.verify import clip_skip_warnings
+from ...sepme.delta.verify import encoder_warnings
 from ...sepme.errors import SepMEError
 from . import host, infotext
 from .axes import means_none
@@ -81,7 +81,11 @@ def watch(params: Any) -> None:
         if run.attached is not None:
             run.attached.prepare(params)
     if run.attached is not None:
-        run.attached.expect(params)
+        try:
+            run.attached.expect(params)
+        except SepMEError as error:
+            _release()
+            say(p, f"nothing is erased. {error}")
 
 
 def _attach(p: Any, run: Generation) -> None:
@@ -99,12 +103,22 @@ def _attach(p: Any, run: Generation) -> None:
         tables = Tables.make(Composition(tuple(deltas.values())), {e.concept: s for e, s in run.strengths.items()}, *rows)
         if tables.idle:
             return
-        for warning in clip_skip_warnings(host.ClipSkip(p.sd_model), list(deltas.values())):
+        for warning in _check_encoder(p, list(deltas.values())):
             say(p, warning)
         run.attached = host.ModelPatch(p, tables, run.settings, lambda text: say(p, text))
         _runs.append(run)
     except SepMEError as error:
         say(p, f"nothing is erased. {error}")
+
+
+def _check_encoder(p: Any, deltas: Sequence[ConceptDelta]) -> list[str]:
+    """What is to be said of deltas and the text encoder of the checkpoint.
+
+    Raises:
+        SepMEError: they were made with another one.
+    """
+    known = any(d.facts.text_encoder is not None for d in deltas)
+    return encoder_warnings(deltas, host.ClipSkip(p.sd_model).clip_skip, host.encoder_fingerprint(p.sd_model) if known else None)
 
 
 def _meant(p: Any, run: Generation, rows: Sequence[Tags]) -> tuple[dict[str, ConceptDelta], dict[str, str]]:
@@ -132,11 +146,11 @@ def _for_tag(p: Any, name: str, chosen: Sequence[Entry]) -> Entry:
     Raises:
         SepMEError: there is none, or several; or one of a concept of which another file is chosen.
     """
-    entries, architecture = host.library.entries(), host.architecture_of(p.sd_model)
+    entries, fitting = host.library.entries(), host.architectures_of(p.sd_model)
     meant = {e.content_hash for e in find(name, entries)}
     if len(own := [e for e in chosen if e.content_hash in meant]) == 1:
         return own[0]
-    entry = choose(name, [e for e in entries if e.architecture == architecture], architecture)
+    entry = choose(name, [e for e in entries if e.architecture in fitting], fitting)
     if entry is None:
         raise SepMEError(f"There is no delta of {name[:60]!r} for this checkpoint in {host.library.folder}.")
     if other := next((e for e in chosen if normalised(e.concept) == normalised(entry.concept)), None):
@@ -178,6 +192,7 @@ class SepMEScript(host.Script):
                     say(p, f"the strength of {', '.join(idle)[:200]} has no effect, since it is not chosen.")
             p.sepme_run = Generation(settings, chosen)
             _record(p, p.sepme_run)
+            _check_encoder(p, [load(e) for e in chosen])  # while the host has its text encoder at hand; said when a batch is drawn
         except SepMEError as error:
             say(p, f"nothing is erased. {error}")
 
@@ -271,7 +286,7 @@ def _panel_entries(p: Any, settings: Settings, entries: Sequence[Entry]) -> list
     """
     chosen: dict[str, Entry] = {}
     for name in settings.concepts if settings.enabled else ():
-        entry = choose(name, entries, host.architecture_of(p.sd_model))
+        entry = choose(name, entries, host.architectures_of(p.sd_model))
         if entry is None:
             raise SepMEError(
                 f"There is no delta {name[:60]!r} for this checkpoint in {host.library.folder}; put its file there and refresh."

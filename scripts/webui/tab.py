@@ -12,9 +12,9 @@ import gradio as gr
 
 from ...sepme.apply.toggles import parse_json
 from ...sepme.concepts import ConceptBook, file_name
-from ...sepme.convert import export_checkpoint, export_lora
+from ...sepme.convert import export_checkpoint, export_lora, model_weights
 from ...sepme.delta.concept_delta import ConceptDelta
-from ...sepme.delta.verify import clip_skip_warnings, verify
+from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
 from ...sepme.plan.planner import Planner
@@ -169,7 +169,7 @@ def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
 def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
     entries, found = host.library.entries(), []
     for label in chosen or []:
-        entry = choose(label, entries, "")
+        entry = choose(label, entries)
         if entry is None:
             raise SepMEError(f"There is no delta {label!r} in {host.library.folder}; refresh the list.")
         found.append(load(entry))
@@ -188,9 +188,9 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
             fingerprint = kv_fingerprint(layers)
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
+            about_encoder = check_encoder(model, deltas)
             found = verify(model, deltas, on_progress=_shown(progress))
-            skips = clip_skip_warnings(model, deltas)
-        made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas}
+        made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
         ]
@@ -201,7 +201,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
              delta.grade, "yes" if c.holds else "NO")
             for c, delta in zip(found.checks, deltas, strict=True)
         ]  # fmt: skip
-        return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *skips, *found.warnings))
+        return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *about_encoder, *found.warnings))
 
     yield from follow(work)
 
@@ -218,7 +218,8 @@ def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Itera
             raise SepMEError(f"There is already a file {path.name} in {folder}; choose another name.")
         progress.show(f"Writing {path.name}", 0, 1)
         if kind == LORA:
-            export_lora(deltas, path, table_)
+            weights = model_weights(host.checkpoint_file()) if any(d.edits_context for d in deltas) else None
+            export_lora(deltas, path, table_, weights=weights)
         else:
             export_checkpoint(deltas, host.checkpoint_file(), path, table_)
         return f"<p>Wrote {html.escape(str(path))}. Refresh the host's own list to see it.</p>"

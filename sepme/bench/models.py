@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
+from ..model.families import CONTEXT
 from ..model.layers import projections, text_layers, weight_of, weights
 from ..model.patch import patched
 from ..model.protocols import AttentionLayer
@@ -95,6 +96,17 @@ def random_deltas(layers: Mapping[str, AttentionLayer], count: int) -> tuple[Con
     for i in range(count):
         down = torch.linalg.qr(torch.randn(d_in, RANK, generator=generator)).Q.T
         up = {name: 0.01 * torch.randn(len(weight), RANK, generator=generator) for name, weight in kv.items()}
+        deltas.append(ConceptDelta.from_factors(Concept(f"concept {i}"), down, up, 0.0, {}))
+    return tuple(deltas)
+
+
+def random_edits(d_in: int, count: int) -> tuple[ConceptDelta, ...]:
+    """The same as edits of the context."""
+    generator = torch.Generator().manual_seed(1)
+    deltas = []
+    for i in range(count):
+        down = torch.linalg.qr(torch.randn(d_in, RANK, generator=generator)).Q.T
+        up = {CONTEXT: 0.01 * torch.randn(d_in, RANK, generator=generator)}
         deltas.append(ConceptDelta.from_factors(Concept(f"concept {i}"), down, up, 0.0, {}))
     return tuple(deltas)
 

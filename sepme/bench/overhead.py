@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from ..model.layers import weight_of
 from ..model.protocols import AttentionLayer
 from . import seconds
 from .counting import count
-from .models import Subject, add_adapters, barely_cached, merge, random_deltas, strengths, subject
+from .models import Subject, add_adapters, barely_cached, merge, random_deltas, random_edits, strengths, subject
 
 Side = Callable[[], Any]
 
@@ -62,7 +63,10 @@ def rounds(
 
 
 def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Callable[[int], Any]]:
-    """Sampling runs of so many steps, by name; ours is attached anew for every run, as it is in use."""
+    """Sampling runs of so many steps, by name; ours is attached anew for every run, as it is in use.
+
+    ``ours``: per-layer deltas; ``context``: as many edits of the context.
+    """
     deltas = random_deltas(model.layers, max(concepts, default=0))
 
     def ours(number: int) -> Callable[[int], Any]:
@@ -71,6 +75,14 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Call
         def run(steps: int) -> Any:
             with projector.attached(strengths(number)):
                 return model.sample(steps)
+
+        return run
+
+    def edits(number: int) -> Callable[[int], Any]:
+        composition = Composition(random_edits(model.context.shape[-1], number))
+
+        def run(steps: int) -> Any:
+            return replace(model, context=composition.edit_context(model.context, strengths(number))).sample(steps)
 
         return run
 
@@ -93,6 +105,7 @@ def diffusers_sides(model: Subject, concepts: tuple[int, ...]) -> dict[str, Call
     for number in concepts:
         sides[f"ours_{number}"] = ours(number)
         if number:
+            sides[f"context_{number}"] = edits(number)
             sides[f"lora_merged_{number}"] = twin(merge, number)
             sides[f"peft_unmerged_{number}"] = twin(add_adapters, number)
     return sides
@@ -134,7 +147,8 @@ def run(
 
     Returns:
         ``sides`` (see :func:`rounds`), ``per_step`` (see :func:`second_step`), and of the largest number of concepts N
-        ``overhead_ratio_n<N>``, ``flops_ratio_n<N>``, ``ops_per_step_ours``, ``ops_per_step_stock``, ``delta_bytes``, ``cache_bytes``.
+        ``overhead_ratio_n<N>``, ``flops_ratio_n<N>``, ``ops_per_step_ours``, ``ops_per_step_stock``, ``delta_bytes``, ``cache_bytes``;
+        where edits of the context were run also ``overhead_ratio_context_n<N>`` and ``ops_per_step_context``.
     """
     with torch.no_grad():
         model = subject(name)
@@ -160,8 +174,11 @@ def chosen(sides: dict[str, Callable[[int], Any]], only: tuple[str, ...], most: 
 
 def summary(timed: dict[str, dict[str, float]], counts: dict[str, dict[str, int]], most: int) -> dict[str, Any]:
     """The figures that are asked for by name, beside all sides."""
-    ours = f"ours_{most}"
-    return {
+    ours, context = f"ours_{most}", f"context_{most}"
+    edits = {}
+    if context in timed:
+        edits = {f"overhead_ratio_context_n{most}": timed[context]["ratio"], "ops_per_step_context": counts[context]["operators"]}
+    return edits | {
         f"overhead_ratio_n{most}": timed[ours]["ratio"],
         f"flops_ratio_n{most}": counts[ours]["flops"] / counts["stock"]["flops"],
         "ops_per_step_ours": counts[ours]["operators"],

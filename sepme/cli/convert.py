@@ -26,7 +26,10 @@ def export(
     files: Files,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write; a new folder for a diffusers model.")],
     to: Annotated[str, typer.Option(help="lora (kohya's layout) or checkpoint (the model's own layout).")] = "lora",
-    model: Annotated[str | None, typer.Option(help="For --to checkpoint: 'demo', a diffusers folder or a .safetensors file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For --to checkpoint, and where a delta edits the context: 'demo', a diffusers folder or a .safetensors file."),
+    ] = None,
     erase: Annotated[list[str] | None, typer.Option(help="NAME:STRENGTH (repeatable); 1 where not given.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of a LoRA: float16, bfloat16 or float32.")] = "float16",
     as_json: Json = False,
@@ -35,24 +38,23 @@ def export(
     import torch
 
     from ..apply.toggles import merge, parse_toggle
-    from ..convert import export_checkpoint, export_lora
+    from ..convert import export_checkpoint, export_lora, model_weights
+    from ..hosts.loading import DEMO
 
     deltas = [ConceptDelta.load(path) for path in files]
     strengths = merge(*(parse_toggle(item) for item in erase or []))
     remove_leftovers(out)
+    source = str(DEMO) if model == "demo" else model
     if to == "lora":
         kind = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype)
         if kind is None:
             raise SepMEError(f"There is no precision {dtype!r}; choose float16, bfloat16 or float32.")
-        export_lora(deltas, out, strengths, kind)
+        edits_context = any(d.edits_context for d in deltas)
+        export_lora(deltas, out, strengths, kind, model_weights(source) if source and edits_context else None)
     elif to == "checkpoint":
-        if model is None:
+        if source is None:
             raise SepMEError("Merging needs the model; name it with --model.")
-        if model == "demo":
-            from ..hosts.loading import DEMO
-
-            model = str(DEMO)
-        export_checkpoint(deltas, model, out, strengths)
+        export_checkpoint(deltas, source, out, strengths)
     else:
         raise SepMEError(f"There is no export to {to!r}; choose lora or checkpoint.")
     data = {"file": str(out), "to": to, "concepts": [d.concept.name for d in deltas], "strengths": strengths, "gate": "off"}
@@ -127,6 +129,7 @@ def reproject(
     """Make older deltas spare concepts that came later, without training: new directions, old response refitted."""
     from ..convert import known_to, order_gap
     from ..convert import reproject as again
+    from ..delta.verify import check_encoder
     from ..model.layers import kv_fingerprint
     from ..plan.gate import ratios
     from ..plan.planner import Planner
@@ -145,6 +148,7 @@ def reproject(
     host = load_host(model, device, dtype, tokenizer)
     layers = host.attention_layers()
     fingerprint = kv_fingerprint(layers)
+    about_encoder = check_encoder(host, deltas)
     rows: list[dict[str, Any]] = []
     with interruptible() as check, progress_bar() as bar:
         pooled = "leave" if deltas[0].pooled is None else "replace"
@@ -155,6 +159,8 @@ def reproject(
 
         planner = planner_of(book)
         planner.plan_all([d.concept.name for d in deltas])
+        for warning in about_encoder:
+            log.print(f"Warning: {warning}")
         for delta, path in zip(deltas, paths, strict=True):
             name = delta.concept.name
             if delta.facts.kv_fingerprint not in ("", fingerprint):

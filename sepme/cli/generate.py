@@ -55,7 +55,7 @@ def generate(
     from ..apply.composition import Composition
     from ..apply.toggles import merge, parse_tags, parse_toggle, strengths
     from ..checks import SEEDS, check_number, following_seed
-    from ..delta.verify import clip_skip_warnings
+    from ..delta.verify import check_encoder
     from ..images import save_grid
 
     composition = Composition(tuple(ConceptDelta.load(p) for p in delta or []))
@@ -74,7 +74,7 @@ def generate(
     check_writable(out.parent)
     remove_leftovers(out)
     host = load_host(model, device, dtype, tokenizer, prediction, size)
-    for warning in clip_skip_warnings(host, composition.deltas):
+    for warning in check_encoder(host, composition.deltas):
         log.print(f"Warning: {warning}")
     with interruptible() as check:
         images = host.generate(

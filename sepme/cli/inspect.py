@@ -16,13 +16,19 @@ def inspect(files: Files, as_json: Json = False) -> None:
     data = []
     for path in files:
         delta = ConceptDelta.load(path)
-        extra = {"prompts": delta.concept.prompts, "anchor": delta.concept.anchor, "d_in": delta.d_in, "projections": len(delta.up)}
+        extra = {
+            "prompts": delta.concept.prompts,
+            "anchor": delta.concept.anchor,
+            "d_in": delta.d_in,
+            "projections": len(delta.projections),
+        }
         known = [c.name for c in delta.known]
         data.append(summary(delta, path) | extra | {"known": known, "info": {k: v for k, v in delta.info.items() if k != "losses"}})
 
     def show() -> None:
         show_summaries(data)
         for d in data:
+            print(f"{d['concept']}: {d['edits']}")
             print(f"{d['concept']}: prompts {', '.join(map(repr, d['prompts']))}; separable from {', '.join(d['known']) or 'nothing else'}")
             if d["pooled"] is not None:
                 print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
@@ -41,6 +47,7 @@ def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
         "rank": delta.rank,
         "mode": certificate.mode,
         "architecture": delta.architecture,
+        "edits": delta.edits,
         "objective": objective.name,
         "steps": objective.steps,
         "gate": delta.gate,

@@ -45,7 +45,7 @@ def verify(
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     if capacity:
         return _capacity(lambda: load_host(model, device, dtype, tokenizer, prediction), model, files, count, as_json)
-    from ..delta.verify import clip_skip_warnings
+    from ..delta.verify import check_encoder
     from ..delta.verify import verify as measure
     from ..model.layers import kv_fingerprint, shapes
 
@@ -55,16 +55,19 @@ def verify(
     for delta in deltas:
         delta.check_fits(shapes(layers))
     fingerprint = kv_fingerprint(layers)
-    made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas}
+    about_encoder = check_encoder(host, deltas)
+    made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
     with interruptible() as check, progress_bar() as bar:
         result = measure(host, deltas, preserve, progress(bar, check))
     warnings = [f"{n!r} was made on K/V weights {f}, this model has {fingerprint}." for n, f in made.items() if f != fingerprint]
-    warnings += [*clip_skip_warnings(host, deltas), *result.warnings]
+    warnings += [*about_encoder, *result.warnings]
 
     def show() -> None:
         for warning in warnings:
             log.print(f"Warning: {warning}")
-        table = Table("delta \\ prompts of", *made, "worst known", "gate", "own prompts", "false touch", "holds")
+        table = Table(
+            "delta \\ prompts of", *(c.concept for c in result.checks), "worst known", "gate", "own prompts", "false touch", "holds"
+        )
         for c, line in zip(result.checks, result.matrix.tolist(), strict=True):
             worst = max(c.leakage_linear.values(), default=0.0)
             figures = (f"{worst:.4f}", f"{c.gate:.4f}", f"{c.own_touched:.0%}", f"{c.false_touch_rate:.2%}", "yes" if c.holds else "NO")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..apply.toggles import Toggles
@@ -20,8 +21,8 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import PLAIN, check_precision, refuse_pickle, write_atomically
-from ..model.families import family_of, find
-from .lora import GATE_OFF, weighed
+from ..model.families import find, fits
+from .lora import GATE_OFF, weighed, whole_factor
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx", "*.onnx_data")
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the unmerged file
@@ -31,7 +32,8 @@ PIECE, MAX_HEADER = 16 << 20, 100 << 20
 def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: str | Path, strengths: Toggles | None = None) -> Path:
     """Write a copy of a model with ``W + Σ_i s_i Y_i D_iᵀ`` in its to_k and to_v; every other tensor keeps its bytes and place.
 
-    The gate is off in merged weights, they are rounded to the file's precision, and SDXL's pooled part has no place in them.
+    The gate is off in merged weights, they are rounded to the file's precision, and SDXL's pooled part has no place in them. Of an
+    edit of the context Y is ``W S``.
 
     Args:
         deltas: of the model's architecture. model: a ``.safetensors`` checkpoint or a diffusers folder.
@@ -49,11 +51,26 @@ def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: st
     if out.suffix.lower() != ".safetensors":
         raise SepMEError(f"{out} is no name for a checkpoint; end it in .safetensors.")
     file = _File.open(model)
-    delta = chosen[0][0]
-    keys = _weights(family_of(delta.shapes).file_names(delta.up))
-    _check(model, delta, [file], keys)
+    keys = _checked(model, [file], [d for d, _ in chosen])
     check_replaceable(out, inputs=[model, *(Path(d.file) for d, _ in chosen if d.file)])
     return write_atomically(out, file.merged(chosen, keys))
+
+
+def model_weights(model: str | Path) -> dict[str, Tensor]:
+    """W ``(d_out, d_in)`` by projection name of a ``.safetensors`` checkpoint or a diffusers folder; nothing else of it is read.
+
+    Raises:
+        SepMEError: no such model, damaged or quantised; no layers that read text in it.
+    """
+    model = Path(model)
+    refuse_pickle(model)
+    files = _files(model) if model.is_dir() else [_File.open(model)]
+    found: dict[str, Tensor] = {}
+    keys = _checked(model, files)
+    for file in files:
+        with safe_open(file.path, framework="pt") as opened:
+            found |= {site: opened.get_tensor(key) for site, key in keys.items() if key in file.entries}
+    return found
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class _File:
     def _changed(self, data: bytes, entry: Mapping[str, Any], name: str, chosen: Sequence[tuple[ConceptDelta, float]]) -> bytes:
         dtype = PLAIN[entry["dtype"]]
         weight = torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"])
-        change: Tensor = sum(s * d.weight_delta(name) for d, s in chosen)  # type: ignore[assignment]
+        change: Tensor = sum(s * (whole_factor(d, name, weight) @ d.down) for d, s in chosen)  # type: ignore[assignment]
         result = (weight.to(torch.promote_types(dtype, torch.float32)) + change).to(dtype) if change.any() else weight
         if not result.isfinite().all():
             raise SepMEError(f"{name} of {self.path} would overflow {entry['dtype']}; lower the strengths.")
@@ -126,28 +143,38 @@ def _pieces(file: Any, count: int) -> Iterator[bytes]:
         yield piece
 
 
-def _weights(modules: Mapping[str, str]) -> dict[str, str]:
-    return {site: f"{name}.weight" for site, name in modules.items()}
-
-
-def _check(model: Path, delta: ConceptDelta, files: Sequence[_File], keys: Mapping[str, str]) -> None:
-    """Raise unless the files hold exactly the delta's projections, in a precision that can be added to."""
+def _checked(model: Path, files: Sequence[_File], deltas: Sequence[ConceptDelta] = ()) -> dict[str, str]:
+    """Names of the weights by site, where they have the shapes that deltas are for and a precision that can be added to."""
     entries = {key: entry for file in files for key, entry in file.entries.items() if key.endswith(".weight")}
-    found = set(_weights(find(key.removesuffix(".weight") for key in entries)).values())
-    shapes = {name: tuple(entries[key]["shape"]) for name, key in keys.items() if key in found}
-    if shapes != delta.shapes or found != set(keys.values()):
-        raise SepMEError(f"{model} is no model of the architecture {delta.architecture} of {delta.concept.name!r}; name the one it is for.")
-    for key in found:
+    keys = {site: f"{name}.weight" for site, name in find(key.removesuffix(".weight") for key in entries).items()}
+    shapes = {site: tuple(entries[key]["shape"]) for site, key in keys.items()}
+    if not shapes:
+        raise SepMEError(f"{model} holds no layers that read text; name a Stable Diffusion checkpoint or a diffusers folder.")
+    for delta in deltas:
+        wrong = shapes != delta.shapes if delta.projections else {shape[1] for shape in shapes.values()} != {delta.d_in}
+        if wrong:
+            what = (
+                f"of the architecture {delta.architecture}"
+                if delta.projections
+                else f"for edits of the context of {fits(delta.architecture)}"
+            )
+            raise SepMEError(f"{model} is no model {what} of {delta.concept.name!r}; name the one it is for.")
+    for key in keys.values():
         check_precision(model, key, entries[key]["dtype"])
+    return keys
 
 
-def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path) -> Path:
+def _files(model: Path) -> list[_File]:
+    """Of a diffusers folder's UNet."""
     files = [_File.open(path) for path in sorted((model / "unet").glob("*.safetensors"))]
     if not (model / "model_index.json").is_file() or not files:
         raise SepMEError(f"{model} is no diffusers folder with a UNet in safetensors; name one, or a single .safetensors file.")
-    delta = chosen[0][0]
-    keys = _weights(family_of(delta.shapes).to_diffusers(delta.up))
-    _check(model, delta, files, keys)
+    return files
+
+
+def _folder(chosen: Sequence[tuple[ConceptDelta, float]], model: Path, out: Path) -> Path:
+    files = _files(model)
+    keys = _checked(model, files, [d for d, _ in chosen])
     if out.resolve().is_relative_to(model.resolve()):
         raise SepMEError(f"{out} is the model itself or lies in it; write the merged one to a folder of its own.")
     if out.exists():

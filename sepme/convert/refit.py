@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..concepts import Concept, ConceptBook, normalised
 from ..delta.concept_delta import ConceptDelta
+from ..model.families import CONTEXT
 from ..model.layers import kv_fingerprint, shapes, weights
 from ..model.protocols import AttentionLayer, clip_skip
 from ..plan.directions import reduce_rows
@@ -156,16 +157,16 @@ def _delta(
 ) -> ConceptDelta:
     subspace = planner.plan(concept.name)
     up, loss = refit(changes, planner.prompts.tokens(concept.name)[0], subspace.down)
-    up |= {n: torch.zeros(s[0], len(subspace.down)) for n, s in shapes(layers).items() if n not in up}
+    made_with: dict[str, Any] = {"clip_skip": clip_skip(planner.prompts.encoder)}
+    if set(up) - {CONTEXT}:
+        up |= {n: torch.zeros(s[0], len(subspace.down)) for n, s in shapes(layers).items() if n not in up}
+        made_with["kv_fingerprint"] = kv_fingerprint(layers)
+    if CONTEXT in up:
+        made_with["text_encoder"] = planner.prompts.fingerprint.to_json()
     own = {
         what: facts | {"response_loss": loss},
         "recipe": recipe | {"book": json.loads(planner.book.dumps()), "plan": asdict(planner.options), "concept": concept.name},
         "certificate": subspace.certificate.to_json(),
     }
-    info = (
-        {"kv_fingerprint": kv_fingerprint(layers), "clip_skip": clip_skip(planner.prompts.encoder)}
-        | info
-        | separable_from(planner, concept.name)
-        | own
-    )
+    info = made_with | info | separable_from(planner, concept.name) | own
     return ConceptDelta.from_factors(concept, subspace.down, up, subspace.gate, info, subspace.pooled)

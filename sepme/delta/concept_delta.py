@@ -25,7 +25,7 @@ from torch import Tensor
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
-from ..model.families import CONTEXT
+from ..model.families import CONTEXT, context_architecture, fits
 from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
@@ -149,7 +149,15 @@ class ConceptDelta:
     @cached_property
     def architecture(self) -> str:
         """Of the models that it fits; a pure context edit fits every model that reads contexts of this width from its text encoder."""
-        return architecture(self.shapes) if self.projections else f"{CONTEXT}-{self.d_in}"
+        return architecture(self.shapes) if self.projections else context_architecture(self.d_in)
+
+    @property
+    def edits(self) -> str:
+        """What it edits and which models it fits, in words."""
+        if not self.projections:
+            return f"edits the context: fits any model with this text encoder ({fits(self.architecture)})"
+        both = "the context and " if self.edits_context else ""
+        return f"edits {both}{len(self.projections)} text projections: fits {self.architecture}"
 
     def up_factor(self, name: str) -> Tensor:
         """Y ``(d_out, k)`` float32 of a projection."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..concepts import Concept
 from ..files import number, text
+from ..model.encoder_fingerprint import EncoderFingerprint
 from ..plan.gate import Certificate
 from .format import plain_json
 
@@ -74,7 +75,7 @@ class Facts:
         certificate: what was measured; its figures are NaN where the file does not say them.
         known: the concepts that it leaves alone. preserve: the prompts that it leaves alone.
         losses: of every step. kv_fingerprint: of the checkpoint that it was made on, empty if unknown.
-        clip_skip: how many of CLIP's last layers were skipped.
+        clip_skip: how many of CLIP's last layers were skipped. text_encoder: the encoder that it was made with, None if unknown.
     """
 
     certificate: Certificate = field(default_factory=lambda: Certificate.from_json({}))
@@ -85,6 +86,7 @@ class Facts:
     losses: tuple[float, ...] = ()
     kv_fingerprint: str = ""
     clip_skip: int = 0
+    text_encoder: EncoderFingerprint | None = None
 
     @staticmethod
     def from_info(info: Mapping[str, Any]) -> Facts:
@@ -118,4 +120,5 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "losses": lambda data: tuple(map(number, data)),
     "kv_fingerprint": text,
     "clip_skip": number,
+    "text_encoder": EncoderFingerprint.from_json,
 }

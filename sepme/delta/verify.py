@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..concepts import mentions
+from ..errors import SepMEError
+from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder, clip_skip
 from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
 from ..plan.pooled import residual
@@ -102,14 +104,40 @@ def verify(
     return Verification(tuple(checks), matrix, tuple(warnings))
 
 
-def clip_skip_warnings(encoder: object, deltas: Sequence[ConceptDelta]) -> list[str]:
-    """What is to be said of deltas that were made with another clip skip than the encoder's."""
-    now = clip_skip(encoder)
-    return [
-        f"{d.concept.name!r} was made with {made} of CLIP's last layers skipped, here {now} are; its gate may stay shut, set the same."
-        for d in deltas
-        if (made := d.facts.clip_skip) != now
-    ]
+def check_encoder(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> list[str]:
+    """:func:`encoder_warnings` of an encoder that is at hand."""
+    known = any(d.facts.text_encoder is not None for d in deltas)
+    return encoder_warnings(deltas, clip_skip(encoder), EncoderFingerprint.of(encoder) if known else None)
+
+
+def encoder_warnings(deltas: Sequence[ConceptDelta], skipped: int, fingerprint: EncoderFingerprint | None = None) -> list[str]:
+    """What is to be said of deltas that were made with another clip skip or another version of the text encoder.
+
+    Args:
+        skipped: how many of CLIP's last layers are skipped now. fingerprint: of the encoder; None where it is not at hand.
+
+    Raises:
+        SepMEError: a delta was made with another text encoder altogether.
+    """
+    warnings = []
+    for delta in deltas:
+        name, made = delta.concept.name, delta.facts
+        distance = 0.0 if fingerprint is None or made.text_encoder is None else made.text_encoder.distance(fingerprint)
+        if distance > RELATED:
+            raise SepMEError(
+                f"The delta of {name!r} was made with another text encoder than this model's; train the concept with this one, or load a "
+                "model that reads the other."
+            )
+        if made.clip_skip != skipped:
+            warnings.append(
+                f"{name!r} was made with {made.clip_skip} of CLIP's last layers skipped, here {skipped} are; its gate may stay shut, set "
+                "the same."
+            )
+        elif distance > SAME:
+            warnings.append(
+                f"{name!r} was made with another version or layer (clip skip) of this text encoder; its gate may stay shut, verify it here."
+            )
+    return warnings
 
 
 def _worst(encoding: Encoding, delta: ConceptDelta) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..apply.composition import Composition
 from ..apply.toggles import strengths
 from ..delta.concept_delta import ConceptDelta
+from ..model.families import CONTEXT
 from ..model.layers import projections, weight_of
 from ..model.patch import Forward, patched
 
@@ -59,23 +60,47 @@ class Separable:
     ) -> Tensor:
         return host.generate(prompts, seeds, self.composition, self.toggles(erased), gate=gate, **options)
 
-    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> AbstractContextManager[Any]:
-        """Differentiable by the context, the gate's decision aside; the arithmetic is that of :meth:`Composition.touch`."""
-        composition = self.composition
-        table = strengths([self.toggles(erased)], composition.names)[0]
+    @contextmanager
+    def acting(self, host: Any, erased: Sequence[str], gate: bool) -> Iterator[None]:
+        """Differentiable by the context, the gate's decision aside; the arithmetic is that of :meth:`Composition.touch` and
+        :meth:`Composition.edit_context`. An edit of the context acts in ``host.predict``; per-layer deltas read what that was given."""
+        table, deltas = strengths([self.toggles(erased)], self.composition.names)[0], self.composition.deltas
+        layered, edits = ([i for i, d in enumerate(deltas) if acts(d)] for acts in (lambda d: d.projections, lambda d: d.edits_context))
+        given: list[Tensor] = []  # the context of the pass that runs, before its edit
 
         def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
-            up = composition.up(name, range(len(composition.deltas)))
-
             def project(context: Tensor) -> Tensor:
-                _, weight = composition.weigh(context, table, gate)
-                h = (context.float() @ composition.down.T) * weight[:, composition.owner][:, None]
                 out = forward(context)
-                return out + (h @ up.T).to(out.dtype)
+                return out + self._added(given[-1] if given else context, table, gate, layered, name).to(out)
 
             return project
 
-        return patched(projections(host.attention_layers()), wrap)
+        def predict(x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
+            given.append(context)
+            try:
+                return plain(x_t, t, context + self._added(context, table, gate, edits, CONTEXT).to(context), extra)
+            finally:
+                given.pop()
+
+        plain, before = host.predict, vars(host).get("predict")
+        with patched(projections(host.attention_layers()) if layered else {}, wrap):
+            if edits:
+                host.predict = predict
+            try:
+                yield
+            finally:
+                if before is not None:
+                    host.predict = before
+                elif edits:
+                    del host.predict
+
+    def _added(self, context: Tensor, table: Tensor, gate: bool, concepts: Sequence[int], name: str) -> Tensor:
+        """``g(c) s (c D) Yᵀ`` of some deltas at a site, differentiable by ``c``."""
+        composition = self.composition
+        columns = torch.isin(composition.owner, torch.tensor(concepts))
+        _, weight = composition.weigh(context, table, gate)
+        h = (context.float() @ composition.down[columns].T.to(context.device)) * weight[:, composition.owner[columns]][:, None]
+        return h @ composition.up(name, concepts).T.to(context.device)
 
 
 class Merged:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .families import Shapes, ends, family_of, find
+from .families import Shapes, context_architecture, ends, family_of, find
 from .protocols import AttentionLayer
 
 _sites: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # a walk over all modules would show at every toggle
@@ -56,6 +56,11 @@ def weights(layers: Mapping[str, AttentionLayer]) -> dict[str, Tensor]:
 def architecture(kv_shapes: Shapes) -> str:
     """Name of the architecture with these K/V shapes: sd15, sd21, sdxl ..., or one made of d_in and the layer list."""
     return family_of(kv_shapes).architecture(kv_shapes)
+
+
+def fitting(kv_shapes: Shapes) -> tuple[str, ...]:
+    """Architectures of the deltas that fit a model with these K/V shapes: its own, and that of edits of the context that it reads."""
+    return architecture(kv_shapes), *(context_architecture(d_in) for d_in in sorted({d_in for _, d_in in kv_shapes.values()}))
 
 
 def latent_side(layers: Mapping[str, AttentionLayer]) -> int:

@@ -104,6 +104,9 @@ def test_overhead(demo: models.Subject, monkeypatch: pytest.MonkeyPatch) -> None
     assert (
         steps["lora_merged_5"]["flops"] == steps["stock"]["flops"] < steps["peft_unmerged_1"]["flops"] < steps["peft_unmerged_5"]["flops"]
     )
+    assert steps["context_1"] == steps["context_5"] == steps["stock"]  # operators, arithmetic and bytes of a step
+    assert result["ops_per_step_context"] == result["ops_per_step_stock"]
+    assert result["overhead_ratio_context_n5"] > 0
     assert result["flops_ratio_n5"] == steps["ours_5"]["flops"] / steps["stock"]["flops"]
     assert result["overhead_ratio_n5"] == result["sides"]["ours_5"]["ratio"] > 0
     widths = sum(getattr(layer, p).weight.shape[0] for layer in demo.layers.values() for p in ("to_k", "to_v"))

@@ -8,7 +8,7 @@ import pytest
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.delta.concept_delta import ConceptDelta
-from sepme.delta.verify import clip_skip_warnings, verify
+from sepme.delta.verify import check_encoder, verify
 from sepme.errors import SepMEError
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
@@ -61,8 +61,8 @@ def test_clip_skip_is_recorded_and_compared(world: SimpleNamespace) -> None:
     planner = Planner(encoder, ConceptBook((Concept("star", ("star", "a star")),)), PlanOptions())
     delta = make_delta(planner, "star", world.Denoiser(d_in=192), TrainOptions.for_mode(objective="closed-form"))
     assert delta.info["clip_skip"] == 1
-    assert clip_skip_warnings(encoder, [delta]) == []
-    assert "1 of CLIP's last layers skipped, here 0" in clip_skip_warnings(plain, [delta])[0]
+    assert check_encoder(encoder, [delta]) == []
+    assert "1 of CLIP's last layers skipped, here 0" in check_encoder(plain, [delta])[0]
 
 
 def test_a_preserve_file_is_asked_for_and_known_again(made: tuple[object, ConceptDelta], kept: Path) -> None:

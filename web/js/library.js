@@ -66,8 +66,9 @@ class Library extends EventTarget {
     return post("/sepme/book", { book: text });
   }
 
-  async architecture(checkpoint) {
-    return (await request(`/sepme/architecture?${new URLSearchParams({ checkpoint })}`)).architecture;
+  /** Of a checkpoint, `{architecture, fits}`: its own, and those of the deltas that fit it. */
+  architecture(checkpoint) {
+    return request(`/sepme/architecture?${new URLSearchParams({ checkpoint })}`);
   }
 }
 

@@ -161,8 +161,8 @@ async function drawPanel(node, panel, shown = node) {
   const notes = [];
   for (const delta of found) {
     if (delta.missing) notes.push(t("panel.missing", { name: delta.concept }));
-    if (!model || !delta.architecture || delta.architecture === model) continue;
-    delta.mismatch = t("panel.mismatch", { name: delta.concept, is: delta.architecture, model });
+    if (!model || !delta.architecture || model.fits.includes(delta.architecture)) continue;
+    delta.mismatch = t("panel.mismatch", { name: delta.concept, is: delta.fits ?? delta.architecture, model: model.architecture });
     notes.push(delta.mismatch);
   }
   if (hidden && found.length) notes.push(t("panel.more"));
@@ -200,7 +200,7 @@ function drawCard(node) {
         line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair"))),
       ]
     : [
-        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), delta.architecture),
+        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), delta.fits ?? delta.architecture),
         line(`${t("facts.rank", { rank: delta.rank })} · ${bytes(delta.bytes)}${delta.renamed ? ` · ${t("card.renamed", { name: delta.name })}` : ""}`),
         el("label.sepme-line", { title: t("card.embedTip") }, el("input", { type: "checkbox", checked: !!record?.data, onchange: (event) => embed(delta, event.target) }), t("card.embed")),
       ];

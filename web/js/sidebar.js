@@ -70,7 +70,7 @@ async function files(chosen) {
 function list(element) {
   const words = element.querySelector(".sepme-search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = library.deltas.filter((d) => {
-    const text = [d.concept, d.name, d.architecture, d.train?.objective, ...d.prompts].join(" ").toLowerCase();
+    const text = [d.concept, d.name, d.architecture, d.fits, d.train?.objective, ...d.prompts].join(" ").toLowerCase();
     return words.every((w) => text.includes(w));
   });
   const open = new Set([...element.querySelectorAll("details[open]")].map((d) => d.dataset.name));
@@ -85,7 +85,7 @@ function item(delta, open) {
     "dl",
     {},
     ...fact("file", delta.name),
-    ...fact("architecture", delta.architecture),
+    ...fact("architecture", delta.fits ?? delta.architecture),
     ...fact("objective", [delta.train?.objective, delta.train?.mode].filter(Boolean).join(", ") || "–"),
     ...fact("size", `${bytes(delta.bytes)}, ${t("facts.rank", { rank: delta.rank })}`),
     ...fact("leak", `${figure(delta.leakage)} → ${figure(delta.leakage_gated)}`),
@@ -105,7 +105,7 @@ function item(delta, open) {
     { title: t("sidebar.drag") },
     el(`span.sepme-dot.sepme-${delta.grade}`, { role: "img", title: t(`grade.${delta.grade}`), "aria-label": t(`grade.${delta.grade}`) }),
     el("b", {}, delta.concept),
-    el("span.sepme-tag", {}, delta.architecture.replace(/-[0-9a-f]{8}$/, "")),
+    el("span.sepme-tag", {}, (delta.fits ?? delta.architecture).replace(/-[0-9a-f]{8}$/, "")),
     el("span.sepme-tag", {}, bytes(delta.bytes)),
   );
   const entry = el("details.sepme-delta", { role: "listitem", draggable: true, open }, summary, facts, actions);

@@ -178,7 +178,7 @@ function modelBefore(node) {
 
 const architectures = new Map();
 
-/** Architecture of the model that a node gets, by the checkpoint that it comes from; null when that cannot be seen from here. */
+/** Architectures that fit the model that a node gets, by the checkpoint that it comes from; null when that cannot be seen from here. */
 export async function architectureOf(node) {
   const seen = new Set([node]);
   let at = modelBefore(node);

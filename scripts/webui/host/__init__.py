@@ -3,7 +3,7 @@
 Automatic1111 and its Forges differ in where the UNet is, how it is patched and in which order rows come. Everything else is shared.
 """
 
-from .checkpoint import ClipSkip, architecture_of
+from .checkpoint import ClipSkip, architectures_of
 from .hook import Hook
 from .interface import (
     AlwaysVisible,
@@ -23,7 +23,7 @@ from .interface import (
     register_extra_network,
     script_modules,
 )
-from .loaded import LoadedModel, loaded_model
+from .loaded import LoadedModel, encoder_fingerprint, loaded_model
 from .patch import ModelPatch
 
 __all__ = [
@@ -35,10 +35,11 @@ __all__ = [
     "LoadedModel",
     "ModelPatch",
     "Script",
-    "architecture_of",
+    "architectures_of",
     "check_interrupted",
     "checkpoint_file",
     "checkpoint_folder",
+    "encoder_fingerprint",
     "interrupt",
     "job",
     "library",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
 from ....sepme.model.families import labels
-from ....sepme.model.layers import architecture, shapes, text_layers
+from ....sepme.model.layers import fitting, shapes, text_layers
 from ....sepme.model.protocols import AttentionLayer
 
 CHUNK = 77  # tokens of a prompt's chunk
@@ -45,8 +45,9 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     return layers
 
 
-def architecture_of(model: Any) -> str:
-    return architecture(shapes(attention_layers(model)))
+def architectures_of(model: Any) -> tuple[str, ...]:
+    """Architectures of the deltas that fit a loaded checkpoint, its own first."""
+    return fitting(shapes(attention_layers(model)))
 
 
 class ClipSkip:

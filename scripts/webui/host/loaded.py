@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from modules import devices, prompt_parser, shared
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
+from ....sepme.model.encoder_fingerprint import EncoderFingerprint
 from ....sepme.model.layers import latent_side, leave_inference_mode
 from ....sepme.model.protocols import AttentionLayer, Encoding
 from ....sepme.model.schedule import Schedule, ScheduledDenoiser
@@ -140,6 +142,25 @@ def _schedule(model: Any) -> tuple[Tensor, str]:
         bases = {c.__name__ for c in type(predictor).__mro__}
         kind = "v" if "V_PREDICTION" in bases else "epsilon" if "EPS" in bases else type(predictor).__name__
     return 1 / (predictor.sigmas.detach().float().cpu().clone().square() + 1), {"v_prediction": "v", "eps": "epsilon"}.get(kind, kind)
+
+
+_fingerprints: WeakKeyDictionary[Any, tuple[Any, EncoderFingerprint]] = WeakKeyDictionary()  # of a model, for a file and a clip skip
+
+
+def encoder_fingerprint(model: Any) -> EncoderFingerprint:
+    """Of the text encoder of the checkpoint in the UI as it is set; read once.
+
+    Raises:
+        SepMEError: see :class:`LoadedModel`.
+    """
+    loaded = LoadedModel(model)
+    state = (model.sd_checkpoint_info.filename, loaded.clip_skip)
+    known = _fingerprints.get(model)
+    if known is None or known[0] != state:
+        if is_forge(model):
+            use_clip_skip(model)
+        known = _fingerprints[model] = state, EncoderFingerprint.of(loaded)
+    return known[1]
 
 
 @contextmanager

@@ -1,9 +1,14 @@
-"""Deltas on the loaded model while one batch is sampled."""
+"""Deltas on the loaded model, or on the conditioning that it gets, while one batch is sampled.
+
+Where all deltas edit the context the model is left alone: the hosts tell callbacks of every step's conditioning and use what they put
+there, prompt editing, AND and the hires pass included. Prompts that other extensions bring into the model past that are not seen then.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,11 +17,13 @@ from torch import Tensor, nn
 
 from ....sepme.apply.projector import KVProjector
 from ....sepme.apply.row_strengths import Match, chunked, row_strengths
+from ....sepme.model.layers import shapes
 from ..settings import Settings, Tables
 from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
 from .hook import ClassForward, Hook, previous
 
 MARK = 1024
+SEEN = 8  # edited conditionings that are kept: prompt editing goes to and fro between some
 UNKNOWN_ROWS = (
     "another extension adds prompts of its own to the batch; they get the panel's strengths, so tags of single prompts may not reach them"
 )
@@ -38,13 +45,19 @@ class ModelPatch:
 
     def __init__(self, p: Any, tables: Tables, settings: Settings, say: Callable[[str], None]) -> None:
         self.p, self.model, self.tables, self.settings, self.say = p, p.sd_model, tables, settings, say
-        self.projector: KVProjector | None = None
+        self.projector: KVProjector | None = None  # None too where only the conditioning is edited
+        self._seen: list[tuple[Tensor, Tensor, Tensor | None]] = []  # contexts, strengths, and the edited contexts if any row is touched
         self._step: tuple[list[Tensor], Tensor] | None = None  # contexts and strengths of the rows of this denoising step, in order
         self._next = 0  # of these rows, the one that the next call is likely to begin with
         self.unet = unet_of(self.model)
-        self.projector = KVProjector(attention_layers(self.model), tables.composition, settings.gate, backend=settings.backend)
         self._found: list[tuple[nn.Module, Hook, Any]] = []
         self._patcher: Any = None
+        layers = attention_layers(self.model)
+        if not tables.composition.columns:
+            for delta in tables.composition.deltas:
+                delta.check_fits(shapes(layers))
+            return
+        self.projector = KVProjector(layers, tables.composition, settings.gate, backend=settings.backend)
         if is_forge(self.model):
             self._patch_forge()
         else:
@@ -93,12 +106,15 @@ class ModelPatch:
             call = split(args, kwargs)
             if self.projector is None or call is None:
                 return before(*args, **kwargs)
-            context, vector, again = call
-            context = _unmarked(context)
-            table = self.tables.base if self.tables.uniform else rows(context, kwargs)
+            given, vector, again = call
+            plain = _unmarked(given)
+            table = self.tables.base if self.tables.uniform else rows(plain, kwargs)
+            whole = self._edited(given, table)
+            context, unedited = _unmarked(whole), None if whole is given else plain
             if vector is not None:
-                args, kwargs = again(self._replace_pooled(vector, context, table))
-            with self.projector.forward_pass(table, context, self.tables.base, self._say_unknown, _loras()):
+                vector = self._replace_pooled(vector, plain, table)
+            args, kwargs = again(whole, vector)
+            with self.projector.forward_pass(table, context, self.tables.base, self._say_unknown, _loras(), unedited):
                 if self.settings.backend == "fused":
                     self._say_why_not_fused(context)
                 return before(*args, **kwargs)
@@ -121,19 +137,58 @@ class ModelPatch:
         pooled = self.tables.composition.replace_pooled(vector[:, :width], context, table, self.settings.gate)
         return torch.cat([pooled, vector[:, width:]], dim=1)
 
+    def _edited(self, given: Tensor, table: Tensor) -> Tensor:
+        """Contexts as the edit leaves them, themselves where no row is touched."""
+        if not any(d.edits_context for d in self.tables.composition.deltas):
+            return given
+        context = _unmarked(given)
+        edited = self._edit_once(context, table)
+        return given if edited is None else torch.cat([given[:, : given.shape[1] - context.shape[1]], edited], dim=1)
+
+    def _edit_once(self, context: Tensor, table: Tensor) -> Tensor | None:
+        """The edited contexts, computed once for all steps with the same; None where no row is touched."""
+        for known, strengths, edited in self._seen:
+            alike = known.dtype == context.dtype and known.device == context.device
+            if alike and torch.equal(strengths, table) and torch.equal(known, context):
+                return edited
+        result = self.tables.composition.edit_context(context, table, self.settings.gate)
+        edited = None if result is context else result
+        self._seen = [(context.clone(), table.clone(), edited), *self._seen[: SEEN - 1]]
+        return edited
+
+    def _edited_cond(self, cond: Any, table: Tensor) -> Any:
+        """What the hosts call a cond, edited; of SDXL a mapping, in which the pooled vector is replaced too."""
+        if not isinstance(cond, Mapping):
+            return self._edited(cond, table)
+        changed: Any = copy.copy(cond)
+        changed["crossattn"] = self._edited(cond["crossattn"], table)
+        if "vector" in cond:
+            changed["vector"] = self._replace_pooled(cond["vector"], _unmarked(cond["crossattn"]), table)
+        return changed
+
     def expect(self, params: Any) -> None:
-        """A denoising step begins; ``params`` are what the host tells its callbacks of it."""
+        """A denoising step begins; ``params`` are what the host tells its callbacks of it, and takes back from them."""
         cond, uncond = (_unmarked(crossattn(c)) for c in (params.text_cond, params.text_uncond))
+        negatives = () if uncond is None else uncond
+        self._step, self._next = self._rows_of_step(cond, negatives), 0
+        if self.projector is not None:  # then the context is edited where the model gets it, beside what its layers need of it
+            return
+        if self._step is None and not self.tables.uniform:
+            self._say_unknown()
+        rows = (self.tables.base,) * 2 if self._step is None else self._step[1].split([len(cond), len(negatives)])
+        params.text_cond = self._edited_cond(params.text_cond, rows[0])
+        if uncond is not None:
+            params.text_uncond = self._edited_cond(params.text_uncond, rows[1])
+
+    def _rows_of_step(self, cond: Tensor, negatives: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], Tensor] | None:
+        """The prompts of a step, then the negative prompts, and their strengths; None where their number is not the host's."""
         images, parts = len(self.tables.positive), [1] * len(cond)
         with suppress(AttributeError, TypeError, IndexError):
             parts = [len(prompts) for prompts in self.p.get_conds()[0].batch]
-        if len(parts) != images or sum(parts) != len(cond):
-            self._step = None
-            return
+        if len(parts) != images or sum(parts) != len(cond) or len(negatives) not in (0, images):
+            return None
         owner = [image for image, count in enumerate(parts) for _ in range(count)]
-        negatives = () if uncond is None else uncond
-        table = torch.cat([self.tables.positive[owner], self.tables.negative[: len(negatives)]])
-        self._step, self._next = ([*cond, *negatives], table), 0
+        return [*cond, *negatives], torch.cat([self.tables.positive[owner], self.tables.negative[: len(negatives)]])
 
     def _rows_a1111(self, context: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Prompts (with AND several an image), then negative prompts, in one call or in several; extensions leave calls out."""
@@ -184,16 +239,23 @@ def _unmarked(context: Tensor | None) -> Any:
 
 
 def _split_a1111(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Context, vector and how to call with another vector, of ``DiffusionWrapper`` (SD1, SD2) or ``OpenAIWrapper`` (SDXL)."""
+    """Context, vector and how to call with others, of ``DiffusionWrapper`` (SD1, SD2) or ``OpenAIWrapper`` (SDXL)."""
     if len(args) > 2 and isinstance(args[2], Mapping):
         cond = args[2]
-        return cond["crossattn"], cond.get("vector"), lambda v: ((*args[:2], {**cond, "vector": v}, *args[3:]), kwargs)
-    context = kwargs.get("c_crossattn")
-    if context is None:
+        return cond["crossattn"], cond.get("vector"), lambda c, v: ((*args[:2], _changed(cond, crossattn=c, vector=v), *args[3:]), kwargs)
+    given = kwargs.get("c_crossattn")
+    if given is None:
         return None
-    return (torch.cat(context, 1) if isinstance(context, (list, tuple)) else context), None, None
+    if not isinstance(given, (list, tuple)):
+        return given, None, lambda c, v: (args, _changed(kwargs, c_crossattn=c))
+    return torch.cat(given, 1), None, lambda c, v: (args, _changed(kwargs, c_crossattn=[c]))
 
 
 def _split_forge(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     context = kwargs.get("context")
-    return None if context is None else (context, kwargs.get("y"), lambda v: (args, {**kwargs, "y": v}))
+    return None if context is None else (context, kwargs.get("y"), lambda c, v: (args, _changed(kwargs, context=c, y=v)))
+
+
+def _changed(facts: Mapping[str, Any], **new: Any) -> dict[str, Any]:
+    """The same with other values; None is no value."""
+    return {**facts, **{name: value for name, value in new.items() if value is not None}}

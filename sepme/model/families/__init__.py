@@ -15,7 +15,10 @@ _FILES = (import_module(f".{module.name}", __name__) for module in iter_modules(
 _PUBLISHED = [file.FAMILY for file in _FILES if getattr(file, "FAMILY", UNET) is not UNET]
 FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises a model has it
 
-__all__ = ["CONTEXT", "FAMILIES", "Family", "Projection", "Shapes", "ends", "family_of", "find", "is_site", "labels"]
+__all__ = [
+    "CONTEXT", "FAMILIES", "Family", "Projection", "Shapes", "context_architecture", "ends", "family_of", "find", "fits", "is_site",
+    "labels",
+]  # fmt: skip
 
 
 def family_of(shapes: Shapes) -> Family:
@@ -32,6 +35,20 @@ def find(names: Iterable[str]) -> dict[str, str]:
 def is_site(name: str) -> bool:
     """Whether some family has a site of this name."""
     return any(family.has(name) for family in FAMILIES)
+
+
+def context_architecture(d_in: int) -> str:
+    """Architecture of deltas that edit contexts of this width and nothing else."""
+    return f"{CONTEXT}-{d_in}"
+
+
+def fits(architecture: str) -> str:
+    """What deltas of an architecture fit, in words; edits of the context fit every model that reads contexts of their width."""
+    kind, _, d_in = architecture.partition("-")
+    if kind != CONTEXT or not (d_in.isdecimal() and len(d_in) < 8):
+        return architecture
+    known = " or ".join(f.label for f in FAMILIES if f.label and int(d_in) in {size[0] for size in f.sizes})
+    return f"any {known}" if known else f"any model with a text encoder of {d_in} channels"
 
 
 @cache

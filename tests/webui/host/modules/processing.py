@@ -313,6 +313,7 @@ def _sample(p, x, steps):
         params = script_callbacks.CFGDenoiserParams(x, None, None, step, steps, cond, uncond, Denoiser(p))
         for callback in script_callbacks.callbacks["cfg_denoiser"]:
             callback(params)
+        cond, uncond = params.text_cond, params.text_uncond
         out = (_forge if forge else _a1111)(model, x, 900 - 200 * step, cond, uncond, owners)
         negative = out[len(owners) :]
         guided = negative.clone()
