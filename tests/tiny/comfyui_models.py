@@ -132,15 +132,15 @@ def _hidream(k: Parts) -> Tiny:
     from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel
 
     model = HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        patch_size=2, in_channels=4, out_channels=4, num_layers=16, num_single_layers=32, attention_head_dim=16, num_attention_heads=2,
         caption_channels=[WIDTH, 16], text_emb_dim=20, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=[4, 6, 6],
-        max_resolution=[16, 16], llama_layers=[0, 1], **k,
+        max_resolution=[16, 16], llama_layers=list(range(48)), **k,
     )  # fmt: skip
 
     def call(x: Tensor, t: Tensor, texts: Texts) -> Any:
         return model(x, t, y=texts["pooled"], context=texts["context"], encoder_hidden_states_llama3=texts["llama"])
 
-    return Tiny(model, call, SQUARE, {"context": CONTEXT, "llama": (2, TOKENS, 16), "pooled": (20,)})
+    return Tiny(model, call, SQUARE, {"context": CONTEXT, "llama": (48, TOKENS, 16), "pooled": (20,)})
 
 
 def _hunyuan_video(k: Parts) -> Tiny:
@@ -199,6 +199,14 @@ def _ltxv(k: Parts) -> Tiny:
 
     model = LTXVModel(in_channels=4, cross_attention_dim=32, attention_head_dim=16, num_attention_heads=2, caption_channels=WIDTH,
                       num_layers=2, **k)  # fmt: skip
+    return Tiny(model, lambda x, t, texts: model(x, t, texts["context"], None), VIDEO, {"context": CONTEXT})
+
+
+def _ltx2(k: Parts) -> Tiny:
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    model = LTXVModel(in_channels=4, cross_attention_dim=32, attention_head_dim=16, num_attention_heads=2, caption_channels=WIDTH,
+                      num_layers=2, cross_attention_adaln=True, **k)  # fmt: skip
     return Tiny(model, lambda x, t, texts: model(x, t, texts["context"], None), VIDEO, {"context": CONTEXT})
 
 

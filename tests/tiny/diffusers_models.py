@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -134,15 +134,15 @@ def _krea2() -> Tiny:
 
 def _hidream() -> Tiny:
     model = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, caption_channels=[WIDTH, 16], text_emb_dim=20,
-        num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16), llama_layers=[0, 1],
+        patch_size=2, in_channels=4, out_channels=4, num_layers=16, num_single_layers=32, caption_channels=[WIDTH, 16], text_emb_dim=20,
+        num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16), llama_layers=list(range(48)),
         force_inference_output=True, **HEADS,
     )  # fmt: skip
 
     def call(x: Tensor, t: Tensor, texts: Texts) -> Any:
         return model(x, t, texts["context"], texts["llama"].transpose(0, 1), texts["pooled"], return_dict=False)[0]
 
-    return Tiny(model, call, SQUARE, {"context": CONTEXT, "llama": (2, TOKENS, 16), "pooled": (20,)})
+    return Tiny(model, call, SQUARE, {"context": CONTEXT, "llama": (48, TOKENS, 16), "pooled": (20,)})
 
 
 def _hunyuan_video() -> Tiny:
@@ -159,7 +159,14 @@ def _hunyuan_video() -> Tiny:
 
 def _kandinsky5() -> Tiny:
     model = diffusers.Kandinsky5Transformer3DModel(
-        in_text_dim=WIDTH, in_text_dim2=16, time_dim=16, model_dim=32, ff_dim=48, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6)
+        in_text_dim=WIDTH,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=48,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
     )
 
     def call(x: Tensor, t: Tensor, texts: Texts) -> Any:
@@ -172,8 +179,8 @@ def _kandinsky5() -> Tiny:
 
 def _cosmos_predict2() -> Tiny:
     model = diffusers.CosmosTransformer3DModel(
-        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=WIDTH, adaln_lora_dim=8, max_size=(4, 16, 16), extra_pos_embed_type=None,
-        **HEADS,
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=WIDTH, adaln_lora_dim=8, max_size=(4, 16, 16),
+        extra_pos_embed_type=None, **HEADS,
     )  # fmt: skip
     call = lambda x, t, texts: model(x, t, texts["context"], padding_mask=x.new_zeros(1, 1, 8, 8), return_dict=False)[0]  # noqa: E731
     return Tiny(model, call, VIDEO, {"context": CONTEXT})
@@ -269,5 +276,8 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> Tiny:
     with torch.random.fork_rng():
         tiny = MODELS[family]()
     seeded(tiny.model)
-    tiny.model.to(dtype)
+    whole: Sequence[str] = getattr(tiny.model, "_keep_in_fp32_modules", None) or ()
+    for name, weight in tiny.model.named_parameters():
+        if not set(name.split(".")) & set(whole):  # as from_pretrained does
+            weight.data = weight.data.to(dtype)
     return tiny

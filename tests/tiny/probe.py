@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class Tiny:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.model.parameters())
+        """That of most weights."""
+        return Counter(p.dtype for p in self.model.parameters()).most_common(1)[0][0]
 
     def draw(self, rows: int, seed: int) -> dict[str, Tensor]:
         """Texts of so many prompts, all different."""
