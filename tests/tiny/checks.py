@@ -15,7 +15,7 @@ from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family, re
 
 from .probe import ROWS, Texts, Tiny, seen, text_projections
 
-RANK, GATE = 2, 0.6
+RANK, GATE = 2, 0.99
 NAMED = {f.kind.replace("-", "_"): f for f in FAMILIES if f.kind != "unet"}
 NEVER_CALLED = {f"time_extra_emb.pooler.{p}_proj" for p in "qkvc"}  # diffusers hands their weights to one function
 
@@ -57,9 +57,9 @@ def _keys_of_blocks(path: str) -> bool:
 
 
 def _shares(read: Tensor, text: Tensor) -> bool:
-    """Whether what a layer reads begins with the first token of a text as it was given (followed by other numbers, for pooled vectors)."""
-    width = text.shape[-1]
-    return read.shape[-1] >= width and torch.equal(read.flatten(0, -2)[0, :width].float(), text.flatten(0, -2)[0].float())
+    """Whether a layer reads a text as it was given, token for token (with other numbers behind it, for pooled vectors)."""
+    tokens, given = read.flatten(0, -2), text.flatten(0, -2)
+    return len(tokens) == len(given) and torch.equal(tokens[:, : given.shape[1]].float(), given.float())
 
 
 def check_recognised(name: str, tiny: Tiny) -> None:
@@ -109,10 +109,9 @@ def check_exact(tiny: Tiny) -> None:
     moved = [i for i in range(4) if not torch.equal(out[i], stock[i])]
     assert moved == [0, 1, 2]
     assert torch.equal(out[3], stock[3])  # speaks of neither: no edit
-    # restored: everything off is the same tensor, so the same call
+    # restored: everything off is the same tensor
     off, _ = edited(tiny, texts, 0 * on)
     assert all(off[g].data_ptr() == texts[g].data_ptr() for g in texts)
-    assert torch.equal(tiny.predict(off), stock)
     # mixed toggles: row 0 restored, row 1 erased, row 2 of its two concepts one restored
     mixed, _ = edited(tiny, texts, torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
     part = tiny.predict(mixed)
@@ -141,10 +140,10 @@ def check_lora(name: str, tiny: Tiny) -> None:
         error = float((found - expected).abs().max() / expected.abs().max())
         effect = float((expected - tiny.predict(texts)).abs().max() / expected.abs().max())
         assert effect > 1e-3
-        if any(p.normed for p in readers.values()):
-            assert error > 1e-2 * effect, "no norm stands between"
+        if not all(p.lora for p in readers.values()):
+            assert error > 1e-2 * effect, "nothing stands between"
         else:
-            assert error < 1e-6 * max(1.0, effect), (error, effect)
+            assert error < 1e-6
 
 
 @contextmanager

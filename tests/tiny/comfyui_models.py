@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -254,6 +255,7 @@ MODELS: dict[str, Callable[[Parts], Tiny]] = {
 }
 
 
+@cache
 def build(family: str, dtype: torch.dtype = torch.float32) -> Tiny:
     """The family's model.
 

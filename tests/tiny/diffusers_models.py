@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -172,7 +173,7 @@ def _kandinsky5() -> Tiny:
     def call(x: Tensor, t: Tensor, texts: Texts) -> Any:
         places = [torch.arange(1), torch.arange(4), torch.arange(4)]
         channels_last = x.permute(0, 2, 3, 4, 1)
-        return model(channels_last, texts["context"], t, texts["pooled"], places, torch.arange(TOKENS), return_dict=False)[0]
+        return model(channels_last, texts["context"], t, texts["pooled"], places, torch.arange(TOKENS)).sample
 
     return Tiny(model, call, VIDEO, {"context": CONTEXT, "pooled": (16,)})
 
@@ -271,6 +272,7 @@ MODELS: dict[str, Callable[[], Tiny]] = {
 }
 
 
+@cache
 def build(family: str, dtype: torch.dtype = torch.float32) -> Tiny:
     """The family's model."""
     with torch.random.fork_rng():

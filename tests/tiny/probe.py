@@ -56,6 +56,9 @@ def seeded(model: nn.Module) -> nn.Module:
     for name, weight in model.named_parameters():
         value = torch.randn(weight.shape, generator=generator) * (0.1 if weight.dim() < 2 else min(0.3, weight[0].numel() ** -0.5))
         weight.data = (value + (weight.dim() < 2 and "norm" in name and name.endswith(("weight", "scale")))).to(weight.dtype)
+    for name, buffer in model.named_buffers():
+        if name == "pos_embed":  # read from the checkpoint as well
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
     return model.eval().requires_grad_(False)
 
 
@@ -82,7 +85,8 @@ def text_projections(tiny: Tiny) -> dict[str, set[str]]:
     """
     texts, other = tiny.draw(ROWS, 10), tiny.draw(ROWS, 500)
     first = seen(tiny, texts)
-    free = {n for n in first if all(_same(first[n], seen(tiny, texts, i, t).get(n, [])) for i, t in ((1, 0.9), (0, 0.3), (1, 0.3)))}
+    others = [seen(tiny, texts, image, t) for image, t in ((1, 0.9), (0, 0.3), (1, 0.3))]
+    free = {name for name, read in first.items() if all(_same(read, found.get(name, [])) for found in others)}
     found: dict[str, set[str]] = {}
     for group in texts:
         changed = seen(tiny, {**texts, group: other[group]})

@@ -40,7 +40,8 @@ class Projection:
             ``embedded``: what the model itself has made of them. Layers of other groups have names, but are no part of the edit of
             the context.
         bias: whether it adds one.
-        normed: whether the text is normalised in front of it. Then no change of the weight equals an edit of the text.
+        lora: whether a change of its weight, and of the others that read the text, can equal an edit of the text: not where the text
+            is normalised in front of it or is read by more than linear layers.
         fused: what the rows of ``path`` hold one below the other, ``kv`` or ``qkv``; this layer's are those of the site's last letter.
             Keys and values have equally many. Empty: the whole module is this layer.
     """
@@ -50,7 +51,7 @@ class Projection:
     diffusers: str = ""
     group: str = CONTEXT
     bias: bool = False
-    normed: bool = False
+    lora: bool = True
     fused: str = ""
 
     @property

@@ -6,7 +6,7 @@ LAYER = "blocks.*.attn2"
 FAMILY = Family(
     "hunyuan-dit",
     (
-        Projection("mlp_t5.0", diffusers="text_embedder.linear_1", group="t5", bias=True),
+        Projection("mlp_t5.0", diffusers="text_embedder.linear_1", group="t5", bias=True, lora=False),
         Projection("mlp_t5.2", diffusers="text_embedder.linear_2", group=EMBEDDED, bias=True),
         *(
             Projection(f"pooler.{p}_proj", diffusers=f"time_extra_emb.pooler.{p}_proj", group=EMBEDDED, bias=True)

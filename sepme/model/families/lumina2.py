@@ -6,7 +6,7 @@ REFINER = "context_refiner.*"
 FAMILY = Family(
     "lumina2",
     (
-        Projection("cap_embedder.1", diffusers="time_caption_embed.caption_embedder.1", bias=True, normed=True),
+        Projection("cap_embedder.1", diffusers="time_caption_embed.caption_embedder.1", bias=True, lora=False),
         *(
             Projection(f"{REFINER}.attention.to_{p}", f"{REFINER}.attention.qkv", f"{REFINER}.attn.to_{p}", EMBEDDED, fused="qkv")
             for p in "qkv"

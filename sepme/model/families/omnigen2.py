@@ -5,7 +5,7 @@ from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
 FAMILY = Family(
     "omnigen2",
     (
-        Projection("time_caption_embed.caption_embedder.1", bias=True, normed=True),
+        Projection("time_caption_embed.caption_embedder.1", bias=True, lora=False),
         *(Projection(f"context_refiner.*.attn.to_{p}", group=EMBEDDED) for p in ("q", "k", "v", "out.0")),
         *(Projection(f"context_refiner.*.feed_forward.linear_{i}", group=EMBEDDED) for i in (1, 3, 2)),
     ),

@@ -4,7 +4,7 @@ from .family import CONTEXT, FLOW, Family, Projection, Text
 
 FAMILY = Family(
     "qwen-image",
-    (Projection("txt_in", bias=True, normed=True),),
+    (Projection("txt_in", bias=True, lora=False),),
     label="Qwen-Image",
     texts={CONTEXT: Text("Qwen2.5-VL 7B", (3584,), "as many as the prompt has")},
     prediction=FLOW,

@@ -4,7 +4,7 @@ from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
 
 FAMILY = Family(
     "qwen-image21",
-    (Projection("txt_in.in_layer", normed=True), Projection("txt_in.out_layer", group=EMBEDDED)),
+    (Projection("txt_in.in_layer", lora=False), Projection("txt_in.out_layer", group=EMBEDDED)),
     label="Qwen-Image 2.1",
     texts={CONTEXT: Text("Qwen3-VL 8B", (4096,), "as many as the prompt has")},
     prediction=FLOW,
