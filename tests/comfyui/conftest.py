@@ -16,6 +16,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def inside(tmp_path_factory: pytest.TempPathFactory) -> comfyui_inside.Inside:
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """ComfyUI's modules and this checkout as its node pack, without a model."""
     comfyui_inside.start(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def inside(comfy: None) -> comfyui_inside.Inside:
     return comfyui_inside.Inside()

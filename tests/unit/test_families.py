@@ -105,7 +105,7 @@ def test_what_is_no_site() -> None:
 def test_families_are_apart() -> None:
     """No shapes of one published architecture are recognised as another; messages list all."""
     published = [(size, name) for f in FAMILIES for size, name in f.sizes.items()]
-    assert len({name for _, name in published}) == len({size for size, _ in published}) == 3
+    assert len({name for _, name in published}) == len({size for size, _ in published}) == 5
     assert labels() == "SD1.x, SD2.x or SDXL"
 
 

@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .family import CONTEXT, Family, Projection, Shapes
+from .family import CONTEXT, EMBEDDED, EPSILON, FLOW, POOLED, Family, Projection, Shapes, Text, V
 from .unet import ENDS
 from .unet import FAMILY as UNET
 
 _FILES = (import_module(f".{module.name}", __name__) for module in iter_modules(__path__))
 _PUBLISHED = [file.FAMILY for file in _FILES if getattr(file, "FAMILY", UNET) is not UNET]
 FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises a model has it
+_PER_LAYER = tuple(f for f in FAMILIES if f.per_layer)
+_HOSTED = tuple(f for f in _PER_LAYER if f.prediction != FLOW)  # hosts that train and patch single layers have discrete timesteps
+_PREFIXES = tuple(dict.fromkeys(prefix for f in FAMILIES for prefix in f.prefixes))
 
 __all__ = [
-    "CONTEXT", "FAMILIES", "Family", "Projection", "Shapes", "context_architecture", "ends", "family_of", "find", "fits", "is_site",
+    "CONTEXT",
+    "EMBEDDED",
+    "EPSILON",
+    "FAMILIES",
+    "FLOW",
+    "POOLED",
+    "Family",
+    "Projection",
+    "Shapes",
+    "Text",
+    "V",
+    "context_architecture",
+    "ends",
+    "family_of",
+    "find",
+    "fits",
+    "is_site",
     "labels",
+    "recognise",
 ]  # fmt: skip
+
+
+def recognise(weights: Mapping[str, Sequence[int]]) -> Family | None:
+    """The family of a whole model or file; None if it is none of ours.
+
+    Args:
+        weights: shapes by name, with or without ``.weight``, as single files or diffusers name them.
+    """
+    bare = {_bare(name.removesuffix(".weight")): shape for name, shape in weights.items()}
+    if marked := next((f for f in FAMILIES if f.marked(bare)), None):
+        return marked
+    found = {site: bare[name] for site, name in find(bare).items()}
+    return family_of({site: (shape[0], shape[1]) for site, shape in found.items()}) if found else None
+
+
+def _bare(name: str) -> str:
+    return next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name)
 
 
 def family_of(shapes: Shapes) -> Family:
     """The family of a model with these ``(d_out, d_in)`` by site; UNets of unpublished sizes if there is no other."""
-    return next((f for f in FAMILIES if f.recognises(shapes)), UNET)
+    return next((f for f in _PER_LAYER if f.recognises(shapes)), UNET)
 
 
 def find(names: Iterable[str]) -> dict[str, str]:
-    """Sites that read the context, in the order of the forward pass, and the name of each among ``names``; see :meth:`Family.find`."""
+    """Sites of single layers that hosts can change, in the order of the forward pass, and the name of each among ``names``.
+
+    See :meth:`Family.find`. Models whose layers read something else under the same names (Kolors) have none.
+    """
     names = list(names)
-    return next((found for family in FAMILIES if (found := family.find(names))), {})
+    bare = set(map(_bare, names))
+    if any(f.marked(bare) for f in FAMILIES if not f.per_layer):
+        return {}
+    return next((found for family in _HOSTED if (found := family.find(names))), {})
 
 
 def is_site(name: str) -> bool:
-    """Whether some family has a site of this name."""
-    return any(family.has(name) for family in FAMILIES)
+    """Whether some family has a single layer of this name that a delta may change."""
+    return any(family.has(name) for family in _PER_LAYER)
 
 
 def context_architecture(d_in: int) -> str:
@@ -54,7 +97,7 @@ def fits(architecture: str) -> str:
 @cache
 def ends(layer: str) -> dict[str, str]:
     """Names of a layer's modules by the last part of its sites' names; those of UNets for a layer of no known family."""
-    for family in FAMILIES:
+    for family in _PER_LAYER:
         sites = (f"{layer}.{p.site.rpartition('.')[2]}" for p in family.projections)
         paths = family.file_names(site for site in sites if family.has(site))
         if paths:
@@ -63,6 +106,6 @@ def ends(layer: str) -> dict[str, str]:
 
 
 def labels() -> str:
-    """What people call the models, as messages list them: ``SD1.x, SD2.x or SDXL``."""
-    *most, last = [f.label for f in FAMILIES if f.label]
+    """What people call the models whose layers hosts can change, as messages list them: ``SD1.x, SD2.x or SDXL``."""
+    *most, last = [f.label for f in _HOSTED if f.label]
     return f"{', '.join(most)} or {last}"

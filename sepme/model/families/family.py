@@ -9,7 +9,23 @@ from dataclasses import dataclass, field
 from functools import cache
 
 Shapes = Mapping[str, tuple[int, int]]
-CONTEXT = "context"
+CONTEXT, POOLED, EMBEDDED = "context", "pooled", "embedded"
+EPSILON, V, FLOW = "epsilon", "v", "flow"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that the denoiser is given.
+
+    Attributes:
+        encoder: what makes it, in words.
+        widths: channels of the published models.
+        tokens: how many of them, in words; empty for one vector a prompt.
+    """
+
+    encoder: str
+    widths: tuple[int, ...]
+    tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -20,14 +36,27 @@ class Projection:
         site: name in delta files and everywhere in SepME.
         path: module in single files and in ComfyUI's and Automatic1111's models; the same as ``site`` if empty.
         diffusers: module in diffusers' models; the same as ``path`` if empty.
-        group: the text input that it reads: the context, or the name of another one (a pooled vector, a second encoder). Layers of
-            other groups have names, but are no part of the edit of the context.
+        group: the text input that it reads: the context, or the name of another one (a pooled vector, a second encoder), or
+            ``embedded``: what the model itself has made of them. Layers of other groups have names, but are no part of the edit of
+            the context.
+        bias: whether it adds one.
+        lora: whether a change of its weight, and of the others that read the text, can equal an edit of the text: not where the text
+            is normalised in front of it or is read by more than linear layers.
+        fused: what the rows of ``path`` hold one below the other, ``kv`` or ``qkv``; this layer's are those of the site's last letter.
+            Keys and values have equally many. Empty: the whole module is this layer.
     """
 
     site: str
     path: str = ""
     diffusers: str = ""
     group: str = CONTEXT
+    bias: bool = False
+    lora: bool = True
+    fused: str = ""
+
+    @property
+    def keys_or_values(self) -> bool:
+        return self.site.endswith((".to_k", ".to_v"))
 
     def template(self, naming: str) -> str:
         """The name in a naming: ``site``, ``path`` or ``diffusers``."""
@@ -56,8 +85,15 @@ class Family:
 
     Attributes:
         kind: begins the names of architectures that ``sizes`` does not hold.
-        projections: in the order of the forward pass.
+        projections: in the order of the forward pass; the first whose name a layer has is the layer's.
         label: what people call the models; messages list it.
+        texts: what the denoiser is given, by group.
+        prediction: ``epsilon``, ``v`` or ``flow``, as most models of the family; a checkpoint may differ where its host says so.
+        cross_attention: whether keys and values are made of text alone, the same in every step, so that deltas of single layers are
+            exact. Otherwise text is mixed with the picture, and only the context (or the layer that reads it) can be edited.
+        marks: names of weights (without ``.weight``, as in single files or in diffusers) that tell the family from all others: every
+            word of one of them must be there, none that begins with ``-``. Families without are told by ``sizes``.
+        cannot: what a delta cannot do here, as a sentence; empty if nothing is known.
         sizes: name of the published architecture by d_in and number of projections. A model belongs to the family if its sites have
             names of ``projections`` and its d_in is one of these; empty: any d_in.
         side: latents along one side of an image of the usual size; 0: as the model says.
@@ -70,6 +106,11 @@ class Family:
     kind: str
     projections: tuple[Projection, ...]
     label: str = ""
+    texts: Mapping[str, Text] = field(default_factory=dict)
+    prediction: str = EPSILON
+    cross_attention: bool = True
+    marks: tuple[str, ...] = ()
+    cannot: str = ""
     sizes: Mapping[tuple[int, int], str] = field(default_factory=dict)
     side: int = 0
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.")
@@ -77,9 +118,20 @@ class Family:
     lora_facts: Mapping[str, str] = field(default_factory=dict)
     modelspec: str = ""
 
+    @property
+    def per_layer(self) -> bool:
+        """Whether its keys and values are made of the context itself, so that a delta may change each of these layers."""
+        found = [p for p in self.projections if p.keys_or_values]
+        return self.cross_attention and bool(found) and all(p.group == CONTEXT for p in found)
+
+    def marked(self, names: Collection[str]) -> bool:
+        """Whether these names of weights, without prefix and ``.weight``, hold one of ``marks``."""
+        return any(all((w[1:] not in names) if w.startswith("-") else w in names for w in mark.split()) for mark in self.marks)
+
     def has(self, site: str) -> bool:
-        """Whether a site has a name of the family."""
-        return _any(self.projections, "site").fullmatch(site) is not None
+        """Whether a site that reads the context has a name of the family."""
+        projections = tuple(p for p in self.projections if p.group == CONTEXT)
+        return bool(projections) and _any(projections, "site").fullmatch(site) is not None
 
     def recognises(self, shapes: Shapes) -> bool:
         """Whether these ``(d_out, d_in)`` by site are those of a model of the family."""
@@ -106,7 +158,7 @@ class Family:
             names: all modules of a model or all weights of a file (without ``.weight``), as single files or diffusers name them.
         """
         bare = {next((n[len(p) :] for p in self.prefixes if n.startswith(p)), n): n for n in names}
-        found = self.from_diffusers(bare) | {site: name for name, site in self._renamed(bare, "path", "site").items()}
+        found = self.from_diffusers(bare) | self._sites(bare, "path")
         places = ((self._place(site, group), site) for site in found)
         return {site: bare[found[site]] for place, site in sorted(p for p in places if p[0])}
 
@@ -115,8 +167,8 @@ class Family:
         stems = [p.site.rpartition(".")[0] for p in self.projections]
         for index, p in enumerate(self.projections):
             numbers = p.numbers("site", site)
-            if p.group == group and numbers is not None:
-                return stems.index(stems[index]), *map(int, numbers), index
+            if numbers is not None:
+                return (stems.index(stems[index]), *map(int, numbers), index) if p.group == group else ()
         return ()
 
     def file_names(self, sites: Iterable[str]) -> dict[str, str]:
@@ -135,7 +187,16 @@ class Family:
 
     def from_diffusers(self, names: Collection[str]) -> dict[str, str]:
         """Those of ``names`` that are diffusers' names of sites, by site."""
-        return {site: name for name, site in self._renamed(names, "diffusers", "site").items()}
+        return self._sites(names, "diffusers")
+
+    def _sites(self, names: Iterable[str], naming: str) -> dict[str, str]:
+        """Those of ``names`` that a naming has, by site; a fused module has several."""
+        return {
+            p.site.replace("*", "{}").format(*numbers): name
+            for name in filter(_any(self.projections, naming).fullmatch, names)
+            for p in self.projections
+            if (numbers := p.numbers(naming, name)) is not None
+        }
 
     def _renamed(self, names: Iterable[str], old: str, new: str) -> dict[str, str]:
         return {

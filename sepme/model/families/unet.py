@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from ...errors import SepMEError
-from .family import Family, Projection
+from .family import EMBEDDED, POOLED, Family, Projection
 
 ENDS = ("to_k", "to_v")
 PROJECTIONS = tuple(
@@ -20,6 +20,14 @@ PROJECTIONS = tuple(
 _LAYER = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\.attn2")
 _UNIT = re.compile(r"((down|up)_blocks\.(\d+)|mid_block)\.(?:resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?.*")
 Layout = tuple[list[list[int]], int, list[list[int]]]
+
+
+def label_embedding() -> tuple[Projection, ...]:
+    """Layers that read the pooled vector, beside numbers that say the size of the picture."""
+    return (
+        Projection("label_emb.0.0", diffusers="add_embedding.linear_1", group=POOLED, bias=True),
+        Projection("label_emb.0.2", diffusers="add_embedding.linear_2", group=EMBEDDED, bias=True),
+    )
 
 
 class UNet(Family):
@@ -41,15 +49,17 @@ class UNet(Family):
         for index in range(1, max(inputs, default=0) + 1):
             run = run + 1 if index in inputs else 0
             resnets = max(resnets, run)
-        if not resnets or not all(map(self.has, sites)):
+        other = {p.site: p.diffusers for p in self.projections if p.diffusers}
+        if not resnets or not all(self.has(site) or site in other for site in sites):
             raise SepMEError("These layers are not those of a Stable Diffusion UNet; other tools have no names for them.")
-        return {site: f"{_diffusers(found[layer], resnets)}.{end}" for site, (layer, _, end) in split.items()}
+        return {s: other.get(s) or f"{_diffusers(found[layer], resnets)}.{end}" for s, (layer, _, end) in split.items()}
 
     def from_diffusers(self, names: Collection[str]) -> dict[str, str]:
         """Those of ``names`` that are diffusers' names of sites, by site; the names say how many resnets and layers each level has."""
         layers = diffusers_to_ldm(*_layout(names))
         present = set(names)
         found = {f"{ldm}.{end}": f"{theirs}.{end}" for theirs, ldm in layers.items() for end in ENDS}
+        found |= {p.site: p.diffusers for p in self.projections if p.diffusers}
         return {site: name for site, name in found.items() if name in present}
 
 

@@ -1,0 +1,20 @@
+"""LTX-Video 0.9: cross-attention over an embedding of T5's tokens."""
+
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+
+FAMILY = Family(
+    "ltxv",
+    (
+        Projection("caption_projection.linear_1", bias=True),
+        Projection("caption_projection.linear_2", group=EMBEDDED, bias=True),
+        *(Projection(f"transformer_blocks.*.attn2.to_{p}", group=EMBEDDED, bias=True) for p in "kv"),
+    ),
+    label="LTX-Video 0.9",
+    texts={CONTEXT: Text("T5-XXL", (4096,), "128 or more")},
+    prediction=FLOW,
+    marks=(
+        "caption_projection.linear_1 patchify_proj adaln_single.linear -audio_adaln_single.linear -prompt_adaln_single.linear",
+        "caption_projection.linear_1 proj_in time_embed.linear transformer_blocks.0.attn2.to_k -audio_proj_in",
+    ),
+    kohya="lora_unet_{path}",
+)

@@ -1,0 +1,44 @@
+"""The families' tables against ComfyUI's own classes, tiny; what an edit of the context leaves alone, bit for bit.
+
+Classes that this ComfyUI lacks are left out; SEPME_COMFYUI may name a newer one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import comfyui_models
+from tiny.checks import check_exact, check_lora, check_recognised, check_table
+from tiny.probe import Tiny
+
+pytestmark = [pytest.mark.xdist_group("comfyui inside"), pytest.mark.usefixtures("comfy")]
+FAMILIES = [pytest.param(name, id=name) for name in comfyui_models.MODELS]
+NEWER = {"flux2": "double_stream_modulation_img", "ltx2": "prompt_adaln_single", "z_image": "cap_pad_token"}  # parts that came later
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
+    try:
+        return comfyui_models.build(name, dtype)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("comfy.ldm"):
+            raise
+        pytest.skip(f"This ComfyUI has no {error.name}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_is_the_model(name: str) -> None:
+    tiny = build(name)
+    check_table(name, tiny, "path")
+    check_recognised(name, tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_context_edit_is_exact(name: str, dtype: torch.dtype) -> None:
+    check_exact(build(name, dtype))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_lora_form_equals_the_edit(name: str) -> None:
+    """UNets in float64: in float32 they round by more than that. The others' rotary embeddings know no float64."""
+    check_lora(name, build(name, torch.float64 if name in ("sd1", "sdxl") else torch.float32))
