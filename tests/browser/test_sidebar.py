@@ -148,4 +148,8 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
     page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
+    encode, model = page.add("SepMETextEncode", text="a city <erase:star"), page.add("SepMEDemoModel")
+    page.wire(model, 1, encode, "clip")
+    page.wire(encode, 1, page.add("PreviewAny"), "source")
+    assert page.run()["exception_message"].startswith("无法识别标签 '<erase:star'；")
     page.server.post("/settings", {"Comfy.Locale": "en"})

@@ -229,6 +229,10 @@ export function watch() {
     for (const record of Array.isArray(records) ? records : []) keep(record);
     if (records?.length) library.load().catch(() => {});
   });
+  // heard before the host does, which shows it
+  api.addEventListener("execution_error", ({ detail }) => {
+    if (detail?.exception_type?.endsWith("SepMEError")) detail.exception_message = told(detail.exception_message.trim());
+  }, true);
   api.addEventListener("sepme.notice", ({ detail }) => {
     const node = [...nodes()].find((n) => serverIds(n).includes(String(detail.node)));
     toast("warn", node?.title ?? "SepME", told(detail.text));
