@@ -13,11 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))["sepme"]
 BLANK = re.compile(r"\{\w+\}")
 SERVER = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["sepmeServer"]
-SHOWN = (
-    "sepme/delta/format.py",
-    "sepme/apply/toggles.py",
-    *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "nodes").rglob("*.py"))),
-)
+NODES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nodes").rglob("*.py"))
+SHOWN = ("sepme/delta/format.py", "sepme/apply/toggles.py", *NODES)  # the page shows them in toasts and as errors of nodes
 USED = re.compile(r'\bt\(\s*"([a-zA-Z.]+)"')
 
 
