@@ -59,10 +59,10 @@ class Library:
     def list(self) -> list[PageFacts]:
         """All deltas, those that several files hold once, with the other files' names; headers are read once."""
         entries, copies = self.library.unique(), self.library.entries()
-        names: dict[str, list[str]] = {}
+        names: dict[tuple[str, str], list[str]] = {}
         for copy in copies:
-            names.setdefault(copy.content_hash, []).append(copy.name)
-        return [describe(entry, names[entry.content_hash][1:]) for entry in entries]
+            names.setdefault(copy.same, []).append(copy.name)
+        return [describe(entry, names[entry.same][1:]) for entry in entries]
 
     def get(self, name: Any) -> Entry:
         """The delta of this name.

@@ -37,6 +37,11 @@ class Entry:
     architecture: str
     kv_fingerprint: str
 
+    @property
+    def same(self) -> tuple[str, str]:
+        """Equal for files that are copies; one content may have been given to several concepts."""
+        return self.content_hash, normalised(self.concept)
+
 
 class DeltaLibrary:
     """The ``.safetensors`` files below some folders. Headers are read once, until a file's time or size changes.
@@ -62,8 +67,8 @@ class DeltaLibrary:
         return sorted(found.values(), key=lambda e: e.name)
 
     def unique(self) -> list[Entry]:
-        """The same with files of one content as one, by its first name."""
-        return sorted({e.content_hash: e for e in reversed(self.entries())}.values(), key=lambda e: e.name)
+        """The same with files of one content and concept as one, by its first name."""
+        return sorted({e.same: e for e in reversed(self.entries())}.values(), key=lambda e: e.name)
 
     def copies(self) -> list[Entry]:
         """Every file that is a delta, folder by folder: also those that have a namesake in an earlier folder."""

@@ -176,6 +176,14 @@ def test_renamed_and_other_deltas(page: Page, delta_folder: Path) -> None:
     assert page.value(other, "content_hash") == page_hash(saved, other)
 
 
+def test_a_loader_of_a_file_that_came_later(page: Page, delta_folder: Path) -> None:
+    """The page's list of deltas is older than the file, which the host offers after R."""
+    (delta_folder / "star.safetensors").rename(delta_folder / "later.safetensors")
+    loader = page.add("SepMELoadDelta", 200, 200, delta="later.safetensors")
+    page.sees(lambda: len(page.value(loader, "content_hash")), 64)
+    expect(page.part(loader, "sepmeCard")).to_contain_text("star")
+
+
 def page_hash(workflow: dict[str, Any], loader: str) -> str:
     (node,) = (n for n in workflow["nodes"] if str(n["id"]) == loader)
     content_hash: str = node["widgets_values"][1]

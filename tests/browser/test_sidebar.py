@@ -11,6 +11,8 @@ from comfyui.server import Server
 from playwright.sync_api import expect
 
 from browser.page import Page
+from browser.test_panel import LAYERS
+from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -53,15 +55,19 @@ def test_dragging_makes_wired_loaders(page: Page) -> None:
     assert len(page.ids()) == 3
 
 
-def test_install_rename_delete(page: Page, delta_folder: Path) -> None:
+def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
     page.open_concepts()
-    star, heart = ((delta_folder / f"{name}.safetensors").read_bytes() for name in ("star", "heart"))
+    tree, oak = make_random_delta("tree", LAYERS).to_bytes(), make_random_delta("oak", LAYERS, seed=1).to_bytes()
     copy, mine = delta_folder / "copy.safetensors", delta_folder / "styles" / "mine.safetensors"
-    page.drop_file("copy.safetensors", star, ".sepme-sidebar")
-    wait_shown(page, "star", "heart", "star", "striped")
-    assert copy.read_bytes() == star
-    for button, content in (("Close", star), ("Replace", heart)):  # another file has the name: only replaced when told to
-        page.drop_file("copy.safetensors", heart, ".sepme-sidebar")
+    page.drop_file("copy.safetensors", (delta_folder / "star.safetensors").read_bytes(), ".sepme-sidebar")
+    page.tab.locator(".p-toast-message:has-text('star.safetensors')").first.wait_for()
+    wait_shown(page, "heart", "star", "striped")  # it is there already
+    assert not copy.exists()
+    page.drop_file("copy.safetensors", tree, ".sepme-sidebar")
+    wait_shown(page, "tree", "heart", "star", "striped")
+    assert copy.read_bytes() == tree
+    for button, content in (("Close", tree), ("Replace", oak)):  # another file has the name: only replaced when told to
+        page.drop_file("copy.safetensors", oak, ".sepme-sidebar")
         page.answer("Replace the file?", button)
         page.sees(copy.read_bytes, content)
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
@@ -78,7 +84,7 @@ def test_install_rename_delete(page: Page, delta_folder: Path) -> None:
     page.sees(mine.exists, True)
     for button, stays in (("Close", True), ("Delete", False)):
         item(page, "styles/mine.safetensors").locator("button:text-is('Delete')").click()
-        page.answer("Delete the delta of heart?", button)
+        page.answer("Delete the delta of oak?", button)
         page.sees(mine.exists, stays)
     wait_shown(page, "heart", "star", "striped")
 
@@ -148,4 +154,8 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
     page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
+    encode, model = page.add("SepMETextEncode", text="a city <erase:star"), page.add("SepMEDemoModel")
+    page.wire(model, 1, encode, "clip")
+    page.wire(encode, 1, page.add("PreviewAny"), "source")
+    assert page.run()["exception_message"].startswith("无法识别标签 '<erase:star'；")
     page.server.post("/settings", {"Comfy.Locale": "en"})

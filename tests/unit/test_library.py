@@ -92,6 +92,17 @@ def test_linked_folders_are_followed(tmp_path: Path, star: ConceptDelta, other: 
     assert [e.name for e in library.unique()] == ["again/deep/star.safetensors", "gogh.safetensors"]
 
 
+def test_one_content_of_two_concepts_is_two_deltas(
+    tmp_path: Path, star: ConceptDelta, make_random_delta: Callable[..., ConceptDelta]
+) -> None:
+    twin = make_random_delta("another", SHAPES, seed=1, kv_fingerprint="abcd")
+    for delta, name in ((star, "a"), (star, "b"), (twin, "c")):
+        delta.save(tmp_path / f"{name}.safetensors")
+    library = DeltaLibrary(lambda: [tmp_path])
+    assert len({e.content_hash for e in library.entries()}) == 1
+    assert [e.name for e in library.unique()] == ["a.safetensors", "c.safetensors"]
+
+
 def test_endings_in_capitals(tmp_path: Path, star: ConceptDelta) -> None:
     star.save(tmp_path / "STAR.SAFETENSORS")
     assert DeltaLibrary(lambda: [tmp_path]).load("STAR.SAFETENSORS") is not None

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = json.loads((ROOT / "locales/en/main.json").read_text(encoding="utf-8"))["sepme"]
 BLANK = re.compile(r"\{\w+\}")
 SERVER = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["sepmeServer"]
-SHOWN = ("nodes/library.py", "nodes/routes.py", "sepme/delta/format.py")  # what the page shows in a toast comes from here
+NODES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nodes").rglob("*.py"))
+SHOWN = ("sepme/delta/format.py", "sepme/apply/toggles.py", *NODES)  # the page shows them in toasts and as errors of nodes
 USED = re.compile(r'\bt\(\s*"([a-zA-Z.]+)"')
 
 
@@ -35,16 +36,20 @@ def test_keys_are_those_that_scripts_use() -> None:
 
 
 def sentences(file: Path) -> list[str]:
-    """What a module raises, ``{}`` for what differs."""
+    """What a module raises, says or puts together, ``{}`` for what differs; help of nodes is translated with their definitions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    helps = (k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg in ("tooltip", "description"))
+    no_error = {n for text in helps for n in ast.walk(text)}
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "_say"]
+    calls += [n.exc for n in ast.walk(tree) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)]
+    told = {argument for call in calls for argument in call.args[:1]}
     found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            text = node.exc.args[0]
-            if isinstance(text, ast.Constant):
-                found.append(str(text.value))
-            elif isinstance(text, ast.JoinedStr):
-                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in text.values))
-    return [s for s in found if s.endswith(".")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node in told:
+            found.append(str(node.value))
+        elif isinstance(node, ast.JoinedStr) and node not in no_error:
+            found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+    return [s for s in found if re.match(r"[^.].* .*\.$", s, re.DOTALL) and not s.startswith("Note: ")]  # notes stand among figures
 
 
 def notices(file: Path) -> list[str]:

@@ -88,13 +88,20 @@ function addCard(node) {
   const before = chosen.callback;
   chosen.callback = function (value, ...rest) {
     const answer = before?.call(this, value, ...rest);
-    if (!node.sepmeRemembers) remember(node, library.find(value, ""));
+    if (!node.sepmeRemembers) choose(node);
     return answer;
   };
   if (app.configuringGraph) return; // a workflow that names no hash means whatever the file holds
   setTimeout(() => {
-    if (!widget(node, "content_hash").value) remember(node, library.find(chosen.value, ""));
+    if (!widget(node, "content_hash").value) choose(node);
   });
+}
+
+/** Remember what a loader names; the host may know files that came after our list was read. */
+async function choose(node) {
+  const name = widget(node, "delta").value;
+  if (name && !library.find(name, "")) await library.load().catch((error) => console.warn("SepME:", error.message));
+  if (widget(node, "delta").value === name) await remember(node, library.find(name, ""));
 }
 
 /** Keep hash and recipe of a loader's delta in the workflow. */
@@ -229,6 +236,10 @@ export function watch() {
     for (const record of Array.isArray(records) ? records : []) keep(record);
     if (records?.length) library.load().catch(() => {});
   });
+  // heard before the host does, which shows it
+  api.addEventListener("execution_error", ({ detail }) => {
+    if (detail?.exception_type?.endsWith("SepMEError")) detail.exception_message = told(detail.exception_message.trim());
+  }, true);
   api.addEventListener("sepme.notice", ({ detail }) => {
     const node = [...nodes()].find((n) => serverIds(n).includes(String(detail.node)));
     toast("warn", node?.title ?? "SepME", told(detail.text));
