@@ -142,8 +142,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_paper_mode_follows_the_equations(case: str, make_host: Callable[..., DiffusersHost], tmp_path: Path) -> None:
-    host = make_host(torch.float64)
+def test_paper_mode_follows_the_equations(case: str, tiny_host: Callable[..., DiffusersHost], tmp_path: Path) -> None:
+    host = tiny_host(torch.float64)
     planner = Planner(host, BOOK, plan_options("paper"), ordinary=("a house", "red boat"))
     overheard, snapshots = Overheard(host), Snapshots(tmp_path / "checkpoint.safetensors")
     options = TrainOptions.for_mode(mode="paper", batch=2, trajectories=3, checkpoint_every=1, **CASES[case])
@@ -188,9 +188,9 @@ def floats(text: str) -> list[Any]:
     return [number(v) for v in json.loads(text)]
 
 
-def test_null_space_is_one(make_host: Callable[..., DiffusersHost]) -> None:
+def test_null_space_is_one(tiny_host: Callable[..., DiffusersHost]) -> None:
     """``A_i Sp_i = 0`` with d_in − r unit columns, A_i stacked here from the prompts."""
-    host = make_host(torch.float64)
+    host = tiny_host(torch.float64)
     planner = Planner(host, BOOK, plan_options("paper"), ordinary=())
     for concept in BOOK.concepts:
         others = [p for c in BOOK.concepts if c is not concept for p in c.prompts]

@@ -24,9 +24,9 @@ BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}")) for n in NAMES), preserve=("t
 
 
 @pytest.fixture(scope="module")
-def model(make_host: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny_host: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_host().pipe.save_pretrained(folder)
+    tiny_host().pipe.save_pretrained(folder)
     return folder
 
 
