@@ -1,4 +1,4 @@
-"""A second tiny pipeline (8 tokens of 64 channels, one block a side, an autoencoder with a posterior); the double encoder and a plan on it."""
+"""A tiny pipeline whose autoencoder has a posterior (8 tokens of 64 channels); the double encoder, and a plan on it."""
 
 from __future__ import annotations
 
