@@ -1,4 +1,4 @@
-"""SepME's ComfyUI nodes, one file a stage: concepts, train, deltas, apply, prompt, verify. ``host/`` is all that knows ComfyUI."""
+"""SepME's ComfyUI nodes, one file per stage: concepts, train, deltas, apply, prompt, verify. ``host/`` is all that knows ComfyUI."""
 
 from __future__ import annotations
 

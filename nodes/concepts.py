@@ -36,7 +36,7 @@ class SepMEConcept(io.ComfyNode):
                 io.String.Input("name", default="", tooltip="Its name, as prompts call it: van gogh."),
                 io.String.Input(
                     "prompts", multiline=True, default="", optional=True,
-                    tooltip="Prompts that mean the concept, one a line. "
+                    tooltip="Prompts that mean the concept, one per line. "
                     "Empty: the name in common phrases (a photo of ..., in the style of ...).",
                 ),
                 io.String.Input(

@@ -55,7 +55,7 @@ class SepMELoadCheckpoint(io.ComfyNode):
 
 
 def describe(model: Any) -> str:
-    """Architecture, K/V fingerprint and the installed deltas that fit, one a line."""
+    """Architecture, K/V fingerprint and the installed deltas that fit, one per line."""
     layers = host.attention_layers(model.model)
     kinds, fingerprint = fitting(shapes(layers)), kv_fingerprint(layers)
     lines = [f"architecture: {kinds[0]}", f"K/V fingerprint: {fingerprint}", "installed deltas that fit:"]

@@ -46,7 +46,7 @@ class SepMETrain(io.ComfyNode):
                     'quotes: "cruise, tom". The other concepts are only preserved.',
                 ),
                 io.String.Input(
-                    "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one a line."
+                    "preserve", multiline=True, default="", optional=True, tooltip="Prompts that must not change at all, one per line."
                 ),
                 io.Combo.Input(
                     "objective", options=list(OBJECTIVES), default="gcirs", optional=True,

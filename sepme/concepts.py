@@ -107,7 +107,7 @@ def mentions(text: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ConceptBook:
-    """Concepts in order of arrival, and prompts that must not change at all: a list, and a text file of any length, one a line.
+    """Concepts in order of arrival, and prompts that must not change at all: a list, and a text file of any length, one per line.
 
     Raises:
         SepMEError: duplicate names, or a concept with a prompt that is also preserved or another concept's.
@@ -163,7 +163,7 @@ class ConceptBook:
         if isinstance(data, list):
             data = {"concepts": data}
         if not isinstance(data, Mapping) or not isinstance(data.get("concepts"), list) or not data["concepts"]:
-            raise SepMEError(f"{source} has no list of concepts; write 'concepts:' and under it one name a line, each behind '- '.")
+            raise SepMEError(f"{source} has no list of concepts; write 'concepts:' and under it one name per line, each behind '- '.")
         _known_keys(data, {"concepts", "preserve", "preserve_file"}, source)
         concepts = []
         for entry in data["concepts"]:

@@ -68,7 +68,7 @@ class Panel:
         return gr.update(choices=list(labels(self.library.entries())), value=list(chosen or []))
 
     def _rows(self, chosen: Sequence[str], strengths: str) -> str:
-        """A switch and a slider a concept; ``javascript/sepme.js`` writes what they say into the strengths."""
+        """A switch and a slider per concept; ``javascript/sepme.js`` writes what they say into the strengths."""
         entries = self.library.entries()
         if not chosen:
             hint = "Choose concepts above." if entries else "There are no delta files yet: make some in the tab SepME, or copy some there."

@@ -50,7 +50,7 @@ _runs: list[Generation] = []  # the one whose deltas are on the model, if any
 
 
 def say(p: Any, text: str) -> None:
-    """Show a sentence below the picture, in its infotext (all that the API returns) and in the log, once a run."""
+    """Show a sentence below the picture, in its infotext (all that the API returns) and in the log, once per run."""
     text = text.replace(str(host.library.folder), "models/sepme")  # pictures are shared
     said = p.extra_generation_params.get(infotext.NOTE, "")
     if text not in said:

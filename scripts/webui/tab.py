@@ -51,7 +51,7 @@ def make_tab() -> list[tuple[Any, str, str]]:
 
 def _train_page() -> None:
     gr.HTML(
-        "<p>Makes one delta file a concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the "
+        "<p>Makes one delta file per concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the "
         "accordion afterwards. Concepts that are to be switched independently belong in one book.</p>"
     )
     with gr.Row():

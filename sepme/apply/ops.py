@@ -58,7 +58,7 @@ def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor, fresh: bool =
         shape and dtype of base. Differentiable.
     """
     if base.device.type not in _accelerators and not torch.is_grad_enabled():
-        return add_to_rows_eager(base, h, up, rows, fresh)  # once a layer: what the dispatcher adds would show
+        return add_to_rows_eager(base, h, up, rows, fresh)  # once per layer: what the dispatcher adds would show
     return torch.ops.sepme.add_to_rows(base, h, up, rows)
 
 

@@ -32,7 +32,7 @@ class SolverOptions:
     """Sizes of the benchmark.
 
     Attributes:
-        budget: seconds that the published solver may take in all. sizes: ``(rows of A, d_in)``, growing. pairs: timings a side.
+        budget: seconds that the published solver may take in all. sizes: ``(rows of A, d_in)``, growing. pairs: timings per side.
         concepts: planned at each of ``d_ins``. closed_form: concepts solved at once.
     """
 

@@ -38,7 +38,7 @@ SIDES = ("ours", "published")
 
 @dataclass(frozen=True)
 class UNetSize:
-    """UNet with ``channels`` by block and ``layers`` resnets a block, prompts ``(tokens, d_in)``, latents ``latent x latent``.
+    """UNet with ``channels`` by block and ``layers`` resnets per block, prompts ``(tokens, d_in)``, latents ``latent x latent``.
 
     ``known`` other prompts stand in A beside the empty one; ``rank`` is the cap on k.
     """
@@ -92,7 +92,7 @@ class _Bare:
 
 
 class Published:
-    """Eq. 2-11 written out plainly: teacher and student, four passes, ``ΔW = w (β Sp)ᵀ`` of full width; ΔW formed once a step."""
+    """Eq. 2-11 written out plainly: teacher and student, four passes, ``ΔW = w (β Sp)ᵀ`` of full width; ΔW formed once per step."""
 
     def __init__(self, teacher: Any, null: Tensor, options: TrainOptions) -> None:
         self.teacher, self.student, self.options = teacher, copy.deepcopy(teacher), options

@@ -46,11 +46,11 @@ def bench_solver(
 @app.command("train")
 def bench_train(
     channels: Annotated[str, typer.Option(help="Channels of the UNet's blocks.")] = "64,128,256",
-    layers: Annotated[int, typer.Option(help="Resnets a block.")] = 2,
+    layers: Annotated[int, typer.Option(help="Resnets per block.")] = 2,
     latent: Annotated[int, typer.Option(help="Width and height of the latents.")] = 32,
     d_in: Annotated[int, typer.Option(help="Width of the text encoder.")] = 768,
-    tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 77,
-    batch: Annotated[int, typer.Option(help="Draws a step.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 77,
+    batch: Annotated[int, typer.Option(help="Draws per step.")] = 1,
     known: Annotated[int, typer.Option(help="Other prompts that must not change.")] = 1,
     pairs: Annotated[int, typer.Option(help="Pairs of steps timed.", min=1)] = 7,
     as_json: Json = False,
@@ -66,7 +66,10 @@ def bench_train(
     def show() -> None:
         table = Table("", "published", "ours", "")
         table.add_row(
-            "seconds a step", f"{result['seconds_published']:.3f}", f"{result['seconds_ours']:.3f}", f"{result['train_step_speedup']:.2f} x"
+            "seconds per step",
+            f"{result['seconds_published']:.3f}",
+            f"{result['seconds_ours']:.3f}",
+            f"{result['train_step_speedup']:.2f} x",
         )
         megabytes = [f"{result[k] / 1e6:.0f}" for k in ("memory_published", "memory_ours")]
         table.add_row("peak MB", *megabytes, f"{result['train_memory_ratio']:.2f} x")

@@ -54,7 +54,7 @@ def train(
     only: Annotated[list[str] | None, typer.Option(help="Train only these concepts of the book.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints, skip finished concepts.")] = False,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Draws a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Draws per step.")] = 4,
     learning_rate: Annotated[
         float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
     ] = None,
@@ -67,7 +67,7 @@ def train(
         typer.Option(help="exact, tolerance, soft, or auto: the strictest that fits; by default tolerance, in mode paper exact."),
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
-    preserve: Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one a line.")] = None,
+    preserve: Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one per line.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
     energy: Annotated[
         float | None,

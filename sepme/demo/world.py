@@ -71,7 +71,7 @@ def choose(options: tuple[str, ...], generator: torch.Generator) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """A drawing world: one object in one style (or plain) and one colour a picture.
+    """A drawing world: one object in one style (or plain) and one colour per picture.
 
     Attributes:
         paint: draws a canvas in a style (``plain``: none), ``(3, 64, 64)``. radius: of figures, in pixels.

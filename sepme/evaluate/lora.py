@@ -1,4 +1,4 @@
-"""The usual LoRA eraser, as a baseline: both factors trained, one pair a layer, no null space, no gate."""
+"""The usual LoRA eraser, as a baseline: both factors trained, one pair per layer, no null space, no gate."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Run:
         return self.suite.images if self.keep_images else 6
 
     def _show(self, label: str, shown: Shown) -> None:
-        """A sheet for the report: a row a concept, two pictures a condition; the last row neighbours. On request all pictures."""
+        """A sheet for the report: a row per concept, two pictures per condition; the last row neighbours. On request all pictures."""
         conditions = [shown[k] for k in ("erased", "both", "restored")]
         rows = [torch.cat([c[i][:2] for c in conditions]) for i in range(len(conditions[0]))]
         rows += [images[:6] for images in shown.get("neighbours", [])]

@@ -44,7 +44,7 @@ class Suite:
         concepts: names by kind. templates: by kind, with {} for the name. both: prompts with a {field} for each of two kinds.
         preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: prompts with other words, by concept.
         neighbours: names by kind that the classifier knows too and that no method is told of.
-        images: pictures a concept and condition. steps, guidance: of drawing, ``batch`` at once. seed: first of all.
+        images: pictures per concept and condition. steps, guidance: of drawing, ``batch`` at once. seed: first of all.
         plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``MethodMaker``.
         attack, resurgence: budgets. toggles: random cycles. subsets: random sets of concepts erased together.
         strengths: of the sweep. counts: of the capacity curve.

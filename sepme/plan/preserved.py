@@ -20,7 +20,7 @@ SAME = 1e-3  # relative difference of tokens up to which two prompts read the sa
 
 
 class PreserveFile:
-    """A text file of prompts that must not change, one a line; blank lines are skipped, order and number do not matter.
+    """A text file of prompts that must not change, one per line; blank lines are skipped, order and number do not matter.
 
     Only one batch of it is in memory at a time.
 
@@ -33,7 +33,7 @@ class PreserveFile:
         try:
             self.size = os.stat(self.path).st_size
             if not self.path.is_file():
-                raise SepMEError(f"{path} is a folder or device; a preserve file is a text file with one prompt a line.")
+                raise SepMEError(f"{path} is a folder or device; a preserve file is a text file with one prompt per line.")
         except OSError as error:
             raise SepMEError(f"The preserve file {path} cannot be read ({error.strerror}); check the path.") from None
 
@@ -57,7 +57,7 @@ class PreserveFile:
         if batch:
             yield batch, done
         if not count:
-            raise SepMEError(f"The preserve file {self.path} is empty; write one prompt a line, or leave it out.")
+            raise SepMEError(f"The preserve file {self.path} is empty; write one prompt per line, or leave it out.")
 
     def _prompt(self, line: bytes) -> str:
         try:
@@ -67,10 +67,10 @@ class PreserveFile:
         if len(line) > 4 * MAX_PROMPT or len(prompt) > MAX_PROMPT:
             raise SepMEError(
                 f"The preserve file {self.path} has a line of more than {MAX_PROMPT} characters ({line[:40]!r}...); "
-                "write one prompt a line."
+                "write one prompt per line."
             )
         if "\0" in prompt:
-            raise SepMEError(f"The preserve file {self.path} is not a text file; it must be UTF-8 with one prompt a line.")
+            raise SepMEError(f"The preserve file {self.path} is not a text file; it must be UTF-8 with one prompt per line.")
         return prompt
 
 
@@ -78,7 +78,7 @@ class Preserved:
     """The preserved prompts of a book, encoded a batch at a time.
 
     Attributes:
-        count: how many there are. digest: SHA-256 of them, one a line. Both are known once they were read.
+        count: how many there are. digest: SHA-256 of them, one per line. Both are known once they were read.
     """
 
     def __init__(self, encoder: TextEncoder, book: ConceptBook, on_progress: OnProgress = silent) -> None:

@@ -1,4 +1,4 @@
-"""Training on many machines through Ray: one task a concept, the same bytes as one process makes."""
+"""Training on many machines through Ray: one task per concept, the same bytes as one process makes."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def test_an_unknown_backend_is_refused(host: Any, delta: ConceptDelta) -> None:
 
 
 def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many steps of a pipeline, one call of every to_k and to_v; without keeping, one a step."""
+    """Many steps of a pipeline, one call of every to_k and to_v; without keeping, one per step."""
     names = set(projections(host.attention_layers()))
     with counted(host) as calls:
         host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)

@@ -1,4 +1,4 @@
-// The toggle panel: one row a concept, drawn once and then changed in place.
+// The toggle panel: one row per concept, drawn once and then changed in place.
 import { bytes, el, figure, ownKeys } from "./dom.js";
 import { parse, rows, same, write } from "./toggles.js";
 import { t } from "./text.js";
