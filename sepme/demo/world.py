@@ -24,7 +24,6 @@ OBJECTS = ("star", "circle", "square", "triangle", "cross", "heart")
 STYLES = ("striped", "dotted", "checkered", "neon", "outlined", "framed")
 PLAIN = len(STYLES)  # style index of a picture without a style
 COLOURS = {"red": (0.90, 0.12, 0.12), "green": (0.10, 0.62, 0.22), "blue": (0.15, 0.28, 0.92), "yellow": (0.96, 0.80, 0.10)}
-COLOUR_NAMES = tuple(COLOURS)
 
 OBJECT_PROMPTS = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "one {}, centered")
 STYLE_PROMPTS = ("{} style", "a {} picture", "a {} drawing", "in {} style", "a picture in {} style")
@@ -107,11 +106,6 @@ class World:
             if name in names:
                 return head, names.index(name)
         raise KeyError(name)
-
-    def prompts_of(self, name: str) -> tuple[str, ...]:
-        """Prompts that mean a word and nothing else of this world."""
-        templates = (OBJECT_PROMPTS, STYLE_PROMPTS, self.colour_prompts)[self.place_of(name)[0]]
-        return tuple(with_article(t.format(name)) for t in templates)
 
     def together(self, one: str, other: str, which: int) -> str:
         """A prompt that holds two words of different heads; ``which`` counts through the templates."""
