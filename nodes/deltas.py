@@ -14,6 +14,7 @@ from ..sepme.convert import export_lora
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.library import DeltaLibrary
 from ..sepme.errors import SepMEError
+from ..sepme.model.layers import weights
 from . import host, workflow
 from .prefix import filled
 from .sockets import CATEGORY, Deltas
@@ -144,20 +145,24 @@ class SepMEExport(io.ComfyNode):
                     tooltip="delta: exact, one file each. lora: one file.",
                 ),
                 io.String.Input("filename_prefix", default="", optional=True, tooltip=PREFIX_TIP),
+                io.Model.Input("model", optional=True, tooltip="The model that a LoRA is for; only where a delta edits the context."),
             ],
             outputs=[],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, deltas: Sequence[ConceptDelta], format: str = "delta", filename_prefix: str = "") -> io.NodeOutput:
+    def execute(cls, deltas: Sequence[ConceptDelta], format: str = "delta", filename_prefix: str = "", model: Any = None) -> io.NodeOutput:
         if not deltas:
             raise SepMEError("There are no deltas to export; connect SepME Load Delta or SepME Train.")
         filename_prefix = filled(filename_prefix)
         if format == "delta":
             paths = [host.delta_library.save(delta, filename_prefix) for delta in deltas]
         else:
-            paths = [export_lora(deltas, lora_path(deltas, filename_prefix))]
+            if model is None and any(d.edits_context for d in deltas):
+                raise SepMEError("Some of these deltas edit the context; as a LoRA they depend on a model's weights, so connect the model.")
+            read = weights(host.attention_layers(model.model)) if model is not None else None
+            paths = [export_lora(deltas, lora_path(deltas, filename_prefix), weights=read)]
         return io.NodeOutput(ui={"text": ("\n".join(map(str, paths)),)})
 
 

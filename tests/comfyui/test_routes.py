@@ -289,6 +289,7 @@ def test_book_and_architecture(server: Server) -> None:
     assert (status, [c["name"] for c in answer["concepts"]]) == (200, ["van gogh", "x"])
     status, answer = ask(server, "GET", "/sepme/architecture")
     assert (status, answer["architecture"][:10]) == (200, "unet-192x7")
+    assert answer["fits"] == [answer["architecture"], "context-192"]
     assert ask(server, "GET", "/sepme/architecture?checkpoint=..%2F..%2Fx.safetensors")[0] == 400
 
 

@@ -42,7 +42,7 @@ INTERFACE = {
     "SepMETextEncode": (["clip", "text"], ["toggles"], ["CONDITIONING", "STRING"]),
     "SepMEConditioningToggles": (["conditioning", "toggles"], [], ["CONDITIONING"]),
     "SepMEVerify": (["clip", "deltas"], [], ["STRING", "IMAGE"]),
-    "SepMEExport": (["deltas"], ["format", "filename_prefix"], []),
+    "SepMEExport": (["deltas"], ["format", "filename_prefix", "model"], []),
 }
 BOOK = json.dumps(
     {

@@ -183,6 +183,7 @@ def main() -> None:
         assert torch.allclose(draw(engine, pair), stock, atol=1e-5)
         print(f"with a LoRA ({'at run time' if online else 'merged'}): bit-identical in the other row")
 
+    edits_of_the_context(engine, book)
     if NEGPIP is not None:
         beside_negpip(engine, NEGPIP, attached)
     drawn = []
@@ -201,6 +202,28 @@ def main() -> None:
         "backend fused: there is no kernel for cpu; plain PyTorch does the same here.",
     }, said
     print("unpatched: no forward of ours is left; rows were always known")
+
+
+def edits_of_the_context(engine: Engine, book: Any) -> None:
+    """On what the host tells its callbacks: no patch, equal to the closed form of the layers, exact in the other row."""
+    pair, deltas = ["a star", "a star"], {}
+    with host.loaded_model() as model:
+        planner = Planner(model, book)
+        for edit in ("context", "layers"):
+            deltas[edit] = make_delta(planner, "star", model, TrainOptions.for_mode(objective="closed-form", edit=edit))
+    stock, drawn = draw(engine, pair), {}
+    for edit, delta in deltas.items():
+        tables = Tables.make(Composition((delta,)), {}, [{}, {"star": 1.0}], [{}, {}])
+        before = engine.forge_objects.unet
+        erasing = host.ModelPatch(SimpleNamespace(sd_model=engine), tables, Settings(), print)
+        assert (engine.forge_objects.unet is before) == (edit == "context")
+        drawn[edit] = draw(engine, pair, on_step=erasing.expect)
+        erasing.detach()
+        assert torch.equal(drawn[edit][0], stock[0])
+    assert (drawn["layers"][1] - stock[1]).abs().max() > 0.01
+    torch.testing.assert_close(drawn["context"], drawn["layers"], rtol=0, atol=2e-3)
+    assert torch.equal(draw(engine, pair), stock)
+    print("edit of the context: no patch, as the layers do, bit-identical in the other row")
 
 
 def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:

@@ -168,6 +168,10 @@ def test_doubles_take_what_the_hosts_take(checkout: Path | None) -> None:
     for file, phrases in PHRASES.items():
         text = (checkout / "modules" / file).read_text(encoding="utf-8")
         problems += [f"{file}: no {phrase!r}" for phrase in phrases if phrase not in text]
+    samplers = ("modules/sd_samplers_cfg_denoiser.py", "backend/sampling/sampling_function.py", "modules_forge/forge_sampler.py")
+    texts = [(checkout / file).read_text(encoding="utf-8") for file in samplers if (checkout / file).is_file()]
+    for name in ("text_cond", "text_uncond"):  # what callbacks put there is what is drawn with
+        problems += [f"no sampler takes denoiser_params.{name}"] if not any(f"denoiser_params.{name}" in text for text in texts) else []
     if not (checkout / "modules_forge").is_dir():  # Forge recomputes nothing in the backward pass
         tree = parsed(checkout / "modules" / "sd_hijack_checkpoint.py")
         problems += sorted({"add", "remove", "stored"} - set(signatures(tree)) - assigned(tree))
