@@ -35,7 +35,10 @@ def test_a_context_edit_is_exact(name: str, dtype: torch.dtype) -> None:
     check_exact(build(name, dtype))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in comfyui_models.MODELS if name != "hidream"])
 def test_the_lora_form_equals_the_edit(name: str) -> None:
-    """UNets in float64: in float32 they round by more than that. The others' rotary embeddings know no float64."""
+    """UNets in float64: in float32 they round by more than that. Rotary embeddings here know no float64.
+
+    HiDream's 48 blocks round by 3e-6 themselves; diffusers' class is compared in float64.
+    """
     check_lora(name, build(name, torch.float64 if name in ("sd1", "sdxl") else torch.float32))
