@@ -13,16 +13,13 @@ from tiny.probe import Tiny
 
 pytestmark = [pytest.mark.xdist_group("comfyui inside"), pytest.mark.usefixtures("comfy")]
 FAMILIES = [pytest.param(name, id=name) for name in comfyui_models.MODELS]
-NEWER = {"flux2": "double_stream_modulation_img", "ltx2": "prompt_adaln_single", "z_image": "cap_pad_token"}  # parts that came later
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
     try:
         return comfyui_models.build(name, dtype)
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("comfy.ldm"):
-            raise
-        pytest.skip(f"This ComfyUI has no {error.name}")
+    except comfyui_models.MissingError:
+        pytest.skip("This ComfyUI is older than the model")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -38,7 +35,10 @@ def test_a_context_edit_is_exact(name: str, dtype: torch.dtype) -> None:
     check_exact(build(name, dtype))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in comfyui_models.MODELS if name != "hidream"])
 def test_the_lora_form_equals_the_edit(name: str) -> None:
-    """UNets in float64: in float32 they round by more than that. The others' rotary embeddings know no float64."""
+    """UNets in float64: in float32 they round by more than that. Rotary embeddings here know no float64.
+
+    HiDream's 48 blocks round by 3e-6 themselves; diffusers' class is compared in float64.
+    """
     check_lora(name, build(name, torch.float64 if name in ("sd1", "sdxl") else torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,6 +25,16 @@ NEXT: dict[str, Any] = {
 Parts = dict[str, Any]
 
 
+class MissingError(Exception):
+    """This ComfyUI is too old for a model."""
+
+
+def known(parameters: type, values: Parts) -> Parts:
+    """Without those that came with a later ComfyUI than this one; they change nothing that text is read by."""
+    later = {"txt_ids_dims", "meanflow_sum", "vec_in_dim"}
+    return {name: value for name, value in values.items() if name in parameters.__dataclass_fields__ or name not in later}
+
+
 def full(x: Tensor, value: float) -> Tensor:
     return torch.full((len(x),), value, dtype=x.dtype)
 
@@ -41,27 +52,27 @@ def guided(model: Any) -> Callable[[Tensor, Tensor, Texts], Any]:
 
 
 def _flux1(k: Parts) -> Tiny:
-    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.flux.model import Flux, FluxParams
 
-    model = Flux(**FLUX, vec_in_dim=16, guidance_embed=True, **k)
+    model = Flux(**known(FluxParams, FLUX), vec_in_dim=16, guidance_embed=True, **k)
     call = lambda x, t, texts: model(x, t, texts["context"], y=texts["pooled"], guidance=full(x, 3.5))  # noqa: E731
     return Tiny(model, call, SQUARE, {"context": CONTEXT, "pooled": (16,)})
 
 
 def _flux2(k: Parts) -> Tiny:
-    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.flux.model import Flux, FluxParams
 
     own = {"axes_dim": [4] * 4, "theta": 2000, "patch_size": 1, "qkv_bias": False, "txt_ids_dims": [3], "mlp_ratio": 3.0}
     flags = {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "guidance_embed": True}
-    model = Flux(**FLUX | own | flags, vec_in_dim=None, **k)
+    model = Flux(**known(FluxParams, FLUX | own | flags), vec_in_dim=None, **k)
     return Tiny(model, guided(model), SQUARE, {"context": CONTEXT})
 
 
 def _chroma(k: Parts) -> Tiny:
-    from comfy.ldm.chroma.model import Chroma
+    from comfy.ldm.chroma.model import Chroma, ChromaParams
 
     own = {"in_channels": 16, "out_channels": 16, "in_dim": 64, "out_dim": 32, "hidden_dim": 16, "n_layers": 1, "vec_in_dim": None}
-    model = Chroma(**FLUX | own, **k)
+    model = Chroma(**known(ChromaParams, FLUX | own), **k)
     return Tiny(model, guided(model), SQUARE, {"context": CONTEXT})
 
 
@@ -134,7 +145,7 @@ def _hidream(k: Parts) -> Tiny:
 
     model = HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=16, num_single_layers=32, attention_head_dim=16, num_attention_heads=2,
-        caption_channels=[WIDTH, 16], text_emb_dim=20, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=[4, 6, 6],
+        caption_channels=[WIDTH, 16], text_emb_dim=20, num_routed_experts=2, num_activated_experts=2, axes_dims_rope=[4, 6, 6],
         max_resolution=[16, 16], llama_layers=list(range(48)), **k,
     )  # fmt: skip
 
@@ -145,11 +156,11 @@ def _hidream(k: Parts) -> Tiny:
 
 
 def _hunyuan_video(k: Parts) -> Tiny:
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
 
     own = {"patch_size": [1, 2, 2], "theta": 256, "vec_in_dim": 16, "guidance_embed": True}
     more = {"byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}
-    model = HunyuanVideo(**{n: v for n, v in FLUX.items() if n != "txt_ids_dims"} | own | more, **k)
+    model = HunyuanVideo(**known(HunyuanVideoParams, {n: v for n, v in FLUX.items() if n != "txt_ids_dims"} | own | more), **k)
     call = lambda x, t, texts: model(x, t, texts["context"], y=texts["pooled"], guidance=full(x, 6.0))  # noqa: E731
     return Tiny(model, call, VIDEO, {"context": CONTEXT, "pooled": (16,)})
 
@@ -206,6 +217,8 @@ def _ltxv(k: Parts) -> Tiny:
 def _ltx2(k: Parts) -> Tiny:
     from comfy.ldm.lightricks.model import LTXVModel
 
+    if "cross_attention_adaln" not in inspect.signature(LTXVModel.__init__).parameters:
+        raise MissingError("LTX-2")
     model = LTXVModel(in_channels=4, cross_attention_dim=32, attention_head_dim=16, num_attention_heads=2, caption_channels=WIDTH,
                       num_layers=2, cross_attention_adaln=True, **k)  # fmt: skip
     return Tiny(model, lambda x, t, texts: model(x, t, texts["context"], None), VIDEO, {"context": CONTEXT})
@@ -260,10 +273,13 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> Tiny:
     """The family's model.
 
     Raises:
-        ImportError: this ComfyUI has no such model.
+        MissingError: this ComfyUI has no such model.
     """
     import comfy.ops
 
-    tiny = MODELS[family]({"dtype": dtype, "device": "cpu", "operations": comfy.ops.manual_cast})
+    try:
+        tiny = MODELS[family]({"dtype": dtype, "device": "cpu", "operations": comfy.ops.manual_cast})
+    except ModuleNotFoundError as error:
+        raise MissingError(family) if (error.name or "").startswith("comfy.ldm.") else error from None
     seeded(tiny.model)
     return tiny

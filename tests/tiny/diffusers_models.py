@@ -136,7 +136,7 @@ def _krea2() -> Tiny:
 def _hidream() -> Tiny:
     model = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=16, num_single_layers=32, caption_channels=[WIDTH, 16], text_emb_dim=20,
-        num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16), llama_layers=list(range(48)),
+        num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16), llama_layers=list(range(48)),
         force_inference_output=True, **HEADS,
     )  # fmt: skip
 

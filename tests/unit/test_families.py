@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -107,6 +108,36 @@ def test_families_are_apart() -> None:
     published = [(size, name) for f in FAMILIES for size, name in f.sizes.items()]
     assert len({name for _, name in published}) == len({size for size, _ in published}) == 5
     assert labels() == "SD1.x, SD2.x or SDXL"
+
+
+def test_docs_are_the_data() -> None:
+    """docs/families.md is what docs/families_table.py writes."""
+    docs = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("families_table", docs / "families_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table() == (docs / "families.md").read_text(encoding="utf-8"), "python docs/families_table.py writes it again"
+
+
+def test_kolors_is_no_sdxl() -> None:
+    """The same names of layers, but they read an embedding: no host may take it for SDXL; an IP-Adapter's projection is none of Kolors."""
+    names = [*modules(SDXL), "encoder_hid_proj"]
+    assert find(names) == {}
+    assert len(find([*names, "encoder_hid_proj.image_projection_layers"])) == 140
+
+
+def test_flow_families_are_no_unets() -> None:
+    """A model whose layers hosts cannot change yet has none for them; its deltas are still known by name."""
+    names = [f"model.diffusion_model.blocks.{i}.cross_attn.{p}_proj" for i in range(28) for p in "kv"]
+    assert find(names) == {}
+    sites = [f"blocks.{i}.cross_attn.to_{p}" for i in range(28) for p in "kv"]
+    family = family_of(dict.fromkeys(sites, (2048, 1024)))
+    assert family.architecture(dict.fromkeys(sites, (2048, 1024))) == "cosmos-predict2-2b"
+    assert list(family.file_names(sites).values()) == names
+    assert all(map(is_site, sites))
+    assert not any(map(is_site, ("txt_in", "context_refiner.0.attention.to_k", "label_emb.0.0", "blocks.0.attn2.kv_proj.to_k")))
 
 
 NEW = """\"\"\"A transformer whose blocks read text.\"\"\"

@@ -25,4 +25,6 @@ def test_a_context_edit_is_exact(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_lora_form_equals_the_edit(name: str) -> None:
-    check_lora(name, diffusers_models.build(name, torch.float64))  # so that it is the edits that are compared, not a network's rounding
+    """In float64, but for classes that keep parts in float32: it is the edits that are compared, not a network's rounding."""
+    mixed = name in ("cosmos_predict2", "kandinsky5", "krea2", "wan")
+    check_lora(name, diffusers_models.build(name, torch.float32 if mixed else torch.float64))

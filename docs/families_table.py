@@ -1,0 +1,62 @@
+"""Writes docs/families.md from sepme/model/families: ``python docs/families_table.py``. A test compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family
+
+HEAD = """# Families of models
+
+Where each family reads text, from the data in `sepme/model/families/` (one file each). This page is written by
+`python docs/families_table.py`; a test compares it with the data, others compare the data with the real classes of ComfyUI and diffusers.
+
+    prompt ─ text encoder ─ context c ─┬─ c + g(c) s (c D) Sᵀ ──────── every family: an edit of the context, exact
+                                       └─ W c + g(c) s Y (c D) ─────── families whose blocks read text alone: an edit of each layer
+
+**each layer**: keys and values of the blocks are made of text alone and are the same in every step, so single layers can be edited exactly
+(after an embedding of the text where the table says so). **context**: text is mixed with the picture behind the layer that reads it; the
+context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
+**LoRA**: whether an edit of the context can be written as a change of the weights that read it; it cannot where a norm stands between.
+
+| family | edits | reads the context in (single file; diffusers) | context | other texts | predicts | LoRA |
+|---|---|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The page."""
+    families = sorted((f for f in FAMILIES if f.label), key=lambda f: (not f.cross_attention, f.label))
+    rows = [" | ".join(_row(f)) for f in families]
+    cannot = [f"- {f.label}: {f.cannot}" for f in families if f.cannot]
+    return HEAD + "".join(f"| {row} |\n" for row in rows) + "\n## What an edit cannot do\n\n" + "\n".join(cannot) + "\n"
+
+
+def _row(f: Family) -> list[str]:
+    own = [p for p in f.projections if p.group == CONTEXT]
+    layers = [p for p in f.projections if p.keys_or_values and f.cross_attention]
+    edits = ("each layer, context" if layers[0].group == CONTEXT else "each layer behind an embedding, context") if layers else "context"
+    texts = {
+        g: f"{t.encoder}, {' / '.join(map(str, t.widths))}" + (f", tokens: {t.tokens}" if t.tokens else "") for g, t in f.texts.items()
+    }
+    others = [f"{'pooled vector' if g == POOLED else g}: {text}" for g, text in texts.items() if g != CONTEXT]
+    readers = [p for p in f.projections if p.group not in (POOLED, EMBEDDED)]
+    lora = "yes" if own and all(p.lora for p in readers) else "no"
+    return [
+        f.label,
+        edits if f.texts else "none",
+        "<br>".join(dict.fromkeys(_names(p.template("path"), p.template("diffusers")) for p in own))
+        or ("the blocks' keys and values" if layers else "a stack of blocks" if f.texts else "nothing"),
+        texts.get(CONTEXT, "none"),
+        "<br>".join(others) or "none",
+        f.prediction,
+        lora,
+    ]
+
+
+def _names(path: str, diffusers: str) -> str:
+    return f"`{path}`" if path == diffusers else f"`{path}`; `{diffusers}`"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("families.md").write_text(table(), encoding="utf-8")
