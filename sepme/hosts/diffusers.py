@@ -68,7 +68,8 @@ class DiffusersHost(ScheduledDenoiser):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        own = self.unet.device  # meta where accelerate brings weights in for every forward pass
+        return self.pipe._execution_device if own.type == "meta" else own
 
     @property
     def dtype(self) -> torch.dtype:
