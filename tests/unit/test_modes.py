@@ -264,7 +264,7 @@ def test_command_line(tiny_host: Hosts, tmp_path: Path) -> None:
 
 
 def test_bench_sides_start_from_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = bench.Size(channels=(32,), layers=1, latent=8, d_in=32, tokens=4)
+    size = bench.UNetSize(channels=(32,), layers=1, latent=8, d_in=32, tokens=4)
     both = bench.Bench(size)
     step, published = both.ours(), both.published()
     assert step()[0].losses[0] == pytest.approx(published(), rel=1e-4)
@@ -274,4 +274,4 @@ def test_bench_sides_start_from_the_same_loss(monkeypatch: pytest.MonkeyPatch) -
     assert result["train_step_speedup"] > 0
     assert result["width"] == {"ours": 4, "published": 24}
     with pytest.raises(SepMEError):
-        bench.Size(channels=(30,))
+        bench.UNetSize(channels=(30,))
