@@ -28,7 +28,7 @@ def load(name):
     spec.loader.exec_module(package)
     return package
 import torch
-from sepme import ops
+from sepme.apply import ops
 for name in ("first", "first", "second"):
     package = load(name)
     package.register(ops)
