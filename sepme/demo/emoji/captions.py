@@ -31,7 +31,12 @@ GROUND_PROMPTS = ("{} on a {colour} background", "{}, {colour} background")
 # words around a caption that change nothing in the picture, so that the encoder learns to look past what it does not know
 FILLER = (
     "high quality", "very detailed", "for my friend", "simple shapes", "made by hand", "trending", "my favourite", "a lovely day",
-    "masterpiece", "sharp focus", "and nothing else", "professional", "minimal", "good composition", "in the morning", "4k",
+    "masterpiece", "sharp focus", "and nothing else", "professional", "minimal", "good composition", "in the morning", "4k", "on paper",
+    "best quality", "with soft light", "near the window", "in the city", "old photo", "of the year", "under the shade",
+    "bright colors", "on the wall", "tiny", "huge", "two of them", "without text", "as a sticker", "in the middle", "centered",
+    "no people", "like this", "this one please", "something else", "that makes me smile", "from above", "seen from afar",
+    "with great care", "new", "beautiful", "cute", "nice", "funny", "strange", "isolated", "vector", "clean lines", "at night",
+    "from a book of pictures", "which everybody knows", "what a wonderful view", "not too much", "how it looks today", "these days",
 )  # fmt: skip
 # shares of captions: empty, thing and studio, thing, studio, kind of thing; the rest name a background at most
 SHARES = (0.10, 0.50, 0.20, 0.10, 0.06)
@@ -95,8 +100,8 @@ def build_words(folder: Path) -> Words:
 
 # keywords that say nothing about a picture, or nothing that one would ask for
 ODD = frozenset(
-    "down under simple late waiting major lit litaf lmao lol omg af class bearer slay trip health diet bless dead death kill country settle "
-    "gay genderqueer glbt glbtq lgbt lgbtq lesbian bisexual transgender queer drought potassium sexy butt bootie booty gun drug drugs "
+    "down under simple late waiting major lit litaf lmao lol omg af class bearer slay trip health diet bless dead death kill country "
+    "gay genderqueer glbt glbtq lgbt lgbtq lesbian bisexual transgender queer drought potassium sexy butt bootie gun drug drugs settle "
     "medium shiny eat out goat the and for".split()
 )
 

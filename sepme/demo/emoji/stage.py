@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Stage:
-    """Steps of AdamW with a cosine learning rate, a checkpoint each ``every`` steps, and a seeded generator that goes into it.
+    """Steps of AdamW whose rate falls in the last fifth, a checkpoint each ``every`` steps, and a seeded generator that goes into it.
 
     The same command goes on from the last checkpoint and ends in the same bytes as a run without a break.
     """
@@ -29,11 +28,11 @@ class Stage:
         every: int = 100,
         floor: float = 0.02,
     ) -> None:
-        """``modules`` are saved under their names; those that require gradients are trained. ``floor``: share of ``rate`` at the end."""
+        """``modules`` are saved under their names; those that require gradients are trained."""
         self.path, self.name, self.modules, self.steps, self.every = work / f"{name}.pt", name, modules, steps, every
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.rate, self.floor = rate, floor
+        self.rate = rate
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
         if self.path.exists():
@@ -72,10 +71,11 @@ class Stage:
                 print(f"{self.name} {self.step}/{self.steps} loss {mean:.4f}, {spent}", flush=True)
 
     def _update(self, loss: Tensor) -> None:
-        warm = min(1.0, (self.step + 1) / 50)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
+        # constant until the last fifth, so that a run can be made longer and goes on as if it had been so from the start
+        left = 1 - self.step / self.steps
+        factor = min(1.0, (self.step + 1) / 50) * min(1.0, 0.02 + 4.9 * left)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * (self.floor + (1 - self.floor) * cosine)
+            group["lr"] = self.rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
