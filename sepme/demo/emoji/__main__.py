@@ -49,7 +49,7 @@ class Training:
         self.renders()
 
     def vae(self) -> None:
-        train_vae(self.work, self.renders(), self.steps or 2400, until=self.until)
+        train_vae(self.work, self.renders(), self.steps or 1500, until=self.until)
 
     def latents(self) -> None:
         Latents(self.work, self.renders(), self.things)

@@ -93,10 +93,10 @@ def held_out(work: Path, renders: NDArray[np.uint8], count: int = 3000, seed: in
     model = load_stage(Classifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))), work, "classifier", "classifier")
     vae, generator = load_vae(work), torch.Generator().manual_seed(seed)
     right = {"plain": torch.zeros(3), "decoded": torch.zeros(3)}
-    for _ in range(count // 50):
-        pictures, scenes = zip(*(random_picture(renders, generator) for _ in range(50)), strict=True)
+    for first in range(0, count, 50):
+        drawn = (random_picture(renders, generator) for _ in range(min(50, count - first)))
+        pictures, scenes = zip(*drawn, strict=True)
         x, labels = to_model(torch.stack(pictures)), torch.tensor(scenes)
         right["plain"] += (model.predict(x) == labels).sum(0)
         right["decoded"] += (model.predict(vae.decoder(vae.encoder(x)).clamp(-1, 1)) == labels).sum(0)
-    total = count // 50 * 50
-    return {f"{kind} {head}": round(float(row[i]) / total, 4) for kind, row in right.items() for i, head in enumerate(HEAD_NAMES)}
+    return {f"{kind} {head}": round(float(row[i]) / count, 4) for kind, row in right.items() for i, head in enumerate(HEAD_NAMES)}

@@ -138,7 +138,7 @@ def load_keywords(folder: Path, language: str = "en") -> dict[str, list[str]]:
     return {k.replace("\ufe0f", ""): [*v.get("tts", []), *v.get("default", [])] for k, v in annotations.items()}
 
 
-def render(svg: str, size: int = MASTER) -> NDArray[np.uint8]:
+def render(svg: str, size: int) -> NDArray[np.uint8]:
     """Pixels of an SVG document, ``(size, size, 4)`` RGBA."""
     import resvg_py
 
@@ -157,7 +157,7 @@ def render_all(folder: Path, path: Path) -> NDArray[np.uint8]:
             icons = load_set(folder, studio)
             for t, thing in enumerate(THINGS):
                 svg, mirrored = icons.svg(thing)
-                picture = render(svg)
+                picture = render(svg, MASTER)
                 pictures[t, s] = picture[:, ::-1] if mirrored else picture
             print(f"rendered {studio.package}", flush=True)
         pictures.flush()

@@ -48,9 +48,8 @@ class Latents:
     def __init__(self, work: Path, renders: NDArray[np.uint8], things: int) -> None:
         self.things = things
         total, studios = renders.shape[:2]
-        path, done = work / "latents.npy", work / "latents.count"
+        path, made = work / "latents.npy", self.count(work)
         shape = (total, studios, VARIANTS, 4, 16, 16)
-        made = int(done.read_text()) if done.exists() else 0
         if not path.exists():
             np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
         self.values = np.load(path, mmap_mode="r+")
@@ -60,9 +59,15 @@ class Latents:
         for thing in range(made, things):
             self.values[thing] = torch.stack([self._encode(vae, renders[thing, s], thing * studios + s) for s in range(studios)]).numpy()
             self.values.flush()
-            done.write_text(str(thing + 1))
+            (work / "latents.count").write_text(str(thing + 1))
             if (thing + 1) % 20 == 0:
                 print(f"latents of {thing + 1} things", flush=True)
+
+    @staticmethod
+    def count(work: Path) -> int:
+        """How many things have latents."""
+        path = work / "latents.count"
+        return int(path.read_text()) if path.exists() else 0
 
     @staticmethod
     def _encode(vae: AutoencoderTiny, picture: NDArray[np.uint8], seed: int) -> Tensor:
@@ -97,11 +102,10 @@ class Batches:
 
 
 class Context:
-    """Text encoding for training: short for most of the time, CLIP's 77 tokens at the end.
+    """Text encoding for training: four times of five short, CLIP's 77 tokens otherwise.
 
     A caption of this world has at most 24 tokens and costs a third of 77. The padding that is left out is stood in for by the last
-    token, whose weight in cross-attention is raised by as many copies; the positions beyond get its embedding, so that the padding
-    looks the same at any length.
+    token, whose weight in cross-attention is raised by as many copies.
     """
 
     SHORT = 24
@@ -111,18 +115,14 @@ class Context:
         self.mask = torch.ones(1, self.SHORT)
         self.mask[0, -1] += math.log(LENGTH - self.SHORT + 1) / 10000  # diffusers makes (1 - mask) * -10000 of it and adds it to the scores
 
-    def __call__(self, ids: Tensor, draws: int) -> dict[str, Tensor]:
-        """What the UNet takes for token ids ``(n, SHORT or 77)``, ``draws`` rows each."""
-        context: dict[str, Tensor] = {"encoder_hidden_states": self.text(ids).last_hidden_state.repeat_interleave(draws, 0)}
-        if ids.shape[1] == self.SHORT:
-            context["encoder_attention_mask"] = self.mask.expand(len(ids) * draws, -1)
-        return context
+    def around(self, states: Tensor) -> dict[str, Tensor]:
+        """What the UNet takes for text states ``(n, SHORT or 77, WIDTH)``."""
+        short = states.shape[1] == self.SHORT
+        return {"encoder_hidden_states": states} | ({"encoder_attention_mask": self.mask.expand(len(states), -1)} if short else {})
 
-    @torch.no_grad()
-    def tie(self) -> None:
-        """Give the positions that short captions never reach the last one's embedding."""
-        (positions,) = (p for n, p in self.text.named_parameters() if n.endswith("position_embedding.weight"))
-        positions[self.SHORT :] = positions[self.SHORT - 1]
+    def __call__(self, ids: Tensor, draws: int) -> dict[str, Tensor]:
+        """The same for token ids ``(n, SHORT or 77)``, ``draws`` rows each."""
+        return self.around(self.text(ids).last_hidden_state.repeat_interleave(draws, 0))
 
 
 def even_times(count: int, generator: torch.Generator) -> Tensor:
@@ -145,7 +145,7 @@ class Average:
 
 
 def train_diffusion(work: Path, batches: Batches, steps: int, rate: float = 1e-3, until: int | None = None) -> None:
-    """Train UNet and text encoder on the noise, weighted by min-SNR (Hang et al. 2023, gamma 5); 77 tokens in the last fifth."""
+    """Train UNet and text encoder on the noise, weighted by min-SNR (Hang et al. 2023, gamma 5); 77 tokens for the last fifth."""
     torch.manual_seed(3)
     unet, text = build_unet(), build_text_encoder(batches.tokenizer)
     average, context = Average({"unet": unet, "text": text}), Context(text)
@@ -153,20 +153,13 @@ def train_diffusion(work: Path, batches: Batches, steps: int, rate: float = 1e-3
     alphas = build_scheduler().alphas_cumprod
     weights = (5 * (1 - alphas) / alphas).clamp(max=1)
 
-    def short(step: int) -> bool:
-        return step < 0.8 * steps
-
     def loss_of(step: int) -> Tensor:
-        ids, x = batches.draw(stage.generator, Context.SHORT if short(step) else LENGTH)
+        short = step % 5 and step < 0.8 * steps
+        ids, x = batches.draw(stage.generator, Context.SHORT if short else LENGTH)
         t = (even_times(len(x), stage.generator) * 1000).long()
         noise = torch.randn(x.shape, generator=stage.generator)
         a = alphas[t][:, None, None, None]
         predicted = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, **context(ids, batches.draws)).sample
         return (weights[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
 
-    def after(step: int) -> None:
-        if short(step):
-            context.tie()
-        average.update(step)
-
-    stage.run(loss_of, after, until)
+    stage.run(loss_of, average.update, until)
