@@ -22,13 +22,13 @@ def write_package(path: Path, files: dict[str, object]) -> None:
 
 def figure(thing: int, studio: int) -> str:
     colour = f"rgb({(thing * 53) % 256},{(thing * 97) % 256},{studio * 28})"
-    return f'<circle cx="{8 + thing % 3}" cy="8" r="{4 + studio % 3}" fill="{colour}"/><rect x="1" y="{thing % 12}" width="5" height="3" fill="black"/>'
+    bar = f'<rect x="1" y="{thing % 12}" width="5" height="3" fill="black"/>'
+    return f'<circle cx="{8 + thing % 3}" cy="8" r="{4 + studio % 3}" fill="{colour}"/>{bar}'
 
 
 def write_packages(folder: Path) -> None:
     """What ``npm pack`` would leave in ``folder``; slugs are the sets' own, one set's have no hyphens."""
     folder.mkdir(parents=True, exist_ok=True)
-    characters = {f"{0x1F300 + i:x}": thing for i, thing in enumerate(THINGS)}
     for s, studio in enumerate(STUDIOS):
         icons = {}
         for t, thing in enumerate(THINGS):
