@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import Lumina2Transformer2DModel, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from sepme.demo.emoji import diffusion
@@ -17,7 +17,7 @@ from sepme.demo.emoji.captions import words_of
 from sepme.demo.emoji.classifiers import held_out, load_classifier, train_classifier
 from sepme.demo.emoji.data import BACKGROUND_NAMES, place
 from sepme.demo.emoji.diffusion import Batches, Context, Latents, build_unet, train_diffusion
-from sepme.demo.emoji.export import export
+from sepme.demo.emoji.export import export, export_flow
 from sepme.demo.emoji.flow import build_flow, encode, sample, train_flow, velocity
 from sepme.demo.emoji.judge import read_accuracy, unet_painter
 from sepme.demo.emoji.stage import Stage, load_stage
@@ -179,6 +179,16 @@ def test_what_the_folder_says(work: Path) -> None:
     for studio in STUDIOS:
         assert f"@iconify-json/{studio.package} {studio.version}, {studio.licence}" in notice
     assert load_classifier(folder).predict(torch.zeros(2, 3, 128, 128)).shape == (2, 3)
+
+
+def test_the_flow_folder_loads_in_diffusers(work: Path) -> None:
+    export_flow(work, work / "flow")
+    model = Lumina2Transformer2DModel.from_pretrained(work / "flow", dtype=torch.float32)
+    trained = load_stage(build_flow(), work, "flow", "flow_average")
+    assert all(torch.allclose(v, trained.state_dict()[k], atol=1e-3) for k, v in model.state_dict().items())
+    assert sum(p.stat().st_size for p in (work / "flow").iterdir()) <= 16e6
+    export_flow(work / "once", work / "nothing")
+    assert not (work / "nothing").exists()
 
 
 def test_structure_fits_comfyui(work: Path) -> None:

@@ -20,7 +20,7 @@ from .vae import load_vae, random_picture, to_model
 
 HEADS = (len(THINGS), len(STYLES), len(BACKGROUND_NAMES))
 HEAD_NAMES = ("thing", "style", "background")
-WIDTHS = (3, 24, 48, 96, 128, 128)
+WIDTHS = (3, 24, 48, 96, 128, 160)
 
 
 class Classifier(nn.Module):
@@ -33,11 +33,11 @@ class Classifier(nn.Module):
             size, stride = (5, 2) if i == 0 else (3, 2 if i < 3 else 1)
             layers += [nn.Conv2d(a, b, size, stride=stride, padding=size // 2), nn.GroupNorm(8, b), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if stride == 1 else []
-        self.features = nn.Sequential(*layers)
-        self.heads = nn.ModuleList(nn.Linear(WIDTHS[-1] * 16, n) for n in heads)
+        self.features = nn.Sequential(*layers, nn.AvgPool2d(2))
+        self.heads = nn.ModuleList(nn.Linear(WIDTHS[-1] * 4, n) for n in heads)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Features ``(n, 2048)`` of images ``(n, 3, 128, 128)`` in [-1, 1]."""
+        """Features ``(n, 640)`` of images ``(n, 3, 128, 128)`` in [-1, 1]."""
         return self.features(images.to(memory_format=torch.channels_last)).flatten(1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

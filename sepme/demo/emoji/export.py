@@ -14,6 +14,7 @@ from .captions import load_words
 from .classifiers import Classifier
 from .data import BACKGROUND_NAMES, CLDR
 from .diffusion import Latents, build_scheduler, build_unet
+from .flow import build_flow
 from .stage import load_stage
 from .text import build_text_encoder, load_tokenizer
 from .things import STUDIOS, STYLES, THINGS, name_of
@@ -80,3 +81,10 @@ def export(work: Path, folder: Path) -> None:
     write_json(folder / "model_index.json", index)
     write_json(folder / "world.json", world_of(work))
     (folder / "NOTICE").write_text(notice(), encoding="utf-8")
+
+
+def export_flow(work: Path, folder: Path) -> None:
+    """Write the average of the flow stage in float16; it reads the pipeline folder's text encoder. Nothing if it was not trained."""
+    if (work / "flow.pt").exists():
+        save_half(load_stage(build_flow(), work, "flow", "flow_average"), folder)
+        (folder / "NOTICE").write_text(notice(), encoding="utf-8")

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ...ddim import timesteps
 from .captions import Scene, caption_of
 from .classifiers import Classifier
-from .data import BACKGROUND_NAMES
+from .data import BACKGROUND_NAMES, place
 from .diffusion import build_scheduler, build_unet
 from .flow import LENGTH, build_flow, encode, sample
 from .stage import load_stage
 from .text import build_text_encoder, load_tokenizer
 from .things import STYLES, THINGS, name_of
-from .vae import load_vae
+from .vae import load_vae, to_model
 
 Painter = Callable[[Sequence[str], int], Tensor]
 
@@ -101,9 +102,6 @@ def sheet(paint: Painter, things: Sequence[int], seed: int = 7) -> Image.Image:
     return grid([paint([caption_of(name_of(THINGS[t]), style) for style in STYLES], seed) for t in things])
 
 
-def originals(renders: np.ndarray, things: Sequence[int]) -> Image.Image:
+def originals(renders: NDArray[np.uint8], things: Sequence[int]) -> Image.Image:
     """The studios' own drawings, laid out as ``sheet`` lays out generated ones."""
-    from .data import place
-    from .vae import to_model
-
     return grid([to_model(torch.stack([place(renders[t, s]) for s in range(renders.shape[1])])) for t in things])

@@ -62,7 +62,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextMod
     """An untrained text encoder."""
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH, num_hidden_layers=layers,
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=640, projection_dim=WIDTH, num_hidden_layers=layers,
             num_attention_heads=6, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
