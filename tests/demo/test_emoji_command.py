@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from demo.emoji_packages import write_packages
+from PIL import Image
 
 from sepme.demo.emoji import __main__ as command
 from sepme.demo.emoji.captions import load_words
@@ -68,8 +70,6 @@ def test_words_are_read_off_the_packages_once(tmp_path: Path) -> None:
 def test_judging_draws_sheets_of_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-    from PIL import Image
 
     (tmp_path / "diffusion.pt").touch()
     (tmp_path / "latents.count").write_text("3")
