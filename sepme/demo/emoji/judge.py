@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ...ddim import timesteps
+from ...model.schedule import timesteps
 from .captions import Scene, caption_of
 from .classifiers import Classifier
 from .data import BACKGROUND_NAMES, place
