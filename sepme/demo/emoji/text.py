@@ -20,17 +20,27 @@ def byte_pairs(words: list[str]) -> list[tuple[str, str]]:
     The tokenizers library breaks such ties at random, and a resumed training needs the same tokens.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    counts = Counter(pair for p in pieces for pair in pairwise(p))
     merges: list[tuple[str, str]] = []
-    while counts := Counter(pair for p in pieces for pair in pairwise(p)):
-        pair = min(counts, key=lambda c: (-counts[c], c))
+    while counts:
+        most = max(counts.values())
+        pair = min(c for c, n in counts.items() if n == most)
         merges.append(pair)
         for p in pieces:
-            i = 0
-            while i < len(p) - 1:
-                if (p[i], p[i + 1]) == pair:
-                    p[i : i + 2] = [p[i] + p[i + 1]]
-                i += 1
+            if pair[0] in p and pair in (before := list(pairwise(p))):
+                _merge(p, pair)
+                counts.subtract(before)
+                counts.update(pairwise(p))
+        counts = +counts
     return merges
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> None:
+    i = 0
+    while i < len(pieces) - 1:
+        if (pieces[i], pieces[i + 1]) == pair:
+            pieces[i : i + 2] = ["".join(pair)]
+        i += 1
 
 
 def build_tokenizer(folder: Path, words: list[str]) -> CLIPTokenizer:
