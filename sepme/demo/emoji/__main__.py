@@ -25,7 +25,7 @@ from .things import THINGS
 from .vae import train_vae
 
 # the denoiser sees few things first: (up to this step, the first so many things)
-CURRICULUM = ((3000, 50), (9000, 100), (10**9, len(THINGS)))
+CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
 
 
 class Training:

@@ -20,7 +20,7 @@ from .text import LENGTH, WIDTH, build_text_encoder
 from .vae import load_vae, to_model
 
 # of every thing by every studio: placements on white, and on each of the other backgrounds
-ON_WHITE, ON_COLOUR = 8, 2
+ON_WHITE, ON_COLOUR = 4, 1
 VARIANTS = ON_WHITE + ON_COLOUR * (len(BACKGROUND_NAMES) - 1)
 
 
