@@ -55,10 +55,10 @@ class Training:
         self.renders()
 
     def vae(self) -> None:
-        train_vae(self.work, self.renders(), self.steps or 1500, until=self.until)
+        train_vae(self.work, self.renders(), self.steps or 1700, until=self.until)
 
     def classifier(self) -> None:
-        train_classifier(self.work, self.renders(), self.steps or 1600, until=self.until)
+        train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
         print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
 
     def diffusion(self) -> None:

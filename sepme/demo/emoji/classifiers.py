@@ -71,7 +71,7 @@ def worn(x: Tensor, vae: AutoencoderTiny, generator: torch.Generator) -> Tensor:
     return x + mix * (blurred - x) + 0.15 * noise.square() * torch.randn(x.shape, generator=generator)
 
 
-def train_classifier(work: Path, renders: NDArray[np.uint8], steps: int = 1600, batch: int = 32, until: int | None = None) -> None:
+def train_classifier(work: Path, renders: NDArray[np.uint8], steps: int = 5000, batch: int = 32, until: int | None = None) -> None:
     """Train all three heads on placements drawn anew for every step."""
     torch.manual_seed(2)
     model = Classifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))).to(memory_format=torch.channels_last)

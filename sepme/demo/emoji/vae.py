@@ -81,7 +81,7 @@ def random_picture(renders: NDArray[np.uint8], generator: torch.Generator) -> tu
     return picture, (thing, studio, colour)
 
 
-def train_vae(work: Path, renders: NDArray[np.uint8], steps: int = 1500, batch: int = 8, until: int | None = None) -> None:
+def train_vae(work: Path, renders: NDArray[np.uint8], steps: int = 1700, batch: int = 8, until: int | None = None) -> None:
     """Train on random crops, which costs a quarter of whole pictures: every layer is a convolution."""
     torch.manual_seed(1)
     vae = build_vae()
