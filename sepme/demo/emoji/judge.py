@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ...model.schedule import timesteps
 from .captions import Scene, caption_of
 from .classifiers import Classifier
 from .data import BACKGROUND_NAMES, place
@@ -34,7 +33,9 @@ def unet_painter(work: Path, steps: int, guidance: float) -> Painter:
     tokenizer = load_tokenizer(work / "tokenizer")
     unet = load_stage(build_unet(), work, "diffusion", "unet_average")
     text, vae = load_stage(build_text_encoder(tokenizer), work, "diffusion", "text_average"), load_vae(work)
-    alphas, times = build_scheduler().alphas_cumprod, timesteps(steps, 1000).tolist()
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(steps)
+    alphas, times = scheduler.alphas_cumprod, scheduler.timesteps.tolist()
 
     @torch.no_grad()
     def paint(captions: Sequence[str], seed: int) -> Tensor:
