@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,15 @@ def test_the_flow_folder_loads_in_diffusers(work: Path) -> None:
     assert sum(p.stat().st_size for p in (work / "flow").iterdir()) <= 16e6
     export_flow(work / "once", work / "nothing")
     assert not (work / "nothing").exists()
+
+
+def test_a_flow_of_another_text_encoder_is_not_exported(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "tokenizer", tmp_path / "tokenizer")
+    shutil.copy(work / "flow.pt", tmp_path)
+    shutil.copy(work / "once" / "diffusion.pt", tmp_path)
+    with pytest.raises(SystemExit, match="another text encoder"):
+        export_flow(tmp_path, tmp_path / "flow")
+    assert not (tmp_path / "flow").exists()
 
 
 def test_structure_fits_comfyui(work: Path) -> None:

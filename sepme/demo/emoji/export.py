@@ -84,7 +84,20 @@ def export(work: Path, folder: Path) -> None:
 
 
 def export_flow(work: Path, folder: Path) -> None:
-    """Write the average of the flow stage in float16; it reads the pipeline folder's text encoder. Nothing if it was not trained."""
-    if (work / "flow.pt").exists():
-        save_half(load_stage(build_flow(), work, "flow", "flow_average"), folder)
-        (folder / "NOTICE").write_text(notice(), encoding="utf-8")
+    """Write the average of the flow stage in float16; it reads the pipeline folder's text encoder. Nothing if it was not trained.
+
+    Raises:
+        SystemExit: the denoiser, and with it the text encoder, was trained on after the flow stage began.
+    """
+    if not (work / "flow.pt").exists():
+        return
+    tokenizer = load_tokenizer(work / "tokenizer")
+    own = load_stage(build_text_encoder(tokenizer), work, "flow", "text").state_dict()
+    shared = load_stage(build_text_encoder(tokenizer), work, "diffusion", "text_average").state_dict()
+    if not all(torch.equal(value, shared[key]) for key, value in own.items()):
+        raise SystemExit(
+            f"{work / 'flow.pt'} was trained with another text encoder than {work / 'diffusion.pt'} has now: "
+            "move it away and run `python -m sepme.demo.emoji flow export` once the denoiser is finished"
+        )
+    save_half(load_stage(build_flow(), work, "flow", "flow_average"), folder)
+    (folder / "NOTICE").write_text(notice(), encoding="utf-8")

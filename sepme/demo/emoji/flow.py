@@ -46,7 +46,8 @@ def train_flow(work: Path, batches: Batches, steps: int, rate: float = 1e-3, unt
     torch.manual_seed(4)
     model, text = build_flow(), load_stage(build_text_encoder(batches.tokenizer), work, "diffusion", "text_average")
     average = Average({"flow": model})
-    stage = Stage(work, "flow", {"flow": model} | average.copies, steps, rate, seed=14)
+    # the text encoder is kept beside it: the denoiser may be trained on, which changes its own
+    stage = Stage(work, "flow", {"flow": model, "text": text} | average.copies, steps, rate, seed=14)
     end = batches.tokenizer.eos_token_id
 
     def loss_of(step: int) -> Tensor:

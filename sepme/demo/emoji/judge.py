@@ -57,7 +57,7 @@ def flow_painter(work: Path, steps: int, guidance: float) -> Painter:
     """Euler's method with the averaged weights of the flow stage."""
     tokenizer = load_tokenizer(work / "tokenizer")
     model, vae = load_stage(build_flow(), work, "flow", "flow_average"), load_vae(work)
-    text = load_stage(build_text_encoder(tokenizer), work, "diffusion", "text_average")
+    text = load_stage(build_text_encoder(tokenizer), work, "flow", "text")
 
     @torch.no_grad()
     def paint(captions: Sequence[str], seed: int) -> Tensor:
