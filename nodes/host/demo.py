@@ -52,7 +52,7 @@ def _decoder() -> Any:
 def _unet() -> Any:
     config, state = _read("unet")
     channels, blocks = config["block_out_channels"], config["layers_per_block"]
-    levels = len(channels)
+    depth = [int(kind.startswith("CrossAttn")) for kind in config["down_block_types"]]
 
     class Demo(comfy.supported_models.SD15):
         unet_config: dict[str, Any] = {}  # noqa: RUF012
@@ -66,9 +66,9 @@ def _unet() -> Any:
             "out_channels": config["out_channels"],
             "model_channels": channels[0],
             "channel_mult": [c // channels[0] for c in channels],
-            "num_res_blocks": [blocks] * levels,
-            "transformer_depth": [1] * (blocks * levels),
-            "transformer_depth_output": [1] * ((blocks + 1) * levels),
+            "num_res_blocks": [blocks] * len(channels),
+            "transformer_depth": [d for d in depth for _ in range(blocks)],
+            "transformer_depth_output": [d for d in depth for _ in range(blocks + 1)],
             "transformer_depth_middle": 1,
             "use_spatial_transformer": True,
             "legacy": False,
@@ -132,8 +132,15 @@ def _clip() -> Any:
 
 def _vae() -> Any:
     _, state = _read("vae")
+    width = len(state["encoder.layers.0.weight"])
     names = {}
     for key in state:
         side, _, index, rest = key.split(".", 3)
         names[key] = f"taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"
-    return comfy.sd.VAE(sd={names[k]: v for k, v in state.items()}, dtype=torch.float32)
+    return comfy.sd.VAE(sd={names[k]: _widened(v, width) for k, v in state.items()}, dtype=torch.float32)
+
+
+def _widened(weight: torch.Tensor, width: int, host: int = 64) -> torch.Tensor:
+    """A TAESD weight of ``width`` channels as one of the host's fixed width: the channels that it adds are all zero, and stay so."""
+    sides = [(0, host - width if size == width else 0) for size in weight.shape]
+    return torch.nn.functional.pad(weight, [n for side in reversed(sides) for n in side])

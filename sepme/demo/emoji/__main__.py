@@ -1,0 +1,119 @@
+"""Train the emoji world's models: ``python -m sepme.demo.emoji [stage...]``, all stages by default.
+
+Each goes on from its checkpoint in ``--work``, and does nothing if it is done. ``--steps`` may be raised later: training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .captions import Words, build_words, load_words
+from .classifiers import Classifier, held_out, train_classifier
+from .data import render_all
+from .diffusion import Batches, Latents, train_diffusion
+from .export import export, export_flow
+from .flow import train_flow
+from .judge import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
+from .stage import load_stage
+from .text import build_tokenizer, load_tokenizer
+from .things import THINGS
+from .vae import train_vae
+
+# the denoiser sees few things first: (up to this step, the first so many things)
+CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
+
+
+class Training:
+    """The stages as methods, and what they share."""
+
+    def __init__(self, work: Path, things: int = len(THINGS), steps: int | None = None, until: int | None = None) -> None:
+        self.work, self.things, self.steps, self.until = work, things, steps, until
+        work.mkdir(parents=True, exist_ok=True)
+
+    def renders(self) -> NDArray[np.uint8]:
+        return render_all(self.work / "npm", self.work / "renders.npy")
+
+    def words(self) -> Words:
+        """Built once: training that goes on needs the same."""
+        path = self.work / "words.json"
+        if not path.exists():
+            build_words(self.work / "npm").save(path)
+        return load_words(path)
+
+    def batches(self, things: int) -> Batches:
+        latents, words, folder = Latents(self.work, self.renders(), things), self.words(), self.work / "tokenizer"
+        if not (folder / "merges.txt").exists():
+            build_tokenizer(folder, words.vocabulary)
+        return Batches(latents, words, load_tokenizer(folder))
+
+    def render(self) -> None:
+        self.renders()
+
+    def vae(self) -> None:
+        train_vae(self.work, self.renders(), self.steps or 1700, until=self.until)
+
+    def classifier(self) -> None:
+        train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
+        print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
+
+    def diffusion(self) -> None:
+        last = self.until or 10**9
+        for end, things in CURRICULUM:
+            train_diffusion(self.work, self.batches(min(things, self.things)), self.steps or 24000, until=min(end, last))
+            if end >= last:
+                break
+
+    def flow(self) -> None:
+        train_flow(self.work, self.batches(self.things), self.steps or 24000, until=self.until)
+
+    def export(self) -> None:
+        export(self.work, self.work / "model")
+        export_flow(self.work, self.work / "flow")
+
+    def judge(self) -> None:
+        self._judge("diffusion", unet_painter)
+        self._judge("flow", flow_painter)
+
+    def _judge(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
+        """Print the share that is read as asked, and draw sheets of ten things beside the studios' own drawings."""
+        if not (self.work / f"{stage}.pt").exists():
+            return
+        things = Latents.count(self.work)
+        paint = painter(self.work, steps, guidance)
+        chosen = list(range(0, things, max(1, things // 10)))[:10]
+        sheet(paint, chosen).save(self.work / f"{stage}.png")
+        originals(self.renders(), chosen).save(self.work / "originals.png")
+        if (self.work / "classifier.pt").exists():
+            classifier = load_stage(Classifier(), self.work, "classifier", "classifier")
+            print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
+
+
+def main() -> None:
+    stages: dict[str, Callable[[Training], None]] = {
+        "render": Training.render, "vae": Training.vae, "classifier": Training.classifier, "diffusion": Training.diffusion,
+        "flow": Training.flow, "export": Training.export, "judge": Training.judge,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m sepme.demo.emoji", description=__doc__)
+    parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji-world"), help="folder of packages, renders, checkpoints and models")
+    parser.add_argument("--things", type=int, default=len(THINGS), help="how many of the things the generators are trained on at most")
+    parser.add_argument("--steps", type=int, help="of the stage, instead of its own number")
+    parser.add_argument("--until", type=int, help="stop at this step and go on another time")
+    arguments = parser.parse_args()
+    unknown = [s for s in arguments.stages if s not in stages]
+    if unknown:
+        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(stages)}")
+    if not 1 <= arguments.things <= len(THINGS):
+        parser.error(f"--things is between 1 and {len(THINGS)}")
+    training = Training(arguments.work, arguments.things, arguments.steps, arguments.until)
+    for stage in arguments.stages:
+        stages[stage](training)
+
+
+if __name__ == "__main__":
+    main()
