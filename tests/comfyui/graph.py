@@ -33,6 +33,9 @@ class Graph:
         return self.add("PreviewImage", images=image)
 
 
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
 def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The prompt that the front end makes of a saved workflow.
 
@@ -50,9 +53,9 @@ def from_workflow(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, d
         inputs: dict[str, Any] = {}
         for part in ("required", "optional"):
             for name in spec["input_order"].get(part, []):
-                if name not in sockets:
-                    inputs[name] = values.pop(0)
-                    options = spec["input"][part][name][1]
+                kind, options = spec["input"][part][name][0], (*spec["input"][part][name], {})[1]
+                if name not in sockets and (isinstance(kind, list) or kind in WIDGETS):  # later versions have more inputs than were saved
+                    inputs[name] = values.pop(0) if values else options["default"]
                     after = options.get("control_after_generate")
                     if after if after is not None else name in ("seed", "noise_seed"):
                         assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
