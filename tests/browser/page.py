@@ -263,7 +263,8 @@ class Page:
     def run(self) -> dict[str, Any]:
         """Press Run and wait until the prompt is done; how it ended, as the host was told."""
         self.tab.evaluate("sepmeTest.run = null")
-        self.tab.locator("button[data-testid='queue-button']:visible, button:visible:has-text('Run')").first.click()
+        names = ", ".join(f"button:visible:has-text('{name}')" for name in ("Run", "运行"))
+        self.tab.locator(f"button[data-testid='queue-button']:visible, {names}").first.click()
         self.tab.wait_for_function("sepmeTest.run", timeout=5 * WAIT)  # training, on a machine that others use too
         done: dict[str, Any] = self.tab.evaluate("sepmeTest.run")
         return done

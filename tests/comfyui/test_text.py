@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("comfyui inside")
 
 def test_ordinary_prompts_are_read_once(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as the text encoder, its LoRAs and its clip skip stay the same; other prompts are read every time."""
-    ordinary = import_module(f"{inside.sepme.__name__}.gate").ordinary_prompts()[:40]
+    ordinary = import_module(f"{inside.sepme.__name__}.plan.gate").ordinary_prompts()[:40]
     clip = inside.host.demo_model()[1]
     calls: list[int] = []
     clip.cond_stage_model.clip_l.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
@@ -43,7 +43,7 @@ def test_ordinary_prompts_are_read_once(inside: Inside, monkeypatch: pytest.Monk
 def test_verification_reads_what_training_has_read(inside: Inside) -> None:
     """And the other way round: the ordinary prompts that gates are not calibrated on."""
     sepme, clip = inside.sepme, inside.host.demo_model()[1]
-    verify = import_module(f"{sepme.__name__}.verify").verify
+    verify = import_module(f"{sepme.__name__}.delta.verify").verify
     rows: list[int] = []
     clip.cond_stage_model.clip_l.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     sepme.Planner(inside.host.ClipEncoder(clip), sepme.ConceptBook((sepme.Concept("star", ("star",)),)))
@@ -55,7 +55,7 @@ def test_verification_reads_what_training_has_read(inside: Inside) -> None:
 
 def test_a_freed_text_encoder_takes_its_prompts_along(inside: Inside) -> None:
     text = import_module(f"{inside.host.__name__}.text")
-    ordinary = import_module(f"{inside.sepme.__name__}.gate").ordinary_prompts()
+    ordinary = import_module(f"{inside.sepme.__name__}.plan.gate").ordinary_prompts()
     clip = inside.host.demo_model()[1]
     before = len(text._ORDINARY)
     inside.host.ClipEncoder(clip).encode(ordinary[:2])
