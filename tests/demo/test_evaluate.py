@@ -219,12 +219,12 @@ def test_prompt_weights(demo_host: Any) -> None:
 def test_a_few_at_once(demo_host: Any) -> None:
     """Pieces of a batch are the pictures of the whole, drawn in less company."""
     whole, pieces = (sampler_for(demo_host, images=3, batch=size) for size in (32, 2))
-    batch = whole.own("star")
+    batch = whole.sets.own("star")
     torch.testing.assert_close(whole.stock(batch).latents, pieces.stock(batch).latents, rtol=1e-3, atol=1e-3)
     sizes: list[int] = []
     handle = demo_host.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     try:
-        pieces.stock(whole.own("striped"))
+        pieces.stock(whole.sets.own("striped"))
     finally:
         handle.remove()
     assert set(sizes) == {4, 2}  # with and without the prompt
