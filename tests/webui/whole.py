@@ -34,6 +34,7 @@ BOTH, OTHER = "a golf ball in the style of van gogh", "a company logo"
 ON = (True, ["van gogh"], "", True, "auto")
 OFF = (False, [], "", True, "auto")
 HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "hr_second_pass_steps": 2, "denoising_strength": 0.7}
+HIRES["hr_additional_modules"] = ["Use same choices"]  # Forge's API has no default for it
 REFINER = {"refiner_checkpoint": "b", "refiner_switch_at": 0.5, "steps": 4}
 # requests that are drawn before the extension is there: stock
 STOCK: dict[str, dict[str, Any]] = {
