@@ -59,7 +59,7 @@ def book_of(fields: Sequence[str]) -> str:
     *cells, preserve = (str(field or "").strip() for field in fields)
     concepts = []
     for name, prompts, anchor in (cells[i : i + FIELDS] for i in range(0, len(cells), FIELDS)):
-        given = {"prompts": [p.strip() for p in prompts.split(SEPARATOR) if p.strip()], "anchor": anchor}
+        given = {"prompts": [prompt.strip() for prompt in prompts.split(SEPARATOR) if prompt.strip()], "anchor": anchor}
         if name:
             concepts.append({"name": name, **{key: value for key, value in given.items() if value}})
         elif prompts or anchor:
