@@ -18,6 +18,7 @@ NO_FILE = "There is no checkpoint; put one into models/Stable-diffusion and choo
 
 
 def is_forge(model: Any) -> bool:
+    """Whether a loaded checkpoint belongs to a Forge, whose models are ComfyUI-like objects."""
     return getattr(model, "forge_objects", None) is not None
 
 
