@@ -8,9 +8,7 @@ where something did not hold.
 # ruff: noqa: E402 (what is imported depends on paths set here)
 from __future__ import annotations
 
-import base64
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -78,7 +76,7 @@ class Trial:
     def draw(self, case: str, *panel: Any, **more: Any) -> Pictures:
         request = dict(STOCK[case]) | more
         if request.get("path") == "img2img":
-            request["init_images"] = [base64.b64encode(self.stock["txt2img"].png).decode()]
+            request["init_images"] = [self.stock["txt2img"].dumps()[1]]
         if request.get("script_name") == "prompt matrix":
             request["script_args"] = MATRIX
         return self.server.draw(request.pop("prompt"), *panel, **request)
@@ -86,14 +84,14 @@ class Trial:
     def draw_stock(self, known: Path) -> str | None:
         """Before the extension is there; or what an earlier run with this host drew."""
         if known.exists():
-            self.stock = pickle.loads(known.read_bytes())
+            self.stock = {case: Pictures.loads(texts) for case, texts in json.loads(known.read_text(encoding="utf-8")).items()}
         if known.exists() and self.stock.keys() == STOCK.keys():
             assert self.draw("txt2img") == self.stock["txt2img"], f"the host draws other pictures than before; delete {known}"
             return "as in an earlier run"
         for case in STOCK:
             self.stock[case] = self.draw(case)
         assert self.draw("txt2img") == self.stock["txt2img"], "the host does not repeat itself"
-        known.write_bytes(pickle.dumps(self.stock))
+        known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")
         return None
 
     def same(self, case: str, *panel: Any, **more: Any) -> None:
@@ -189,7 +187,7 @@ def axes(trial: Trial) -> str:
 def infotext(trial: Trial, folder: Path) -> str:
     """A picture's text and its file put the panel back; the page's own button then makes that picture."""
     on = trial.other("txt2img", True, ["van gogh"], '{"van gogh": 0.5}', True, "auto")
-    (folder / "dropped.png").write_bytes(on.png)
+    (folder / "dropped.png").write_bytes(on.files[0])
     for put in (lambda: trial.page.paste(on.infotext), lambda: trial.page.drop(folder / "dropped.png")):
         trial.page.open()
         assert not trial.page.rows
@@ -221,7 +219,7 @@ def quiet(trial: Trial) -> str:
 
 def run(checkout: Path, folder: Path) -> bool:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
-    models, known = folder / "models", folder / f"stock-{checkout.name}-{commit}.pickle"
+    models, known = folder / "models", folder / f"stock-{checkout.name}-{commit}.json"
     files.relative(models / "b.safetensors", files.checkpoint(models / "a.safetensors", 0), 1)
     files.lora(folder / "lora" / "small.safetensors", 2)
     data = folder / f"data-{checkout.name}"

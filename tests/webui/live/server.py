@@ -31,14 +31,26 @@ DRAWN = {"steps": 2, "width": 64, "height": 64, "seed": 1, "sampler_name": "Eule
 
 @dataclass
 class Pictures:
-    """What one request gave: arrays ``(height, width, 3)``, the first one's infotext, and the file of it."""
+    """What one request gave: PNG files, and the infotext of the first; equal where the pixels are."""
 
-    arrays: list[np.ndarray]
+    files: list[bytes]
     infotext: str
-    png: bytes
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """``(height, width, 3)`` each."""
+        return [pixels(file) for file in self.files]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pictures) and len(self.arrays) == len(other.arrays) and all(map(np.array_equal, self.arrays, other.arrays))
+        return isinstance(other, Pictures) and len(self.files) == len(other.files) and all(map(np.array_equal, self.arrays, other.arrays))
+
+    def dumps(self) -> list[str]:
+        """As text that can be kept."""
+        return [self.infotext, *(base64.b64encode(file).decode() for file in self.files)]
+
+    @staticmethod
+    def loads(texts: list[str]) -> Pictures:
+        return Pictures([base64.b64decode(text) for text in texts[1:]], texts[0])
 
 
 def pixels(file: bytes) -> np.ndarray:
@@ -106,8 +118,7 @@ class Server:
         if panel:
             body["alwayson_scripts"] = {"sepme concepts": {"args": list(panel)}}
         answer = self.post(f"/sdapi/v1/{path}", body)
-        files = [base64.b64decode(image) for image in answer["images"]]
-        return Pictures([pixels(file) for file in files], json.loads(answer["info"])["infotexts"][0], files[0])
+        return Pictures.loads([json.loads(answer["info"])["infotexts"][0], *answer["images"]])
 
     def load(self, checkpoint: str) -> None:
         self.post("/sdapi/v1/options", {"sd_model_checkpoint": checkpoint})
