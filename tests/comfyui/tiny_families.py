@@ -44,12 +44,6 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "flux": Family("Flux", FLUX, "flux", "FluxTokenizer", "flux_clip", {"t5xxl": T5, "clip_l": CLIP_L}),
-    "chroma": Family(
-        "Chroma",
-        {k: v for k, v in FLUX.items() if k != "guidance_embed"}
-        | {"in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32, "hidden_dim": 16, "n_layers": 1, "vec_in_dim": None},
-        "pixart_t5", "PixArtTokenizer", "pixart_te", {"t5xxl": T5},
-    ),
     "qwen_image": Family(
         "QwenImage",
         {
@@ -71,8 +65,8 @@ FAMILIES = {
     "anima": Family(
         "Anima",
         {
-            "max_img_h": 64, "max_img_w": 64, "max_frames": 4, "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1,
-            "model_channels": 36, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
+            "max_img_h": 64, "max_img_w": 64, "max_frames": 4, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
+            "patch_temporal": 1, "model_channels": 36, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
             "use_adaln_lora": True, "adaln_lora_dim": 8, "concat_padding_mask": True, "min_fps": 1, "max_fps": 30,
         },
         "anima", "AnimaTokenizer", "te", {"qwen3_06b": LLM | {"hidden_size": 1024}},
@@ -118,6 +112,8 @@ def _seed(model: torch.nn.Module, seed: int) -> None:
     """Weights from one seed; norms about 1, embeddings of norm 1 a channel."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
+        if ".visual." in name:  # reads pictures, and has its full size
+            continue
         plain = weight.dim() < 2
         scale = 0.1 if plain else 1.0 if "embed" in name or "shared" in name else weight[0].numel() ** -0.5
         value = torch.randn(weight.shape, generator=generator) * scale
