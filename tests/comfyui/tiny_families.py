@@ -66,8 +66,8 @@ FAMILIES = {
         "Anima",
         {
             "max_img_h": 64, "max_img_w": 64, "max_frames": 4, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
-            "patch_temporal": 1, "model_channels": 36, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
-            "use_adaln_lora": True, "adaln_lora_dim": 8, "concat_padding_mask": True, "min_fps": 1, "max_fps": 30,
+            "patch_temporal": 1, "model_channels": 36, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 1024,
+            "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8, "concat_padding_mask": True, "min_fps": 1, "max_fps": 30,
         },
         "anima", "AnimaTokenizer", "te", {"qwen3_06b": LLM | {"hidden_size": 1024}},
     ),
