@@ -22,7 +22,8 @@ class Live:
     """Messages ``sepme.train`` of one node.
 
     Args:
-        node: its id. encoder, denoiser: those that training uses.
+        node: its id.
+        encoder, denoiser: those that training uses.
     """
 
     def __init__(self, node: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser) -> None:

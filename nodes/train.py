@@ -28,6 +28,8 @@ RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken fro
 
 
 class SepMETrain(io.ComfyNode):
+    """Node: one delta per concept that is to be erased, trained on a MODEL."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -17,6 +17,8 @@ from .sockets import CATEGORY, Deltas
 
 
 class SepMEVerify(io.ComfyNode):
+    """Node: certificates recomputed with a text encoder."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -62,11 +62,13 @@ class UNetDenoiser(ScheduledDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type that the UNet computes in."""
         dtype: torch.dtype = self.model.manual_cast_dtype or self.model.get_dtype()
         return dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the UNet runs."""
         return torch.device(self.model.device)
 
     @property

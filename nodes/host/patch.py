@@ -38,7 +38,9 @@ class Applied:
     """What a patched MODEL carries. It acts during a sampling run only, from ON_PRE_RUN to ON_CLEANUP.
 
     Args:
-        composition: all deltas of the MODEL. toggles: for prompts that say nothing themselves. inner: what the patches stand before.
+        composition: all deltas of the MODEL.
+        toggles: for prompts that say nothing themselves.
+        inner: what the patches stand before.
         adapts: whether the model makes another context of the text encoder's, which is edited then.
     """
 
@@ -58,11 +60,13 @@ class Applied:
         return strengths([merge(self.toggles, own.get(TOGGLES, {}), own.get(TAGS, {}))], self.composition.deltas)[0]
 
     def start(self, patcher: Any) -> None:
+        """A sampling run begins: cached keys and values of an earlier one go."""
         self._projectors.clear()
         self._running = True
         self._keep = not getattr(patcher, "hook_patches", None)  # hooks change weights in place, unseen, between two forwards
 
     def stop(self, patcher: Any) -> None:
+        """A sampling run is over: nothing acts until the next."""
         self._projectors.clear()
         self._running = False
 

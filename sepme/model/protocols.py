@@ -31,6 +31,8 @@ class Encoding(NamedTuple):
 
 
 class TextEncoder(Protocol):
+    """Turns prompts into what the denoiser reads."""
+
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """Encode prompts; all rows of the result have the same number of tokens."""
         ...
@@ -57,6 +59,8 @@ class AttentionLayer(Protocol):
 
 
 class Denoiser(Protocol):
+    """The frozen model as training and sampling need it."""
+
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
         """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64, ``extra`` the prompts' pooled vectors ``(batch, d_pooled)``."""
         ...
@@ -94,6 +98,8 @@ class Denoiser(Protocol):
 
 
 class ImageEncoder(Protocol):
+    """Turns pictures into latents, for training on pictures."""
+
     @property
     def image_size(self) -> int:
         """Width and height in pixels of the model's images."""

@@ -66,6 +66,7 @@ class PlanOptions:
         check_numbers(self, RANGES, frozenset({"max_rank"}))
 
     def rtol(self, mode: Mode) -> float:
+        """The relative singular value that counts as null in a mode."""
         return EXACT_RTOL if mode == "exact" else self.tolerance
 
 
@@ -118,7 +119,8 @@ class RowSpace:
     Attributes:
         gram: ``G = AᵀA`` ``(d_in, d_in)`` float64, a running sum.
         triangle: R of ``A = QR`` (at most d_in rows; A's own singular values, which G knows only down to 1e-8 of the largest),
-            or None where only G is asked for. count: rows added.
+            or None where only G is asked for.
+        count: rows added.
     """
 
     def __init__(self, d_in: int, device: torch.device, triangle: bool) -> None:
@@ -171,7 +173,8 @@ def soft_bases(factor: Tensor, tokens: Sequence[Tensor], max_rank: int, energy: 
     for all concepts and one small eigenproblem, of ``MᵀM``, each.
 
     Args:
-        factor: L, the Cholesky factor ``(d_in, d_in)``. tokens: C ``(n, d_in)`` of each concept.
+        factor: L, the Cholesky factor ``(d_in, d_in)``.
+        tokens: C ``(n, d_in)`` of each concept.
         energy: share of Σν that k directions must carry, if ``max_rank`` allows; directions with less than two thirds of the largest ν
             are left out in any case: others share them.
     """

@@ -26,12 +26,16 @@ class EncodedBook:
     """Token matrices of a book.
 
     Args:
-        encoder: the host's text encoder. book: every known concept (old and new) and what must be preserved.
-        padding: whether tokens after a prompt's end count. ordinary: calibration corpus; the shipped one by default.
+        encoder: the host's text encoder.
+        book: every known concept (old and new) and what must be preserved.
+        padding: whether tokens after a prompt's end count.
+        ordinary: calibration corpus; the shipped one by default.
         on_progress: called while prompts are read; it may raise :class:`~sepme.errors.Interrupted`.
 
     Attributes:
-        names: the concepts, in the book's order. empty: the empty prompt. encodings, anchors: by concept.
+        names: the concepts, in the book's order.
+        empty: the empty prompt.
+        encodings, anchors: by concept.
         preserved: what must not change; its file is read a batch at a time.
         ordinary: prompts that gates are calibrated on, and prompts held out, which verification reads too.
     """

@@ -113,6 +113,7 @@ class DirectionFinder:
         return "soft"
 
     def has_room(self, found: Found) -> bool:
+        """Whether enough of the concept's energy is left outside everything else."""
         return found.basis.shape[1] > 0 and found.energy >= self.options.min_kept_energy
 
     def find(self, names: Sequence[str]) -> list[Found]:

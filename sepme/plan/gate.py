@@ -30,11 +30,14 @@ class Certificate:
         leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
         leakage_gated: the same, 0 where the gate stays closed.
         kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
-        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
+        gate_low: worst ratio of what must stay untouched.
+        gate_high: smallest ratio of the concept's own prompts.
             All are the worst that rounding to half precision makes of them.
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
-        rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
-            leaves under the tolerance). Both are whole numbers. mode: how D was chosen, ``auto`` resolved.
+        rank: k.
+        null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
+            leaves under the tolerance). Both are whole numbers.
+        mode: how D was chosen, ``auto`` resolved.
         pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
     """
 
@@ -130,7 +133,8 @@ def statistics(context: Tensor, downs: Tensor) -> Tensor:
     """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row under each delta, ``(rows, deltas)`` float32.
 
     Args:
-        context: ``(rows, tokens, d_in)``. downs: of :func:`side_by_side`.
+        context: ``(rows, tokens, d_in)``.
+        downs: of :func:`side_by_side`.
     """
     context = context.float()
     d = downs.to(context)
@@ -185,7 +189,8 @@ def certify(
     """γ (calibrated unless given) and the certificate.
 
     Args:
-        leakage: worst statistic of what must never be touched, by name. high: smallest of the concept's own prompts.
+        leakage: worst statistic of what must never be touched, by name.
+        high: smallest of the concept's own prompts.
         calibration, held_out: of ordinary prompts; they may be empty.
     """
     low = max(leakage.values())

@@ -78,7 +78,8 @@ class Preserved:
     """The preserved prompts of a book, encoded a batch at a time.
 
     Attributes:
-        count: how many there are. digest: SHA-256 of them, one per line. Both are known once they were read.
+        count: how many there are.
+        digest: SHA-256 of them, one per line. Both are known once they were read.
     """
 
     def __init__(self, encoder: TextEncoder, book: ConceptBook, on_progress: OnProgress = silent) -> None:

@@ -67,7 +67,7 @@ class Increment:
                 self.w[name].data.copy_(value / self.beta)
 
     def features(self, context: Tensor) -> Tensor:
-        """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once a pass, for all layers."""
+        """``c B`` ``(batch, tokens, m)`` of a context ``(batch, tokens, d_in)``: once per pass, for all layers."""
         context = context.to(next(iter(self.w.values())).dtype)
         return context if self.basis is None else context @ self.basis.T
 

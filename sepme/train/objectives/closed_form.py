@@ -30,7 +30,8 @@ def solve(
 
     Args:
         weights: ``(d_out, d_in)`` by projection name (``<layer>.to_k`` / ``.to_v``).
-        tokens: ``C`` ``(n, d_in)``, the concept's tokens. target: ``C*`` ``(n, d_in)``, the anchor's, aligned by position.
+        tokens: ``C`` ``(n, d_in)``, the concept's tokens.
+        target: ``C*`` ``(n, d_in)``, the anchor's, aligned by position.
         down: ``Dᵀ`` ``(k, d_in)``.
         ridge: μ relative to the mean eigenvalue of ``HᵀH``.
         values_only: leave to_k as it is.
