@@ -75,7 +75,9 @@ def launched() -> Iterator[Chromium]:
     path = chromium()
     if path is None:
         message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

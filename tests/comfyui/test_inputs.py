@@ -223,9 +223,9 @@ def test_half_characters_in_every_text(server: Server) -> None:
         for kind, node in server.get("/object_info").items()
         for inputs in node["input"].values()
         for name, spec in inputs.items()
-        if kind.startswith("SepME") and (spec[0] == "STRING" or (kind, name) == ("SepMELoadDelta", "delta"))
+        if kind.startswith("SepME") and (isinstance(spec[0], list) or spec[0] in ("STRING", "COMBO"))
     }
-    assert texts >= {("SepMEConcept", "name"), ("SepMELoadDelta", "content_hash"), ("SepMETextEncode", "text")}
+    assert texts >= {("SepMEConcept", "name"), ("SepMELoadDelta", "content_hash"), ("SepMELoadCheckpoint", "ckpt_name")}
     for kind, name in sorted(texts):
         for value in HALVES:
             graph = everything(kind)
