@@ -4,11 +4,11 @@
 class SepMEError(ValueError):
     """Bad input. The message is one sentence for the user; the CLI exits with 2, a node shows it.
 
-    Half a character (a lone surrogate, as JSON can carry it) is spelled out: a host that cannot print a message may never answer again.
+    Half characters (lone surrogates), which no terminal, log or socket can encode, stand in it as escapes.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.encode(errors="backslashreplace").decode())
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -35,10 +35,12 @@ def delta_names() -> list[str]:
 
 
 def lora_folder() -> str:
+    """The first of the host's LoRA folders."""
     return str(folder_paths.get_folder_paths("loras")[0])
 
 
 def checkpoint_names() -> list[str]:
+    """Checkpoints as the host lists them: paths below its folders."""
     return list(folder_paths.get_filename_list("checkpoints"))
 
 
@@ -48,10 +50,11 @@ def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
     Raises:
         SepMEError: no such file, a pickle, a damaged file, or one without one of the three.
     """
+    name = str(name)  # a workflow may hold anything
     refuse_pickle(Path(name))
     path = folder_paths.get_full_path("checkpoints", name)
     if path is None:
-        raise SepMEError(f"There is no checkpoint {name[:60]!r}; choose one that is installed.")
+        raise SepMEError(f"There is no {name[:120]!r} in models/checkpoints; put it there, or choose another checkpoint.")
     try:
         out = comfy.sd.load_checkpoint_guess_config(
             path, output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")

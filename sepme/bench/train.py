@@ -1,6 +1,6 @@
 """A training step of ours against the published scheme written out plainly, on one UNet with random weights.
 
-Published (arXiv 2402.05947 and its code): two copies of the model, four passes a step (two with a graph), w of the null space's
+Published (arXiv 2402.05947 and its code): two copies of the model, four passes per step (two with a graph), w of the null space's
 full width. Ours: one model, three passes (one with a graph), w of the concept's subspace.
 
 Memory is the peak resident memory (Linux: VmHWM) of a process of its own for each side, less what the process held before it built
@@ -103,6 +103,7 @@ class Published:
         self.optimizer = torch.optim.Adam(self.w.values(), lr=options.learning_rate)
 
     def step(self, draw: Draw, context: Tensor, empty: Tensor) -> float:
+        """One training step; returns the loss."""
         deltas = {name: w @ self.scaled.T for name, w in self.w.items()}
 
         def wrap(name: str, module: Any, forward: Forward) -> Forward:
@@ -123,7 +124,7 @@ class Published:
         return float(loss.detach())
 
 
-class Bench:
+class Comparison:
     """Both sides on the same UNet, tokens and draws; each is built when it is first asked for."""
 
     def __init__(self, size: UNetSize) -> None:
@@ -149,6 +150,7 @@ class Bench:
         self.source = Images(latents, None, 1, self.denoiser)
 
     def ours(self) -> Callable[[], Any]:
+        """A training step of this project."""
         options = TrainOptions(batch=self.size.batch, threshold=-1e9)
         increment = Increment.zeros(weights(self.denoiser.attention_layers()), self.down, options.beta)
         own, empty = self._encoding(self.context), self._encoding(self.empty)
@@ -160,6 +162,7 @@ class Bench:
         return Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool))
 
     def published(self) -> Callable[[], Any]:
+        """A training step as published."""
         options = TrainOptions.for_mode("paper", batch=self.size.batch)
         side = Published(self.denoiser.unet, self.null, options)
         generator = torch.Generator().manual_seed(options.seed)
@@ -180,7 +183,7 @@ def _measure(side: str, size: UNetSize, steps: int) -> dict[str, int]:
     import diffusers.models.unets.unet_2d_condition  # noqa: F401  counted among the libraries
 
     before = resident("VmRSS")
-    step = getattr(Bench(size), side)()
+    step = getattr(Comparison(size), side)()
     for _ in range(steps):
         step()
     return {"before": before, "peak": resident("VmHWM")}
@@ -208,7 +211,7 @@ def run(size: UNetSize | None = None, pairs: int = 7) -> dict[str, Any]:
     size = size or UNetSize()
     used = {side: memory(side, size) for side in SIDES}
     net = {side: used[side]["peak"] - used[side]["before"] for side in SIDES}
-    bench = Bench(size)
+    bench = Comparison(size)
     ours, published = bench.ours(), bench.published()
     ours(), published()
     timing = alternate(published, ours, pairs)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui.inside import KEPT, Inside
+from comfyui.inside import PRESERVED, Inside
 from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
@@ -45,10 +45,10 @@ def test_off_is_stock(inside: Inside) -> None:
 
 
 def test_closed_gate_is_stock(inside: Inside) -> None:
-    for text in (*KEPT, ""):
+    for text in (*PRESERVED, ""):
         prompt = inside.text(text)
         assert torch.equal(inside.sample(inside.apply(inside.model), prompt), inside.sample(inside.model, prompt))
-    prompt = inside.text(KEPT[0])
+    prompt = inside.text(PRESERVED[0])
     assert not torch.equal(inside.sample(inside.apply(inside.model, gate=False), prompt), inside.sample(inside.model, prompt))
 
 
@@ -101,7 +101,7 @@ def test_mixed_toggles_in_one_batch(inside: Inside) -> None:
 
 @pytest.mark.parametrize("kind", ["pair", "combined", "area", "mask", "range", "one with toggles"])
 def test_forward_counts_are_stock(inside: Inside, kind: str) -> None:
-    """As many forwards a step, with as many rows, as without deltas; toggles differ in every prompt."""
+    """As many forwards per step, with as many rows, as without deltas; toggles differ in every prompt."""
     area = {"area": (8, 4, 0, 0)}
     mask = torch.ones(1, 8, 8)
     positive = {

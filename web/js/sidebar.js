@@ -147,7 +147,7 @@ async function droppedFiles(event) {
  * A loader of this delta in the graph that is shown, wired to the one SepMEApply there if there is just one: behind the loaders
  * that it has, so that all of them stay.
  */
-export async function addLoader(delta, position) {
+async function addLoader(delta, position) {
   const graph = app.canvas.graph;
   const node = window.LiteGraph.createNode("SepMELoadDelta");
   const applies = graph.nodes.filter((n) => n.comfyClass === "SepMEApply");

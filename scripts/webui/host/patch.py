@@ -23,7 +23,7 @@ from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge
 from .hook import ClassForward, Hook, previous
 
 MARK = 1024
-SEEN = 8  # edited conditionings that are kept: prompt editing goes to and fro between some
+SEEN = 8  # edited conditionings that are cached: prompt editing goes to and fro between some
 UNKNOWN_ROWS = (
     "another extension adds prompts of its own to the batch; they get the panel's strengths, so tags of single prompts may not reach them"
 )
@@ -40,7 +40,8 @@ class ModelPatch:
     """Deltas on the loaded model while one batch is sampled.
 
     Args:
-        p: the host's processing object. say: told, in a sentence, what the user should know of this run; maybe at every step.
+        p: the host's processing object.
+        say: told, in a sentence, what the user should know of this run; maybe at every step.
     """
 
     def __init__(self, p: Any, tables: Tables, settings: Settings, say: Callable[[str], None]) -> None:

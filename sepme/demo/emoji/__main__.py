@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import Words, build_words, load_words
-from .classifiers import Classifier, held_out, train_classifier
+from .classifiers import SceneClassifier, held_out, train_classifier
 from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
 from .export import export, export_flow
 from .flow import train_flow
-from .judge import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
+from .pictures import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
 from .stage import load_stage
 from .text import build_tokenizer, load_tokenizer
 from .things import THINGS
@@ -28,7 +28,7 @@ from .vae import train_vae
 CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
 
 
-class Training:
+class Stages:
     """The stages as methods, and what they share."""
 
     def __init__(self, work: Path, things: int = len(THINGS), steps: int | None = None, until: int | None = None) -> None:
@@ -36,6 +36,7 @@ class Training:
         work.mkdir(parents=True, exist_ok=True)
 
     def renders(self) -> NDArray[np.uint8]:
+        """The drawings, rendered once."""
         return render_all(self.work / "npm", self.work / "renders.npy")
 
     def words(self) -> Words:
@@ -46,22 +47,27 @@ class Training:
         return load_words(path)
 
     def batches(self, things: int) -> Batches:
+        """Captions and latents of the first ``things`` things."""
         latents, words, folder = Latents(self.work, self.renders(), things), self.words(), self.work / "tokenizer"
         if not (folder / "merges.txt").exists():
             build_tokenizer(folder, words.vocabulary)
         return Batches(latents, words, load_tokenizer(folder))
 
     def render(self) -> None:
+        """Stage: render the drawings."""
         self.renders()
 
     def vae(self) -> None:
+        """Stage: train the autoencoder."""
         train_vae(self.work, self.renders(), self.steps or 1700, until=self.until)
 
     def classifier(self) -> None:
+        """Stage: train the classifier and print its accuracy."""
         train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
         print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
 
     def diffusion(self) -> None:
+        """Stage: train denoiser and text encoder, few things first."""
         last = self.until or 10**9
         for end, things in CURRICULUM:
             train_diffusion(self.work, self.batches(min(things, self.things)), self.steps or 24000, until=min(end, last))
@@ -69,17 +75,20 @@ class Training:
                 break
 
     def flow(self) -> None:
+        """Stage: train the flow transformer."""
         train_flow(self.work, self.batches(self.things), self.steps or 24000, until=self.until)
 
     def export(self) -> None:
+        """Stage: write both models as folders."""
         export(self.work, self.work / "model")
         export_flow(self.work, self.work / "flow")
 
-    def judge(self) -> None:
-        self._judge("diffusion", unet_painter)
-        self._judge("flow", flow_painter)
+    def evaluate(self) -> None:
+        """Stage: print accuracies and write sheets of both models."""
+        self._evaluate("diffusion", unet_painter)
+        self._evaluate("flow", flow_painter)
 
-    def _judge(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
+    def _evaluate(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
         """Print the share that is read as asked, and draw sheets of ten things beside the studios' own drawings."""
         if not (self.work / f"{stage}.pt").exists():
             return
@@ -89,14 +98,15 @@ class Training:
         sheet(paint, chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
-            classifier = load_stage(Classifier(), self.work, "classifier", "classifier")
+            classifier = load_stage(SceneClassifier(), self.work, "classifier", "classifier")
             print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
 
 
 def main() -> None:
-    stages: dict[str, Callable[[Training], None]] = {
-        "render": Training.render, "vae": Training.vae, "classifier": Training.classifier, "diffusion": Training.diffusion,
-        "flow": Training.flow, "export": Training.export, "judge": Training.judge,
+    """Entry point of ``python -m sepme.demo.emoji``."""
+    stages: dict[str, Callable[[Stages], None]] = {
+        "render": Stages.render, "vae": Stages.vae, "classifier": Stages.classifier, "diffusion": Stages.diffusion,
+        "flow": Stages.flow, "export": Stages.export, "evaluate": Stages.evaluate,
     }  # fmt: skip
     parser = argparse.ArgumentParser(prog="python -m sepme.demo.emoji", description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))
@@ -110,7 +120,7 @@ def main() -> None:
         parser.error(f"no stage {unknown[0]!r}; there are {', '.join(stages)}")
     if not 1 <= arguments.things <= len(THINGS):
         parser.error(f"--things is between 1 and {len(THINGS)}")
-    training = Training(arguments.work, arguments.things, arguments.steps, arguments.until)
+    training = Stages(arguments.work, arguments.things, arguments.steps, arguments.until)
     for stage in arguments.stages:
         stages[stage](training)
 

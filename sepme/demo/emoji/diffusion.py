@@ -94,8 +94,8 @@ class Batches:
 
     def draw(self, generator: torch.Generator, length: int = LENGTH) -> tuple[Tensor, Tensor]:
         """Token ids ``(captions, length)`` and latents ``(captions * draws, 4, 16, 16)``."""
-        drawn = (random_caption(self.words, generator, self.latents.things) for _ in range(self.captions))
-        texts, scenes = zip(*drawn, strict=True)
+        sampled = (random_caption(self.words, generator, self.latents.things) for _ in range(self.captions))
+        texts, scenes = zip(*sampled, strict=True)
         latents = torch.stack([self.latents.pick(scene, generator) for scene in scenes for _ in range(self.draws)])
         ids = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return ids, latents.to(memory_format=torch.channels_last)
@@ -139,6 +139,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move the averages towards the parameters as they are after a step."""
         decay = min(self.decay, (step + 1) / (step + 10))
         for key, module in self.modules.items():
             torch._foreach_lerp_(list(self.copies[f"{key}_average"].parameters()), list(module.parameters()), 1 - decay)
