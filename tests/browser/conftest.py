@@ -15,7 +15,7 @@ from playwright.sync_api import Error
 from browser.chromium import Chromium, launched
 from browser.page import Page, run_prompt
 
-LIMIT = 300  # seconds of a test; a page that hangs is waited for no longer
+LIMIT = 240  # seconds of a test; a page that hangs is waited for no longer
 BOOK = """
 concepts:
   - {name: star, prompts: [star, a star, a picture of a star, a drawing of a star]}
