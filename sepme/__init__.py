@@ -9,6 +9,7 @@ from .apply.projector import KVProjector
 from .concepts import Concept, ConceptBook
 from .delta.concept_delta import ConceptDelta
 from .errors import Interrupted, SepMEError
+from .hosts.pipeline import Erasure, erase
 from .plan.directions import PlanOptions
 from .plan.planner import Planner
 from .train import TrainOptions, make_delta
@@ -18,11 +19,13 @@ __all__ = [
     "Concept",
     "ConceptBook",
     "ConceptDelta",
+    "Erasure",
     "Interrupted",
     "KVProjector",
     "PlanOptions",
     "Planner",
     "SepMEError",
     "TrainOptions",
+    "erase",
     "make_delta",
 ]
