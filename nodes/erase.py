@@ -35,7 +35,7 @@ class SepMEErase(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that draws; its weights stay as they are."),
                 io.Clip.Input("clip", tooltip="The text encoder that reads your prompts: the erasure is worked out from it."),
-                io.String.Input("concepts", default="[]", tooltip="What must not be in the pictures: one row each, or names with commas between."),
+                io.String.Input("concepts", default="[]", tooltip="What must not be in the pictures: rows, or names with commas between."),
                 Deltas.Input("deltas", optional=True, tooltip="Erasures made or loaded elsewhere, used along with these rows."),
                 io.String.Input(
                     "preserve", multiline=True, default="", optional=True, extra_dict={"advanced": True},
