@@ -55,7 +55,7 @@ def start(folder: str, base: str) -> None:
     logging.getLogger().setLevel(logging.ERROR)
 
 
-class Bench:
+class Workload:
     """A MODEL, a prompt and its negative, and deltas as random LoRAs."""
 
     def __init__(self, name: str, count: int) -> None:
@@ -157,7 +157,7 @@ class Bench:
         bench = importlib.import_module(f"{PACK}.sepme.bench")
         toggle = importlib.import_module(f"{PACK}.sepme.bench.toggle")
         count = toggle.CONCEPTS
-        theirs = Bench(self.name, count)
+        theirs = Workload(self.name, count)
         loaded = [theirs.lora_chain(n) for n in range(count)]  # what the loaders before the changed one made stays cached
         context = torch.cat([self.negative[0][0], self.positive[0][0]]).to(self.model.model.get_dtype())
 
@@ -237,8 +237,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         version = importlib.import_module("comfyui_version").__version__
         facts = {"host": f"ComfyUI {version}", "model": job["model"], "threads": job["threads"]}
         if job["bench"] == "toggle":
-            return facts | Bench(job["model"], 10).toggle(job["pairs"])
-        result = Bench(job["model"], max(job["concepts"])).overhead(
+            return facts | Workload(job["model"], 10).toggle(job["pairs"])
+        result = Workload(job["model"], max(job["concepts"])).overhead(
             tuple(job["concepts"]), job["steps"], job["rounds"], tuple(job["sides"])
         )
         return facts | result | {"steps": job["steps"], "rounds": job["rounds"]}

@@ -121,7 +121,7 @@ def find(name: str, content_hash: str, extra_pnginfo: Any) -> ConceptDelta:
     if delta is not None and content_hash in ("", delta.content_hash()):
         return delta
     what = f"The delta of {entry['concept']!r}" if entry and entry.get("concept") else f"The delta {name[:120]!r}"
-    told = f" (content hash {content_hash[:64].encode('utf-8', 'replace').decode()})" if content_hash else ""
+    told = f" (content hash {content_hash[:64]})" if content_hash else ""
     other = f"; {name} is there, but holds another one" if content_hash and host.delta_library.find(name) else ""
     raise SepMEError(f"{what}{told} is not in models/sepme{other}. Put its file there, {workflow.again(entry)}.")
 

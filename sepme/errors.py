@@ -2,7 +2,13 @@
 
 
 class SepMEError(ValueError):
-    """Bad input. The message is one sentence for the user; the CLI exits with 2, a node shows it."""
+    """Bad input. The message is one sentence for the user; the CLI exits with 2, a node shows it.
+
+    Half characters (lone surrogates), which no terminal, log or socket can encode, stand in it as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
 def out_of_memory(error: BaseException) -> bool:

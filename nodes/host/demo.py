@@ -35,7 +35,7 @@ def _read(part: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, {k: v.float() for k, v in comfy.utils.load_torch_file(str(file), safe_load=True).items()}
 
 
-class Latents(comfy.latent_formats.LatentFormat):
+class DemoLatents(comfy.latent_formats.LatentFormat):
     """The embedded model's; its decoder is quick enough for previews."""
 
     @staticmethod
@@ -57,7 +57,7 @@ def _unet() -> Any:
     class Demo(comfy.supported_models.SD15):
         unet_config: dict[str, Any] = {}  # noqa: RUF012
         unet_extra_config = {"num_heads": config["attention_head_dim"], "num_head_channels": -1}  # noqa: RUF012
-        latent_format = Latents
+        latent_format = DemoLatents
 
     model_config = Demo(
         {

@@ -48,10 +48,13 @@ def load_checkpoint(name: str) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of a ``.safetensors`` checkpoint.
 
     Raises:
-        SepMEError: a pickle, a damaged file, or one without one of the three.
+        SepMEError: no such file, a pickle, a damaged file, or one without one of the three.
     """
+    name = str(name)  # a workflow may hold anything
     refuse_pickle(Path(name))
-    path = folder_paths.get_full_path_or_raise("checkpoints", name)
+    path = folder_paths.get_full_path("checkpoints", name)
+    if path is None:
+        raise SepMEError(f"There is no {name[:120]!r} in models/checkpoints; put it there, or choose another checkpoint.")
     try:
         out = comfy.sd.load_checkpoint_guess_config(
             path, output_vae=True, output_clip=True, embedding_directory=folder_paths.get_folder_paths("embeddings")

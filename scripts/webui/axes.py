@@ -12,7 +12,7 @@ from . import host
 from .files import find, labels
 
 JOINT = "+"  # commas separate an axis's values
-NOTHING = ("none", "nothing")  # the first that is no concept's name
+NONE = ("none", "nothing")  # the first that is no concept's name
 
 
 def _strength(p: Any, value: float, values: list[float]) -> None:
@@ -45,12 +45,12 @@ def concepts_of(value: str, entries: Sequence[Entry]) -> list[str]:
 
 def means_none(concepts: Sequence[str], entries: Sequence[Entry]) -> bool:
     """Whether a value of the axis means that nothing is to be erased."""
-    return not concepts or (len(concepts) == 1 and concepts[0] in NOTHING and not find(concepts[0], entries))
+    return not concepts or (len(concepts) == 1 and concepts[0] in NONE and not find(concepts[0], entries))
 
 
 def _choices() -> list[str]:
     entries = host.library.entries()
-    return [*[word for word in NOTHING if not find(word, entries)][:1], *labels(entries)]
+    return [*[word for word in NONE if not find(word, entries)][:1], *labels(entries)]
 
 
 def add_axes() -> None:

@@ -123,7 +123,7 @@ class Published:
         return float(loss.detach())
 
 
-class Bench:
+class Comparison:
     """Both sides on the same UNet, tokens and draws; each is built when it is first asked for."""
 
     def __init__(self, size: UNetSize) -> None:
@@ -180,7 +180,7 @@ def _measure(side: str, size: UNetSize, steps: int) -> dict[str, int]:
     import diffusers.models.unets.unet_2d_condition  # noqa: F401  counted among the libraries
 
     before = resident("VmRSS")
-    step = getattr(Bench(size), side)()
+    step = getattr(Comparison(size), side)()
     for _ in range(steps):
         step()
     return {"before": before, "peak": resident("VmHWM")}
@@ -208,7 +208,7 @@ def run(size: UNetSize | None = None, pairs: int = 7) -> dict[str, Any]:
     size = size or UNetSize()
     used = {side: memory(side, size) for side in SIDES}
     net = {side: used[side]["peak"] - used[side]["before"] for side in SIDES}
-    bench = Bench(size)
+    bench = Comparison(size)
     ours, published = bench.ours(), bench.published()
     ours(), published()
     timing = alternate(published, ours, pairs)

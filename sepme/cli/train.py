@@ -35,6 +35,7 @@ from .common import (
 from .inspect import show_summaries, summary
 
 if TYPE_CHECKING:
+    from ..model.protocols import ImageEncoder
     from ..train.book import Group
     from ..train.workers import Setup
 
@@ -189,7 +190,7 @@ def _make(
             raise typer.Exit(130) from None
 
 
-def _pictures(host: Any, folder: Path | None, names: list[str], check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def _pictures(host: ImageEncoder, folder: Path | None, names: list[str], check: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The user's pictures of every concept as clean latents; concepts without a subfolder share the folder."""
     from ..images import load_folder
     from ..train import Pictures

@@ -26,13 +26,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..evaluate.network import Network
 from .large import LARGE
-from .world import BOTH_PROMPTS, OBJECT_PROMPTS, SMALL, STYLE_PROMPTS, Scene, World
+from .world import BOTH_PROMPTS, OBJECT_PROMPTS, SMALL, STYLE_PROMPTS, Drawing, World
 
 EMBEDDED = Path(__file__).parent / "model"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WorldRecipe:
     """How the model of a world is trained.
 
     Attributes:
@@ -55,8 +55,8 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(SMALL),
-    "large": Recipe(
+    "small": WorldRecipe(SMALL),
+    "large": WorldRecipe(
         LARGE,
         vae_width=32,
         vae_steps=1500,
@@ -71,7 +71,7 @@ RECIPES = {
 }
 
 
-def pool(world: World, seed: int, count: int) -> tuple[Tensor, list[Scene]]:
+def pool(world: World, seed: int, count: int) -> tuple[Tensor, list[Drawing]]:
     """``count`` drawings as ``(count, 3, 64, 64)`` uint8 and their scenes."""
     generator = torch.Generator().manual_seed(seed)
     scenes = [world.random_scene(generator) for _ in range(count)]
@@ -84,7 +84,7 @@ def to_model(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-class Stage:
+class WorldStage:
     """A resumable optimisation: cosine learning rate, checkpoints, log lines."""
 
     def __init__(self, name: str, work: Path, modules: dict[str, torch.nn.Module], steps: int, lr: float, seed: int):
@@ -133,15 +133,15 @@ class Stage:
         return torch.randint(count, (batch,), generator=self.generator)
 
 
-def build_vae(recipe: Recipe) -> AutoencoderTiny:
+def build_vae(recipe: WorldRecipe) -> AutoencoderTiny:
     widths = (recipe.vae_width,) * 4
     return AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
 
 
-def train_vae(work: Path, recipe: Recipe, batch: int = 12) -> AutoencoderTiny:
+def train_vae(work: Path, recipe: WorldRecipe, batch: int = 12) -> AutoencoderTiny:
     torch.manual_seed(1)
     vae = build_vae(recipe).to(memory_format=torch.channels_last)
-    stage = Stage("vae", work, {"vae": vae}, recipe.vae_steps, recipe.vae_rate, seed=11)
+    stage = WorldStage("vae", work, {"vae": vae}, recipe.vae_steps, recipe.vae_rate, seed=11)
     images, _ = pool(recipe.world, 101, recipe.scenes)
     for step in stage:
         x = to_model(images[stage.pick(len(images), batch)]).to(memory_format=torch.channels_last)
@@ -159,10 +159,10 @@ def train_vae(work: Path, recipe: Recipe, batch: int = 12) -> AutoencoderTiny:
     return vae
 
 
-def train_classifier(work: Path, recipe: Recipe, batch: int = 64) -> Network:
+def train_classifier(work: Path, recipe: WorldRecipe, batch: int = 64) -> Network:
     torch.manual_seed(2)
     model = Network(recipe.world.labels)
-    stage = Stage("classifier", work, {"classifier": model}, recipe.classifier_steps, 2e-3, seed=12)
+    stage = WorldStage("classifier", work, {"classifier": model}, recipe.classifier_steps, 2e-3, seed=12)
     images, scenes = pool(recipe.world, 102, recipe.scenes)
     labels = torch.tensor(scenes)
     for step in stage:
@@ -180,7 +180,7 @@ def train_classifier(work: Path, recipe: Recipe, batch: int = 64) -> Network:
     return model.eval().requires_grad_(False)
 
 
-def build_tokenizer(folder: Path, recipe: Recipe = RECIPES["small"]) -> CLIPTokenizer:
+def build_tokenizer(folder: Path, recipe: WorldRecipe = RECIPES["small"]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges know the world's words; other words fall into smaller pieces."""
     corpus = Path(__file__).parents[1] / "data" / "ordinary_prompts.txt"
     words = list(recipe.world.words)
@@ -201,7 +201,7 @@ def build_tokenizer(folder: Path, recipe: Recipe = RECIPES["small"]) -> CLIPToke
     return tokenizer
 
 
-def tokenizer_of(work: Path, recipe: Recipe) -> CLIPTokenizer:
+def tokenizer_of(work: Path, recipe: WorldRecipe) -> CLIPTokenizer:
     """The tokenizer of a training run, built once: equally frequent pairs merge in another order every time."""
     folder = work / "tokenizer"
     if not (folder / "merges.txt").exists():
@@ -252,7 +252,7 @@ def begin_text(module: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) ->
     embedding[[own[t] for t in shared]] = given[[known[t] for t in shared]].float()
 
 
-def latent_pool(work: Path, recipe: Recipe) -> Tensor:
+def latent_pool(work: Path, recipe: WorldRecipe) -> Tensor:
     """Latents of drawings of every scene: ``(objects, styles + 1, colours, each, 4, 8, 8)``."""
     path = work / "latents.pt"
     if not path.exists():
@@ -261,7 +261,7 @@ def latent_pool(work: Path, recipe: Recipe) -> Tensor:
         shape = recipe.world.heads
         latents = []
         for o, s, c in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():
-            images = torch.stack([recipe.world.draw(Scene(o, s, c), generator) for _ in range(recipe.each)]) * 2 - 1
+            images = torch.stack([recipe.world.draw(Drawing(o, s, c), generator) for _ in range(recipe.each)]) * 2 - 1
             with torch.no_grad():
                 latents.append(vae.encoder(images.to(memory_format=torch.channels_last)).contiguous())
         torch.save(torch.stack(latents).reshape(*shape, recipe.each, 4, 8, 8), path)
@@ -273,7 +273,7 @@ def load_stage(module: Any, work: Path, stage: str, key: str | None = None) -> A
     return module
 
 
-def train_diffusion(work: Path, recipe: Recipe, decay: float = 0.998) -> None:
+def train_diffusion(work: Path, recipe: WorldRecipe, decay: float = 0.998) -> None:
     torch.manual_seed(3)
     batch = recipe.batch
     tokenizer = tokenizer_of(work, recipe)
@@ -282,7 +282,9 @@ def train_diffusion(work: Path, recipe: Recipe, decay: float = 0.998) -> None:
         begin(modules["unet"], recipe.start / "unet")
         begin_text(modules["text"], tokenizer, recipe.start)
     averages = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
-    stage = Stage("diffusion", work, modules | {f"{k}_average": m for k, m in averages.items()}, recipe.diffusion_steps, 1.2e-3, seed=13)
+    stage = WorldStage(
+        "diffusion", work, modules | {f"{k}_average": m for k, m in averages.items()}, recipe.diffusion_steps, 1.2e-3, seed=13
+    )
     latents = latent_pool(work, recipe)
     alphas = build_scheduler().alphas_cumprod
     running = 1.0
@@ -307,7 +309,7 @@ def train_diffusion(work: Path, recipe: Recipe, decay: float = 0.998) -> None:
             print(f"diffusion step {step} loss {running:.4f}", flush=True)
 
 
-def train_export(work: Path, recipe: Recipe) -> None:
+def train_export(work: Path, recipe: WorldRecipe) -> None:
     """Write the trained parts in float16 as a Stable Diffusion pipeline folder ``--work``/model, the classifier beside them."""
     folder = work / "model"
     tokenizer = tokenizer_of(work, recipe)

@@ -42,7 +42,7 @@ FILLER = (
 )  # fmt: skip
 
 
-class Scene(NamedTuple):
+class Drawing(NamedTuple):
     """What a picture shows: indices into a world's objects, styles (their number: plain) and colours."""
 
     object: int
@@ -123,7 +123,7 @@ class World:
         """Filler that holds no word of this world."""
         return tuple(f for f in FILLER if not set(f.split()) & set(self.words))
 
-    def draw(self, scene: Scene, generator: torch.Generator) -> Tensor:
+    def draw(self, scene: Drawing, generator: torch.Generator) -> Tensor:
         """Draw one scene with a jittered place, size, angle and tone.
 
         Returns:
@@ -144,11 +144,11 @@ class World:
         )  # fmt: skip
         return self.paint(canvas, self.styles[scene.style] if scene.style < len(self.styles) else "plain")
 
-    def random_scene(self, generator: torch.Generator) -> Scene:
+    def random_scene(self, generator: torch.Generator) -> Drawing:
         """A scene drawn uniformly; styles and plain are equally likely."""
-        return Scene(*(int(torch.randint(h, (1,), generator=generator)) for h in self.heads))
+        return Drawing(*(int(torch.randint(h, (1,), generator=generator)) for h in self.heads))
 
-    def random_caption(self, generator: torch.Generator) -> tuple[str, Scene]:
+    def random_caption(self, generator: torch.Generator) -> tuple[str, Drawing]:
         """A caption and a scene that it describes.
 
         What a caption omits is drawn at random, except the style, which is then plain; the empty caption shows anything.
@@ -194,7 +194,7 @@ def classifier_accuracy(network: Network, world: World, count: int = 1050) -> di
     """Accuracy on freshly drawn pictures that training never saw, by head."""
     generator = torch.Generator().manual_seed(987_654)
     total = world.heads
-    scenes = [Scene(i % total[0], i // total[0] % total[1], i % total[2]) for i in range(count)]
+    scenes = [Drawing(i % total[0], i // total[0] % total[1], i % total[2]) for i in range(count)]
     images = torch.stack([world.draw(s, generator) for s in scenes]) * 2 - 1
     right = network.predict(images) == torch.tensor(scenes)
     return dict(zip(("object", "style", "colour"), right.float().mean(0).tolist(), strict=True))

@@ -128,18 +128,18 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
 
 
 def strength_sweep(sampler: Sampler, eraser: Separable, gate: bool) -> list[dict[str, float]]:
-    """Erased and kept accuracy against the strength of each concept alone."""
+    """Erased and preserved accuracy against the strength of each concept alone."""
     rows = []
     for strength in sampler.suite.strengths:
-        erased, kept, both = [], [], []
+        erased, preserved, both = [], [], []
         for name in sampler.suite.names:
             scaled = Separable(eraser.composition.deltas)
             scaled.strength = strength
             erased.append(sampler.sample(sampler.sets.own(name), scaled, [name], gate).accuracy)
-            kept.append(sampler.sample(sampler.sets.others(name), scaled, [name], gate).accuracy)
+            preserved.append(sampler.sample(sampler.sets.others(name), scaled, [name], gate).accuracy)
             both.append(sampler.sample(sampler.sets.both(name), scaled, [name], gate).accuracy)
         rows.append(
-            {"strength": strength, "erased_accuracy": fmean(erased), "kept_accuracy": fmean(kept), "cooccurring_accuracy": fmean(both)}
+            {"strength": strength, "erased_accuracy": fmean(erased), "kept_accuracy": fmean(preserved), "cooccurring_accuracy": fmean(both)}
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""The figures of one method: erased, kept, co-occurring, restored, untouched."""
+"""The figures of one method: erased, preserved, co-occurring, restored, untouched."""
 
 from __future__ import annotations
 

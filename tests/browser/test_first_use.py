@@ -78,7 +78,7 @@ def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
     apply, save = ids["SepMEApply"], ids["SaveImage"]
     erased = page.queue()[save]["images"][0]
     page.switch(apply, "star")
-    kept = page.queue()[save]["images"][0]
+    preserved = page.queue()[save]["images"][0]
     number = page.row(apply, "star").locator(".sepme-number")
     number.fill("0.9")
     number.press("Enter")
@@ -88,15 +88,15 @@ def shared(server: Server, open_page: Callable[..., Page]) -> dict[str, Any]:
     travelling = page.queue()[save]["images"][0]
     assert page.own_errors() == []
     return {
-        "erased": pixels(server, erased), "kept": pixels(server, kept), "travelling": pixels(server, travelling),
+        "erased": pixels(server, erased), "preserved": pixels(server, preserved), "travelling": pixels(server, travelling),
         "recipe_png": server.view(erased), "delta_png": server.view(travelling), "hash": page.value(ids["SepMELoadDelta"], "content_hash"),
     }  # fmt: skip
 
 
 def test_a_switch_changes_the_picture(shared: dict[str, Any], server: Server) -> None:
-    assert not np.array_equal(shared["erased"], shared["kept"])
+    assert not np.array_equal(shared["erased"], shared["preserved"])
     assert not np.array_equal(shared["erased"], shared["travelling"])
-    assert np.array_equal(shared["kept"], stock(server))  # given back: bit for bit
+    assert np.array_equal(shared["preserved"], stock(server))  # given back: bit for bit
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(os.environ.get("SEPME_PICTURES", tmp_path))
 
 
-def kept(path: Path) -> None:
+def check_picture(path: Path) -> None:
     """A picture that shows something, small enough for a README."""
     image = Image.open(path).convert("RGB")
     assert len(image.resize((64, 64)).getcolors(4096) or range(4096)) > 50
@@ -53,7 +53,7 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
         "app.canvas.deselectAll?.(); app.canvas.ds.scale = 0.8; app.canvas.ds.offset = [60, 0]; app.canvas.setDirty(true, true)"
     )
     page.picture(folder / "comfyui-page.png")
-    kept(folder / "comfyui-page.png")
+    check_picture(folder / "comfyui-page.png")
 
 
 def test_repair(server: Server, open_page: Callable[..., Page], folder: Path) -> None:
@@ -73,5 +73,5 @@ def test_repair(server: Server, open_page: Callable[..., Page], folder: Path) ->
     )
     dialog = page.dialog("Missing concept deltas")
     dialog.screenshot(path=str(folder / "comfyui-repair.png"))
-    kept(folder / "comfyui-repair.png")
+    check_picture(folder / "comfyui-repair.png")
     page.answer("Missing concept deltas", "Close")

@@ -11,7 +11,7 @@ from browser.page import Page
 
 pytestmark = pytest.mark.xdist_group("browser")
 
-DRAWN = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((value) => value)"
+PAINTED = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((value) => value)"
 
 
 @pytest.mark.usefixtures("delta_folder")
@@ -38,7 +38,7 @@ def test_curve_picture_certificates(page: Page) -> None:
     shown = page.part(train, "sepmeTraining")
     expect(shown).to_contain_text("Deltas made: 1")
     page.sees(lambda: shown.locator("img").evaluate("(i) => i.naturalWidth"), 128)
-    assert shown.locator("canvas").evaluate(DRAWN)
+    assert shown.locator("canvas").evaluate(PAINTED)
     cells = shown.locator(".sepme-heat td[title]")
     assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
     certificate = page.row(apply, "circle").locator(".sepme-dot")

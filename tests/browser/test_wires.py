@@ -64,8 +64,8 @@ def test_out_of_subgraphs(page: Page) -> None:
     page.wait_rows(apply)
     page.tab.keyboard.press("Control+b")
     page.wait_rows(apply, "star", "heart")
-    drawn = subgraph_of(page, apply, encode)
-    encode = enter(page, drawn, "SepMETextEncode")
+    group = subgraph_of(page, apply, encode)
+    encode = enter(page, group, "SepMETextEncode")
     page.wait_rows(encode, "star", "heart")
     page.wait_rows(page.ids("SepMEApply")[0], "star", "heart")
 

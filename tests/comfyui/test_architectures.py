@@ -96,7 +96,7 @@ def test_noise_is_what_the_host_denoises_by(world: World) -> None:
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_off_kept_and_other_prompts_are_stock(world: World) -> None:
+def test_off_preserved_and_other_prompts_are_stock(world: World) -> None:
     applied = world.inside.host.apply_deltas(world.model, (world.delta,), {})
     for prompt, toggles in (("a fox", {"fox": 0.0}), ("owl", {}), ("an owl", {"fox": 2.0})):
         assert torch.equal(world.sample(applied, prompt, toggles), world.sample(world.model, prompt))
@@ -112,8 +112,8 @@ def test_pooled_vectors_are_replaced_in_touched_prompts_only(world: World) -> No
     applied.set_model_unet_function_wrapper(lambda f, a: (labels.append(a["c"]["y"].clone()), f(a["input"], a["timestep"], **a["c"]))[1])
     world.sample(applied, "a fox")
     untouched, touched = labels[0][:2, :1280], labels[0][2:, :1280]  # ComfyUI puts the negative first
-    own, nothing = (world.text(t)[0][1]["pooled_output"] for t in ("a fox", ""))
-    assert torch.equal(untouched, nothing.expand(2, -1))
+    own, uncond = (world.text(t)[0][1]["pooled_output"] for t in ("a fox", ""))
+    assert torch.equal(untouched, uncond.expand(2, -1))
     with torch.inference_mode():
         assert torch.equal(touched, world.delta.pooled.replace(own).expand(2, -1))
     assert not torch.equal(touched[:1], own)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui.inside import KEPT, Inside
+from comfyui.inside import PRESERVED, Inside
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 
@@ -30,7 +30,7 @@ def test_touched_rows_move_and_all_others_are_stock(inside: Inside, edits: tuple
     erased = inside.sample(model, prompt, batch=2)
     assert not any(torch.equal(a, b) for a, b in zip(erased, stock, strict=True))
     assert torch.equal(inside.sample(inside.model, prompt, batch=2), stock)
-    for text in (*KEPT, ""):
+    for text in (*PRESERVED, ""):
         assert torch.equal(inside.sample(model, inside.text(text)), inside.sample(inside.model, inside.text(text)))
     off = {"star": 0.0, "striped": 0.0}
     assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, edits, off), prompt, batch=2), stock)

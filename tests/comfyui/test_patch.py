@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui.inside import KEPT, Inside
+from comfyui.inside import PRESERVED, Inside
 from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
@@ -45,10 +45,10 @@ def test_off_is_stock(inside: Inside) -> None:
 
 
 def test_closed_gate_is_stock(inside: Inside) -> None:
-    for text in (*KEPT, ""):
+    for text in (*PRESERVED, ""):
         prompt = inside.text(text)
         assert torch.equal(inside.sample(inside.apply(inside.model), prompt), inside.sample(inside.model, prompt))
-    prompt = inside.text(KEPT[0])
+    prompt = inside.text(PRESERVED[0])
     assert not torch.equal(inside.sample(inside.apply(inside.model, gate=False), prompt), inside.sample(inside.model, prompt))
 
 

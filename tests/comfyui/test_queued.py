@@ -32,7 +32,7 @@ class Scene(Graph):
         return self.show(self.sample(model or self.applied[0], positive, negative[0], steps=3)[0], self.model[2])
 
 
-def drawn(server: Server, kind: str, text: Any, stock: bool = False, **more: Any) -> np.ndarray:
+def sampled(server: Server, kind: str, text: Any, stock: bool = False, **more: Any) -> np.ndarray:
     scene = Scene()
     given = scene.add("PrimitiveStringMultiline", value=text)[0] if more.pop("linked", False) else text
     node = scene.add(kind, clip=scene.model[1], text=given, **more)
@@ -44,12 +44,12 @@ def drawn(server: Server, kind: str, text: Any, stock: bool = False, **more: Any
 
 def test_core_text_nodes_read_tags(server: Server) -> None:
     """Typed into the node or linked to it: the same picture, to the bit, as by SepME Text Encode."""
-    stock, erased = drawn(server, "CLIPTextEncode", "a star", stock=True), drawn(server, "CLIPTextEncode", "a star")
+    stock, erased = sampled(server, "CLIPTextEncode", "a star", stock=True), sampled(server, "CLIPTextEncode", "a star")
     assert not np.array_equal(stock, erased)
     for linked in (False, True):
-        assert np.array_equal(drawn(server, "CLIPTextEncode", "a star <keep:star>", linked=linked), stock)
-        half = drawn(server, "CLIPTextEncode", "a star <erase:STAR:0.5>", linked=linked)
-        assert np.array_equal(half, drawn(server, "SepMETextEncode", "a star <erase:star:0.5>"))
+        assert np.array_equal(sampled(server, "CLIPTextEncode", "a star <keep:star>", linked=linked), stock)
+        half = sampled(server, "CLIPTextEncode", "a star <erase:STAR:0.5>", linked=linked)
+        assert np.array_equal(half, sampled(server, "SepMETextEncode", "a star <erase:star:0.5>"))
         assert not np.array_equal(half, stock)
         assert not np.array_equal(half, erased)
 
@@ -58,7 +58,7 @@ def test_a_tag_in_a_text_that_is_put_together(server: Server) -> None:
     scene = Scene()
     joined = scene.add("StringConcatenate", string_a="a star <keep:", string_b="star>", delimiter="")
     shown = scene.draw(scene.add("CLIPTextEncode", clip=scene.model[1], text=joined[0])[0])
-    assert np.array_equal(server.run(scene.prompt).images[shown][0], drawn(server, "CLIPTextEncode", "a star", stock=True))
+    assert np.array_equal(server.run(scene.prompt).images[shown][0], sampled(server, "CLIPTextEncode", "a star", stock=True))
 
 
 def test_without_our_toggles_a_prompt_is_left_alone(server: Server) -> None:
@@ -146,8 +146,8 @@ def test_a_save_that_loses_the_erasure_is_said(server: Server) -> None:
     scene = Scene()
     scene.add("ModelSave", model=scene.applied[0], filename_prefix="erased")
     merged = scene.add("ModelMergeSimple", model1=scene.model[0], model2=scene.applied[0], ratio=0.5)
-    kept = scene.add("ModelMergeSimple", model1=scene.applied[0], model2=scene.model[0], ratio=0.5)
-    scene.add("CheckpointSave", model=kept[0], clip=scene.model[1], vae=scene.model[2], filename_prefix="merged")
+    other = scene.add("ModelMergeSimple", model1=scene.applied[0], model2=scene.model[0], ratio=0.5)
+    scene.add("CheckpointSave", model=other[0], clip=scene.model[1], vae=scene.model[2], filename_prefix="merged")
     scene.draw(scene.text(scene.model[1], "a star")[0], merged[0])
     found = notices(server.run(scene.prompt))
     assert set(found) == {"ModelSave0", "ModelMergeSimple0", "CheckpointSave0"}

@@ -383,10 +383,10 @@ def test_a_second_folder(two_folders: tuple[Server, Path], make_file: Callable[.
     for place, content_hash in hashes.items():
         graph = Graph()
         loaded = graph.add("SepMELoadDelta", delta="star.safetensors", content_hash=content_hash)
-        kept = graph.add("SepMESaveDeltas", deltas=loaded[0], filename_prefix="saved/")
+        save = graph.add("SepMESaveDeltas", deltas=loaded[0], filename_prefix="saved/")
         run = server.run(graph.prompt)
         assert run.error is None, run.error
-        saved[place] = next(iter(run.outputs[kept]["sepme"][0]))
+        saved[place] = next(iter(run.outputs[save]["sepme"][0]))
     assert saved == hashes
     assert {p.name for p in (own / "saved").iterdir()} == {"star.safetensors", "star-2.safetensors"}
     assert ask(server, "POST", query(name="new.safetensors"), make_file("sun", 4), BINARY)[0] == 200

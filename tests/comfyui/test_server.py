@@ -192,9 +192,9 @@ def test_erased_restored_untouched(server: Server, trained: Run) -> None:
 def test_mixed_toggles_in_one_batch(server: Server, trained: Run) -> None:
     """Two prompts combined, a negative, tags and toggles of their own: a kept prompt's pictures are stock, and the tags beat the rest."""
     scene = Scene("{}")
-    kept = scene.add("SepMETextEncode", clip=scene.model[1], text="a star <keep:star>", toggles='{"star": 1.0}')
-    shown = scene.draw(kept[0], batch=3)
-    told = scene.add("PreviewAny", source=kept[1])
+    preserved = scene.add("SepMETextEncode", clip=scene.model[1], text="a star <keep:star>", toggles='{"star": 1.0}')
+    shown = scene.draw(preserved[0], batch=3)
+    told = scene.add("PreviewAny", source=preserved[1])
     run = server.run(scene.prompt)
     assert run.outputs[told]["text"] == ["a star"]
     assert same(run.images[shown], draw(server, "a star", batch=3))
@@ -506,20 +506,20 @@ def test_workflow_carries_recipe_and_delta(server: Server, trained: Run) -> None
     def picture(embed: bool) -> dict[str, Any]:
         scene = Scene()
         loaded = scene.add("SepMELoadDelta", delta="star.safetensors")
-        kept = scene.add("SepMESaveDeltas", deltas=loaded[0], embed=embed, filename_prefix="shared/")
-        unet = scene.add("SepMEApply", model=scene.model[0], deltas=kept[0])
+        stored = scene.add("SepMESaveDeltas", deltas=loaded[0], embed=embed, filename_prefix="shared/")
+        unet = scene.add("SepMEApply", model=scene.model[0], deltas=stored[0])
         samples = scene.sample(unet[0], scene.text(scene.model[1], "a star")[0], scene.text(scene.model[1], "")[0], seed=50 + embed)
         saved = scene.add("SaveImage", images=scene.add("VAEDecode", samples=samples[0], vae=scene.model[2]), filename_prefix="shared")
         run = server.run(scene.prompt, {"nodes": [], "extra": {"ds": 1}})
         assert run.error is None, run.error
-        assert content_hash in run.outputs[kept]["sepme"][0]
+        assert content_hash in run.outputs[stored]["sepme"][0]
         png = Image.open(io.BytesIO(server.view(run.outputs[saved]["images"][0])))
         workflow: dict[str, Any] = json.loads(png.info["workflow"])
         return workflow
 
     embedded, plain = picture(True), picture(False)
-    kept = {p: p.read_bytes() for p in files(server).rglob("*.safetensors")}
-    for path in kept:
+    before = {p: p.read_bytes() for p in files(server).rglob("*.safetensors")}
+    for path in before:
         path.unlink()
     try:
         assert load_only(server, "star.safetensors", content_hash, embedded).message == ""
@@ -537,7 +537,7 @@ def test_workflow_carries_recipe_and_delta(server: Server, trained: Run) -> None
         for nonsense in ({"extra": []}, {"extra": {"sepme": 3}}, {"extra": {"sepme": {content_hash: 1}}}, {"extra": None}):
             assert "is not in models/sepme" in load_only(server, f"{id(nonsense)}.safetensors", content_hash, nonsense).message
     finally:
-        for path, content in kept.items():
+        for path, content in before.items():
             path.write_bytes(content)
 
 
@@ -546,8 +546,8 @@ def test_a_bare_prompts_history_holds_the_delta(server: Server, trained: Run) ->
     for embed in (False, True):
         graph = Graph()
         loaded = graph.add("SepMELoadDelta", delta="star.safetensors")
-        kept = graph.add("SepMESaveDeltas", deltas=loaded[0], embed=embed)
-        ((content_hash, record),) = server.run(graph.prompt).outputs[kept]["sepme"][0].items()
+        saved = graph.add("SepMESaveDeltas", deltas=loaded[0], embed=embed)
+        ((content_hash, record),) = server.run(graph.prompt).outputs[saved]["sepme"][0].items()
         assert record["concept"] == "star"
         assert content_hash == ConceptDelta.load(files(server) / "star.safetensors").content_hash()
         assert ("data" in record) is embed

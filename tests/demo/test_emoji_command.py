@@ -43,7 +43,7 @@ def test_a_mistake_is_explained_before_anything_is_written(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the denoiser would have been trained with: things, total steps, the step to stop at."""
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(command.Training, "batches", lambda self, things: things)
+    monkeypatch.setattr(command.Stages, "batches", lambda self, things: things)
     monkeypatch.setattr(command, "train_diffusion", lambda work, things, steps, until: seen.append((things, steps, until)))
     return seen
 
@@ -58,7 +58,7 @@ def test_things_come_in_a_curriculum(calls: list[tuple[Any, ...]], tmp_path: Pat
 
 def test_words_are_read_off_the_packages_once(tmp_path: Path) -> None:
     write_packages(tmp_path / "npm")
-    training = command.Training(tmp_path)
+    training = command.Stages(tmp_path)
     words = training.words()
     assert words == load_words(tmp_path / "words.json")
     assert words.kinds == {"everything": list(range(40))}
@@ -67,17 +67,17 @@ def test_words_are_read_off_the_packages_once(tmp_path: Path) -> None:
     assert training.words().kinds == {}
 
 
-def test_judging_draws_sheets_of_what_was_trained(
+def test_evaluation_makes_sheets_of_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
 
     (tmp_path / "diffusion.pt").touch()
     (tmp_path / "latents.count").write_text("3")
-    monkeypatch.setattr(command.Training, "renders", lambda self: np.zeros((len(THINGS), 9, 8, 8, 4), np.uint8))
+    monkeypatch.setattr(command.Stages, "renders", lambda self: np.zeros((len(THINGS), 9, 8, 8, 4), np.uint8))
     monkeypatch.setattr(
         command, "unet_painter", lambda work, steps, guidance: lambda captions, seed: torch.zeros(len(captions), 3, 128, 128)
     )
-    run(monkeypatch, "judge", "--work", str(tmp_path))
+    run(monkeypatch, "evaluate", "--work", str(tmp_path))
     for name in ("diffusion.png", "originals.png"):
         assert Image.open(tmp_path / name).size == (9 * 128, 3 * 128)
     assert not (tmp_path / "flow.png").exists()

@@ -20,7 +20,7 @@ from sepme.demo.emoji.data import BACKGROUND_NAMES, place
 from sepme.demo.emoji.diffusion import Batches, Context, Latents, build_unet, train_diffusion
 from sepme.demo.emoji.export import export, export_flow
 from sepme.demo.emoji.flow import build_flow, encode, sample, train_flow, velocity
-from sepme.demo.emoji.judge import read_accuracy, unet_painter
+from sepme.demo.emoji.pictures import read_accuracy, unet_painter
 from sepme.demo.emoji.stage import Stage, load_stage
 from sepme.demo.emoji.text import build_text_encoder, build_tokenizer, load_tokenizer
 from sepme.demo.emoji.things import STUDIOS, STYLES, THINGS
@@ -215,13 +215,13 @@ def test_structure_fits_comfyui(work: Path) -> None:
 
 
 def test_reading_counts_what_was_asked(work: Path, renders: np.ndarray) -> None:
-    """A painter that paints what it is asked is read right by a judge that looks at the corner pixel, any other is not."""
-    from sepme.demo.emoji.judge import asked
+    """A painter that paints what it is asked is read right by a classifier that looks at the corner pixel, any other is not."""
+    from sepme.demo.emoji.pictures import asked
 
     pairs = dict(asked(5, 36, 500))
     assert {s.thing for s in pairs.values()} == set(range(5))
 
-    class Judge:
+    class CornerReader:
         def predict(self, pictures: Tensor) -> Tensor:
             return pictures[:, 0, 0, :3].long()
 
@@ -230,8 +230,8 @@ def test_reading_counts_what_was_asked(work: Path, renders: np.ndarray) -> None:
         pictures[:, 0, 0, :3] = torch.tensor([pairs[c] for c in captions], dtype=torch.float32)
         return pictures
 
-    assert read_accuracy(painter, Judge(), 5, 36) == {"thing": 1.0, "style": 1.0, "background": 1.0}  # type: ignore[arg-type]
-    blind = read_accuracy(lambda c, s: torch.zeros(len(c), 3, 4, 4), Judge(), 5, 36)  # type: ignore[arg-type]
+    assert read_accuracy(painter, CornerReader(), 5, 36) == {"thing": 1.0, "style": 1.0, "background": 1.0}  # type: ignore[arg-type]
+    blind = read_accuracy(lambda c, s: torch.zeros(len(c), 3, 4, 4), CornerReader(), 5, 36)  # type: ignore[arg-type]
     assert blind["thing"] == round(8 / 36, 4)
     assert blind["style"] < 0.5
     assert set(held_out(work, renders, count=4)) == {f"{k} {h}" for k in ("plain", "decoded") for h in ("thing", "style", "background")}
@@ -259,6 +259,6 @@ def test_flow_ignores_padding_and_walks_to_the_data(work: Path) -> None:
         def forward(self, x: Tensor, time: Tensor, context: Tensor, mask: Tensor, return_dict: bool) -> tuple[Tensor]:
             return (-(x - 1) / (1 - time)[:, None, None, None],)
 
-    drawn = sample(Straight(), x, context, mask, context, mask, steps=4, guidance=1.0)  # type: ignore[arg-type]
-    assert torch.allclose(drawn, torch.ones_like(x), atol=1e-5)
-    assert math.isfinite(float(drawn.sum()))
+    sampled = sample(Straight(), x, context, mask, context, mask, steps=4, guidance=1.0)  # type: ignore[arg-type]
+    assert torch.allclose(sampled, torch.ones_like(x), atol=1e-5)
+    assert math.isfinite(float(sampled.sum()))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sepme.demo.large import FAMILIES, LARGE
-from sepme.demo.train import RECIPES, Recipe, build_tokenizer, train_classifier, train_diffusion, train_export, train_vae
-from sepme.demo.world import SMALL, Scene, World
+from sepme.demo.train import RECIPES, WorldRecipe, build_tokenizer, train_classifier, train_diffusion, train_export, train_vae
+from sepme.demo.world import SMALL, Drawing, World
 from sepme.evaluate.network import Network
 from sepme.hosts.diffusers import DiffusersHost
 
@@ -46,14 +46,14 @@ def test_captions_describe_their_scenes(world: World) -> None:
 
 def test_embedded_models_captions_are_those_it_was_trained_on() -> None:
     generator = torch.Generator().manual_seed(5)
-    drawn = [(c, *s) for c, s in (SMALL.random_caption(generator) for _ in range(1000))]
-    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "d1b8ba1a1033fc59"
+    sampled = [(c, *s) for c, s in (SMALL.random_caption(generator) for _ in range(1000))]
+    assert hashlib.sha256(repr(sampled).encode()).hexdigest()[:16] == "d1b8ba1a1033fc59"
 
 
 def test_every_concept_shows() -> None:
     """Drawn at the same place, pictures of any two concepts of one head (or of a style and none) differ in 2 % of their pixels."""
     for head, size in enumerate(LARGE.heads):
-        scenes = [Scene(*(i if h == head else 0 if h != 1 else 24 for h in range(3))) for i in range(size)]
+        scenes = [Drawing(*(i if h == head else 0 if h != 1 else 24 for h in range(3))) for i in range(size)]
         images = torch.stack([LARGE.draw(s, torch.Generator().manual_seed(3)) for s in scenes])
         assert images.min() >= 0
         assert images.max() <= 1
@@ -62,7 +62,7 @@ def test_every_concept_shows() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Recipe:
+def tiny() -> WorldRecipe:
     """The larger recipe, a few steps long, over a part of the larger world."""
     world = replace(LARGE, objects=LARGE.objects[:3], styles=LARGE.styles[:3], colours=dict(list(LARGE.colours.items())[:2]))
     return replace(
@@ -70,7 +70,7 @@ def tiny() -> Recipe:
     )
 
 
-def test_trains_goes_on_and_exports(tiny: Recipe, tmp_path: Path) -> None:
+def test_trains_goes_on_and_exports(tiny: WorldRecipe, tmp_path: Path) -> None:
     train_vae(tmp_path, tiny)
     train_classifier(tmp_path, tiny)
     train_diffusion(tmp_path, replace(tiny, diffusion_steps=1))

@@ -1,4 +1,4 @@
-"""Keys and values kept across steps: one comparison a forward pass, and everything that must make them be computed again."""
+"""Keys and values cached across steps: one comparison a forward pass, and everything that must make them be computed again."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_peft_adapters(make_host: Callable[..., Any], delta: ConceptDelta) -> No
         module.unmerge()
 
 
-def test_offloaded_weights_are_kept_too(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
+def test_offloaded_weights_are_cached_too(make_host: Callable[..., Any], delta: ConceptDelta) -> None:
     """accelerate puts new parameters in before every forward and takes them out after it."""
     accelerate = pytest.importorskip("accelerate")
     host = make_host()
@@ -260,14 +260,14 @@ def test_bytes_are_those_of_the_tensors(host: Any, delta: ConceptDelta) -> None:
         assert projector.cached_bytes == 0
 
 
-NOTHING = Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 0), ())
+UNTOUCHED = Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 0), ())
 
 
 def test_few_batches_are_held() -> None:
     """The least recently used go first; what is found again counts as used when it is put back."""
     cache, contexts = KVCache(1 << 30), [torch.full((1, 2, 3), float(i)) for i in range(3 * MAX_BATCHES)]
     for context in contexts:
-        cache.put(CachedBatch(context, torch.ones(1), None, NOTHING))
+        cache.put(CachedBatch(context, torch.ones(1), None, UNTOUCHED))
         first = cache.get(contexts[0], torch.ones(1), None)
         assert first is not None
         cache.put(first)
@@ -280,7 +280,7 @@ def test_few_batches_are_held() -> None:
 
 def test_what_a_batch_was_made_of_may_be_written_over() -> None:
     cache, context, strengths = KVCache(1 << 30), torch.zeros(1, 2, 3), torch.ones(1)
-    cache.put(CachedBatch(context, strengths, None, NOTHING))
+    cache.put(CachedBatch(context, strengths, None, UNTOUCHED))
     context.add_(1)
     strengths.add_(1)
     assert cache.get(context, strengths, None) is None
@@ -301,7 +301,7 @@ def test_type_device_strengths_and_state_tell_batches_apart() -> None:
     made = []
     for variant in variants:
         assert cache.get(*variant) is None
-        made.append(CachedBatch(*variant, NOTHING))
+        made.append(CachedBatch(*variant, UNTOUCHED))
         cache.put(made[-1])
     for variant, batch in zip(variants, made, strict=True):
         if not variant[0].is_meta:  # nothing to compare in a meta tensor; that it was told apart from the others is what counts

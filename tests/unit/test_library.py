@@ -141,8 +141,8 @@ def test_resolve(tmp_path: Path, star: ConceptDelta, other: ConceptDelta, make_r
         assert resolve("mine.safetensors", items) == resolve("sub\\mine", items) == [where("sub/Mine.safetensors")]
         assert resolve("van-gogh", items) == resolve(other.content_hash(), items) == [where("van-gogh.safetensors")]
         assert resolve("star", items) == [where("star.safetensors")]
-        for nothing in ("", " ", "/", "gogh", "ine", "0" * 64, star.content_hash()[:5], "moon [0000000000]"):
-            assert resolve(nothing, items) == []
+        for unknown in ("", " ", "/", "gogh", "ine", "0" * 64, star.content_hash()[:5], "moon [0000000000]"):
+            assert resolve(unknown, items) == []
     assert resolve("van-gogh.safetensors", ["moon", "van gogh"]) == [1]
 
 

@@ -47,7 +47,7 @@ class Overheard:
 
 
 class Maps:
-    """An attention processor of its own: plain attention, cross-attention maps kept."""
+    """An attention processor of its own: plain attention, cross-attention maps recorded."""
 
     def __init__(self, store: list[Tensor]) -> None:
         self.store = store
@@ -186,11 +186,11 @@ def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
     """Concept ablation as published: x_t is noised from what the frozen model draws of the anchor, beside any of the concept's prompts."""
     host = tiny_host()
     planner = Planner(host, BOOK, plan_options("unrestricted"), ordinary=())
-    drawn: list[Tensor] = []
+    sampled: list[Tensor] = []
 
     class Watched(Overheard):
         def sample(self, context: Tensor, empty: Tensor, generator: Any, *extra: Any, **more: Any) -> Tensor:
-            drawn.append(context)
+            sampled.append(context)
             return self.host.sample(context, empty, generator, *extra, **more)
 
     overheard = Watched(host)
@@ -198,7 +198,7 @@ def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
         objective="ablation", mode="unrestricted", steps=6, batch=2, trajectories=2, source="anchor", learning_rate=0.02
     )
     make_delta(planner, "tree", overheard, options)
-    assert torch.equal(drawn[0], host.encode(["a house"] * 2).context)
+    assert torch.equal(sampled[0], host.encode(["a house"] * 2).context)
     own = host.encode(BOOK["tree"].prompts).context
     beside = torch.cat([calls[-1] for _, _, calls in overheard.draws])
     assert all(any(torch.equal(row, c) for c in own) for row in beside)

@@ -66,11 +66,11 @@ def test_add_to_rows_writes_only_touched_rows(dtype: torch.dtype) -> None:
 def test_a_fresh_base_is_written_over_with_the_same_bits() -> None:
     base, h, up, rows = torch.randn(3, 7, 48).bfloat16(), torch.randn(2, 7, 5), torch.randn(5, 48), torch.tensor([2, 0])
     with torch.inference_mode():
-        before, kept = base.clone(), ops.add_to_rows(base, h, up, rows)
+        before, added = base.clone(), ops.add_to_rows(base, h, up, rows)
         assert torch.equal(base, before)
         written = ops.add_to_rows(base, h, up, rows, fresh=True)
     assert written is base
-    assert torch.equal(written, kept)
+    assert torch.equal(written, added)
     assert not torch.equal(written, before)
 
 

@@ -71,8 +71,8 @@ def test_planned_subspace(encoder: Any, planned: dict[str, Subspace]) -> None:
         assert down.shape == (4, 48)
         assert orthonormal_error(down.T) < 1e-6
         assert torch.linalg.matrix_norm(a @ down.T, 2) <= 0.03 * torch.linalg.matrix_norm(a, 2) * (1 + 1e-5)
-        kept = float((tokens @ down.T).square().sum() / tokens.square().sum())
-        assert subspace.certificate.kept_energy == pytest.approx(kept, rel=1e-5)
+        energy = float((tokens @ down.T).square().sum() / tokens.square().sum())
+        assert subspace.certificate.kept_energy == pytest.approx(energy, rel=1e-5)
         assert subspace.certificate.kept_energy > 0.03
 
 

@@ -1,4 +1,4 @@
-"""The projector on a real (tiny) pipeline: bit-exact where nothing is erased, K/V kept across steps, the model left as found."""
+"""The projector on a real (tiny) pipeline: bit-exact where nothing is erased, K/V cached across steps, the model left as found."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_touched_rows_are_rounded_once(hosts: dict[Any, Any], delta: ConceptDelt
             assert (found.float() - expected.float()).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_gradients_flow_and_nothing_is_kept(host: Any, delta: ConceptDelta) -> None:
+def test_gradients_flow_and_nothing_is_cached(host: Any, delta: ConceptDelta) -> None:
     x, t, context = batch(host, ["a star"])
     projector = KVProjector(host.attention_layers(), Composition((delta,)))
     with projector.attached(), torch.enable_grad():
@@ -273,7 +273,7 @@ def test_an_unknown_backend_is_refused(host: Any, delta: ConceptDelta) -> None:
         KVProjector(host.attention_layers(), Composition((delta,)), backend="fast")
 
 
-# --- keys and values are kept
+# --- keys and values are cached
 
 
 def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,18 +282,18 @@ def test_projections_run_once_a_prompt_batch(host: Any, delta: ConceptDelta, mon
     with counted(host) as calls:
         host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
         assert calls == dict.fromkeys(names, 1)
-        kept = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
+        cached = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
         assert calls == dict.fromkeys(names, 2)  # another run, nothing left of the first
         fresh = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7, keep=False)
         assert calls == dict.fromkeys(names, 2 + 7)
         monkeypatch.setenv("SEPME_KEEP", "0")
         switched_off = host.generate(["a star", "cat"], [1, 2], Composition((delta,)), steps=7)
         assert calls == dict.fromkeys(names, 2 + 7 + 7)
-    assert torch.equal(kept, fresh)
-    assert torch.equal(kept, switched_off)
+    assert torch.equal(cached, fresh)
+    assert torch.equal(cached, switched_off)
 
 
-def test_equal_content_in_a_new_tensor_is_kept(host: Any, delta: ConceptDelta) -> None:
+def test_equal_content_in_a_new_tensor_is_cached(host: Any, delta: ConceptDelta) -> None:
     """Hosts may build the context anew each step, or alternate between batches."""
     x, t, context = batch(host, ["a star", "cat"])
     _, _, second = batch(host, ["dog", "cat"])
@@ -367,11 +367,11 @@ def test_changes_inside_of_the_block_are_noticed(make_host: Callable[..., Any], 
             for change in changes:
                 change()
                 found.append((context.clone(), table.clone(), module.weight.clone(), host.predict(x, t, context)))
-        for c, strengths, weight, drawn in found:
+        for c, strengths, weight, output in found:
             module.weight.copy_(weight)
             with KVProjector(host.attention_layers(), Composition((delta,)), keep=False).attached(strengths):
                 expected.append(host.predict(x, t, c))
-            assert torch.equal(drawn, expected[-1])
+            assert torch.equal(output, expected[-1])
         assert not any(torch.equal(a, b) for a, b in pairwise(expected))
 
 
@@ -392,7 +392,7 @@ def test_a_new_weight_at_the_old_address_is_noticed(make_host: Callable[..., Any
         assert torch.equal(module(context), 2 * before)
 
 
-def test_kept_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
+def test_cached_bytes_are_capped(host: Any, delta: ConceptDelta) -> None:
     """The least recently used batch goes first; a cap smaller than one batch keeps nothing and stays right."""
     x, t, first = batch(host, ["a star"])
     contexts = [first, *(batch(host, [p])[2] for p in ("cat", "dog"))]
@@ -445,7 +445,7 @@ def test_between_forward_passes_the_patch_does_nothing(host: Any, delta: Concept
         calls.clear()
         with projector.forward_pass(torch.ones(1)):
             assert torch.equal(host.predict(x, t, context.clone()), erased)
-        assert calls == {}  # kept from the first pass
+        assert calls == {}  # cached by the first pass
         with projector.forward_pass(torch.ones(1)):
             with projector.forward_pass(torch.zeros(1)):
                 assert torch.equal(host.predict(x, t, context), stock)

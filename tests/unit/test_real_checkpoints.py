@@ -75,9 +75,9 @@ def test_a_folder_and_its_single_file_are_the_same_model(hosts: Any, kind: str) 
     assert kv_fingerprint(folder.attention_layers()) == kv_fingerprint(file.attention_layers())
     for ours, theirs in zip(folder.encode(["star", ""]), file.encode(["star", ""]), strict=True):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
-    drawn = [host.generate(["star"], [1], steps=2) for host in (folder, file)]
-    assert torch.equal(*drawn)
-    assert drawn[0].shape == (1, 3, 64, 64)
+    sampled = [host.generate(["star"], [1], steps=2) for host in (folder, file)]
+    assert torch.equal(*sampled)
+    assert sampled[0].shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])

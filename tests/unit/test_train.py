@@ -285,8 +285,8 @@ def test_warm_start(planner: Planner, host: Any, make_host: Callable[..., Any]) 
         start = solve(weights(host.attention_layers()), tokens, target, subspace.down, values_only="values_only" in options)
         changed = merged(make_host, start, subspace.down)
         with torch.no_grad():
-            nothing = host.predict(x, t, empty)
-            expected = ((changed.predict(x, t, context) - nothing) * (host.predict(x, t, context) - nothing)).mean()
+            uncond = host.predict(x, t, empty)
+            expected = ((changed.predict(x, t, context) - uncond) * (host.predict(x, t, context) - uncond)).mean()
         assert steps[0].loss == pytest.approx(float(expected), rel=1e-3)
         if "values_only" in options:
             assert all(made.up_factor(n).eq(0).all() == n.endswith("to_k") for n in made.up)

@@ -93,10 +93,10 @@ def main() -> None:
             attached.append(host.ModelPatch(p, tables, Settings(), lambda text: None))
             modules.script_callbacks.callbacks["cfg_denoiser"].append(attached[0].expect)
 
-    drawn = draw(on_step=attach)
+    sampled = draw(on_step=attach)
     modules.script_callbacks.callbacks["cfg_denoiser"].clear()
-    assert torch.equal(drawn[1], stock[1])
-    assert not torch.equal(drawn[0], stock[0])
+    assert torch.equal(sampled[1], stock[1])
+    assert not torch.equal(sampled[0], stock[0])
     attached[0].detach()
     assert torch.equal(draw(), stock)
     assert all(torch.equal(v, state[k]) for k, v in model.unet.state_dict().items())

@@ -186,12 +186,12 @@ def main() -> None:
     edits_of_the_context(engine, book)
     if NEGPIP is not None:
         beside_negpip(engine, NEGPIP, attached)
-    drawn = []
+    sampled = []
     for backend in ("exact", "fused"):
         erasing = attached([{"star": 1.0}, {"star": 1.0}], {"star": 1.0}, backend=backend)
-        drawn.append(draw(engine, pair, negative="a star"))
+        sampled.append(draw(engine, pair, negative="a star"))
         erasing.detach()
-    assert torch.allclose(*drawn, atol=1e-3)
+    assert torch.allclose(*sampled, atol=1e-3)
     draw(engine, pair)
     unet = engine.forge_objects.unet.model.diffusion_model
     assert not [n for n, m in unet.named_modules() if isinstance(m.__dict__.get("forward"), host.Hook)]
@@ -211,17 +211,17 @@ def edits_of_the_context(engine: Engine, book: Any) -> None:
         planner = Planner(model, book)
         for edit in ("context", "layers"):
             deltas[edit] = make_delta(planner, "star", model, TrainOptions.for_mode(objective="closed-form", edit=edit))
-    stock, drawn = draw(engine, pair), {}
+    stock, sampled = draw(engine, pair), {}
     for edit, delta in deltas.items():
         tables = Tables.make(Composition((delta,)), {}, [{}, {"star": 1.0}], [{}, {}])
         before = engine.forge_objects.unet
         erasing = host.ModelPatch(SimpleNamespace(sd_model=engine), tables, Settings(), print)
         assert (engine.forge_objects.unet is before) == (edit == "context")
-        drawn[edit] = draw(engine, pair, on_step=erasing.expect)
+        sampled[edit] = draw(engine, pair, on_step=erasing.expect)
         erasing.detach()
-        assert torch.equal(drawn[edit][0], stock[0])
-    assert (drawn["layers"][1] - stock[1]).abs().max() > 0.01
-    torch.testing.assert_close(drawn["context"], drawn["layers"], rtol=0, atol=2e-3)
+        assert torch.equal(sampled[edit][0], stock[0])
+    assert (sampled["layers"][1] - stock[1]).abs().max() > 0.01
+    torch.testing.assert_close(sampled["context"], sampled["layers"], rtol=0, atol=2e-3)
     assert torch.equal(draw(engine, pair), stock)
     print("edit of the context: no patch, as the layers do, bit-identical in the other row")
 
@@ -234,7 +234,7 @@ def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:
     assert module.forge
     script = module.Script()
 
-    def drawn(prompts: list[str], negative: str = "", tags: Any = None) -> torch.Tensor:
+    def sampled(prompts: list[str], negative: str = "", tags: Any = None) -> torch.Tensor:
         p = SimpleNamespace(
             sd_model=engine, batch_size=len(prompts), sampler_name="Euler", steps=3, width=64, height=64, extra_generation_params={},
             prompts=[f"{prompt} {negpip.PART}" for prompt in prompts], negative_prompts=[negative] * len(prompts),
@@ -250,15 +250,15 @@ def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:
                 erasing.detach()
 
     pair = ["a star", "a star"]
-    stock = drawn(pair, "a house")
+    stock = sampled(pair, "a house")
     assert not torch.equal(stock, draw(engine, pair, "a house")), "NegPip does nothing"
-    for erased, kept in ((0, 1), (1, 0)):
-        mixed = drawn(pair, "a house", ([{"star": 1.0} if i == erased else {"star": 0.0} for i in range(2)],))
-        assert torch.equal(mixed[kept], stock[kept])
+    for erased, preserved in ((0, 1), (1, 0)):
+        mixed = sampled(pair, "a house", ([{"star": 1.0} if i == erased else {"star": 0.0} for i in range(2)],))
+        assert torch.equal(mixed[preserved], stock[preserved])
         assert not torch.equal(mixed[erased], stock[erased])
-    plain, negative = drawn(["a house"], "a star"), drawn(["a house"], "a star", ([{}], {"star": 1.0}))
+    plain, negative = sampled(["a house"], "a star"), sampled(["a house"], "a star", ([{}], {"star": 1.0}))
     assert not torch.equal(negative, plain)
-    assert torch.equal(drawn(pair, "a house"), stock)
+    assert torch.equal(sampled(pair, "a house"), stock)
     print("beside NegPip: bit-identical in the other row")
 
 

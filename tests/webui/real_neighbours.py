@@ -101,17 +101,17 @@ def check(model: Any, delta: Any, part: str = "", **more: Any) -> None:
     stock = draw(same, negative="a house", **more)
     assert not torch.equal(stock, draw(same, negative="a house")), "the neighbour does nothing"
     more |= {"deltas": [delta]}
-    for erased, kept in ((0, 1), (1, 0)):
+    for erased, preserved in ((0, 1), (1, 0)):
         tags = [{"star": 1.0} if i == erased else {"star": 0.0} for i in range(2)]
-        drawn = draw(same, (tags, [{}, {}]), negative="a house", **more)
-        assert torch.equal(drawn[kept], stock[kept])
-        assert not torch.equal(drawn[erased], stock[erased])
+        sampled = draw(same, (tags, [{}, {}]), negative="a house", **more)
+        assert torch.equal(sampled[preserved], stock[preserved])
+        assert not torch.equal(sampled[erased], stock[erased])
     unharmed = draw(houses, **more)
     assert torch.equal(draw(houses, ([{"star": 1.0}] * 2, [{}, {}]), **more), unharmed)
     plain = draw(houses, negative="a star", **more)
-    drawn = draw(houses, ([{}, {}], [{"star": 1.0}, {}]), negative="a star", **more)
-    assert torch.equal(drawn[1], plain[1])
-    assert not torch.equal(drawn[0], plain[0])
+    sampled = draw(houses, ([{}, {}], [{"star": 1.0}, {}]), negative="a star", **more)
+    assert torch.equal(sampled[1], plain[1])
+    assert not torch.equal(sampled[0], plain[0])
     assert torch.equal(draw(same, negative="a house", **more), stock)
     assert leftovers(model) == []
 

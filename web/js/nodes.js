@@ -77,7 +77,7 @@ export function nodeMade(node) {
   refresh();
 }
 
-/** A line below a loader's fields that says what the file holds; the hash is kept with the name, so that the file can be renamed. */
+/** A line below a loader's fields that says what the file holds; the hash is stored with the name, so that the file can be renamed. */
 function addCard(node) {
   const element = el("div.sepme.sepme-card");
   const made = node.addDOMWidget("sepme_card", "SEPME_CARD", element, { serialize: false, getMinHeight: () => 76, getMaxHeight: () => 90, hideOnZoom: false, margin: MARGIN });
@@ -132,8 +132,8 @@ function forget(hash) {
 /** Put records of deltas into the workflow; what they hold already (the file itself) stays. */
 export function keep(records) {
   const extra = (rootGraph().extra ??= {});
-  const kept = (extra.sepme ??= {});
-  for (const [hash, record] of Object.entries(records)) kept[hash] = { ...kept[hash], ...record };
+  const saved = (extra.sepme ??= {});
+  for (const [hash, record] of Object.entries(records)) saved[hash] = { ...saved[hash], ...record };
 }
 
 let waiting = false;

@@ -23,7 +23,7 @@ from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge
 from .hook import ClassForward, Hook, previous
 
 MARK = 1024
-SEEN = 8  # edited conditionings that are kept: prompt editing goes to and fro between some
+SEEN = 8  # edited conditionings that are cached: prompt editing goes to and fro between some
 UNKNOWN_ROWS = (
     "another extension adds prompts of its own to the batch; they get the panel's strengths, so tags of single prompts may not reach them"
 )

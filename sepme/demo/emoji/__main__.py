@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .captions import Words, build_words, load_words
-from .classifiers import Classifier, held_out, train_classifier
+from .classifiers import SceneClassifier, held_out, train_classifier
 from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
 from .export import export, export_flow
 from .flow import train_flow
-from .judge import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
+from .pictures import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
 from .stage import load_stage
 from .text import build_tokenizer, load_tokenizer
 from .things import THINGS
@@ -28,7 +28,7 @@ from .vae import train_vae
 CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
 
 
-class Training:
+class Stages:
     """The stages as methods, and what they share."""
 
     def __init__(self, work: Path, things: int = len(THINGS), steps: int | None = None, until: int | None = None) -> None:
@@ -75,11 +75,11 @@ class Training:
         export(self.work, self.work / "model")
         export_flow(self.work, self.work / "flow")
 
-    def judge(self) -> None:
-        self._judge("diffusion", unet_painter)
-        self._judge("flow", flow_painter)
+    def evaluate(self) -> None:
+        self._evaluate("diffusion", unet_painter)
+        self._evaluate("flow", flow_painter)
 
-    def _judge(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
+    def _evaluate(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
         """Print the share that is read as asked, and draw sheets of ten things beside the studios' own drawings."""
         if not (self.work / f"{stage}.pt").exists():
             return
@@ -89,14 +89,14 @@ class Training:
         sheet(paint, chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
-            classifier = load_stage(Classifier(), self.work, "classifier", "classifier")
+            classifier = load_stage(SceneClassifier(), self.work, "classifier", "classifier")
             print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
 
 
 def main() -> None:
-    stages: dict[str, Callable[[Training], None]] = {
-        "render": Training.render, "vae": Training.vae, "classifier": Training.classifier, "diffusion": Training.diffusion,
-        "flow": Training.flow, "export": Training.export, "judge": Training.judge,
+    stages: dict[str, Callable[[Stages], None]] = {
+        "render": Stages.render, "vae": Stages.vae, "classifier": Stages.classifier, "diffusion": Stages.diffusion,
+        "flow": Stages.flow, "export": Stages.export, "evaluate": Stages.evaluate,
     }  # fmt: skip
     parser = argparse.ArgumentParser(prog="python -m sepme.demo.emoji", description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))
@@ -110,7 +110,7 @@ def main() -> None:
         parser.error(f"no stage {unknown[0]!r}; there are {', '.join(stages)}")
     if not 1 <= arguments.things <= len(THINGS):
         parser.error(f"--things is between 1 and {len(THINGS)}")
-    training = Training(arguments.work, arguments.things, arguments.steps, arguments.until)
+    training = Stages(arguments.work, arguments.things, arguments.steps, arguments.until)
     for stage in arguments.stages:
         stages[stage](training)
 

@@ -1,4 +1,4 @@
-"""The judge of the emoji world: which thing, whose hand and which background a picture shows."""
+"""The classifier of the emoji world: which thing, whose style and which background a picture shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD_NAMES = ("thing", "style", "background")
 WIDTHS = (3, 24, 48, 96, 128, 160)
 
 
-class Classifier(nn.Module):
+class SceneClassifier(nn.Module):
     """A convolutional network with one linear head for each of thing, style and background."""
 
     def __init__(self, heads: tuple[int, ...] = HEADS) -> None:
@@ -51,10 +51,10 @@ class Classifier(nn.Module):
         return torch.stack([logits.argmax(1) for logits in self(images.float())], dim=1)
 
 
-def load_classifier(folder: Path) -> Classifier:
+def load_classifier(folder: Path) -> SceneClassifier:
     """Read a model folder's classifier."""
     state = {k: v.float() for k, v in load_file(folder / "classifier.safetensors").items()}
-    model = Classifier(tuple(state[f"heads.{i}.bias"].numel() for i in range(3)))
+    model = SceneClassifier(tuple(state[f"heads.{i}.bias"].numel() for i in range(3)))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -72,9 +72,9 @@ def worn(x: Tensor, vae: AutoencoderTiny, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(work: Path, renders: NDArray[np.uint8], steps: int = 5000, batch: int = 32, until: int | None = None) -> None:
-    """Train all three heads on placements drawn anew for every step."""
+    """Train all three heads on placements sampled anew for every step."""
     torch.manual_seed(2)
-    model = Classifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))).to(memory_format=torch.channels_last)
+    model = SceneClassifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))).to(memory_format=torch.channels_last)
     stage = Stage(work, "classifier", {"classifier": model}, steps, 1.5e-3, seed=12)
     vae = load_vae(work)
 
@@ -89,13 +89,13 @@ def train_classifier(work: Path, renders: NDArray[np.uint8], steps: int = 5000, 
 
 @torch.no_grad()
 def held_out(work: Path, renders: NDArray[np.uint8], count: int = 3000, seed: int = 9012) -> dict[str, float]:
-    """Accuracy of the three heads on placements that training never drew: plain, and through the autoencoder."""
-    model = load_stage(Classifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))), work, "classifier", "classifier")
+    """Accuracy of the three heads on placements that training never saw: plain, and through the autoencoder."""
+    model = load_stage(SceneClassifier((renders.shape[0], renders.shape[1], len(BACKGROUND_NAMES))), work, "classifier", "classifier")
     vae, generator = load_vae(work), torch.Generator().manual_seed(seed)
     right = {"plain": torch.zeros(3), "decoded": torch.zeros(3)}
     for first in range(0, count, 50):
-        drawn = (random_picture(renders, generator) for _ in range(min(50, count - first)))
-        pictures, scenes = zip(*drawn, strict=True)
+        sampled = (random_picture(renders, generator) for _ in range(min(50, count - first)))
+        pictures, scenes = zip(*sampled, strict=True)
         x, labels = to_model(torch.stack(pictures)), torch.tensor(scenes)
         right["plain"] += (model.predict(x) == labels).sum(0)
         right["decoded"] += (model.predict(vae.decoder(vae.encoder(x)).clamp(-1, 1)) == labels).sum(0)

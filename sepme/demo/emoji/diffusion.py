@@ -94,8 +94,8 @@ class Batches:
 
     def draw(self, generator: torch.Generator, length: int = LENGTH) -> tuple[Tensor, Tensor]:
         """Token ids ``(captions, length)`` and latents ``(captions * draws, 4, 16, 16)``."""
-        drawn = (random_caption(self.words, generator, self.latents.things) for _ in range(self.captions))
-        texts, scenes = zip(*drawn, strict=True)
+        sampled = (random_caption(self.words, generator, self.latents.things) for _ in range(self.captions))
+        texts, scenes = zip(*sampled, strict=True)
         latents = torch.stack([self.latents.pick(scene, generator) for scene in scenes for _ in range(self.draws)])
         ids = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return ids, latents.to(memory_format=torch.channels_last)

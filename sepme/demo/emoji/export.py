@@ -1,4 +1,4 @@
-"""Write what was trained as a Stable Diffusion pipeline folder, with its judge, its words and a notice."""
+"""Write what was trained as a Stable Diffusion pipeline folder, with its classifier, its words and a notice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .captions import load_words
-from .classifiers import Classifier
+from .classifiers import SceneClassifier
 from .data import BACKGROUND_NAMES, CLDR
 from .diffusion import Latents, build_scheduler, build_unet
 from .flow import build_flow
@@ -71,7 +71,7 @@ def export(work: Path, folder: Path) -> None:
     config.pop("block_out_channels", None)  # AutoencoderTiny writes it and then warns about it
     write_json(folder / "vae" / "config.json", config)
     build_scheduler().save_pretrained(folder / "scheduler")
-    classifier = load_stage(Classifier(), work, "classifier", "classifier")
+    classifier = load_stage(SceneClassifier(), work, "classifier", "classifier")
     save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
     parts = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
     index: dict[str, object] = {k: ["diffusers", v] for k, v in parts.items()}

@@ -46,7 +46,7 @@ def train_flow(work: Path, batches: Batches, steps: int, rate: float = 1e-3, unt
     torch.manual_seed(4)
     model, text = build_flow(), load_stage(build_text_encoder(batches.tokenizer), work, "diffusion", "text_average")
     average = Average({"flow": model})
-    # the text encoder is kept beside it: the denoiser may be trained on, which changes its own
+    # the text encoder is saved beside it: the denoiser may be trained on, which changes its own
     stage = Stage(work, "flow", {"flow": model, "text": text} | average.copies, steps, rate, seed=14)
     end = batches.tokenizer.eos_token_id
 
@@ -71,6 +71,6 @@ def sample(
     for now, following in pairwise(sigmas):
         sigma = now.expand(2 * len(x))
         both = velocity(model, torch.cat([x, x]), sigma, torch.cat([empty, context]), torch.cat([no, mask]))
-        nothing, something = both.chunk(2)
-        x = x + (following - now) * (nothing + guidance * (something - nothing))
+        uncond, cond = both.chunk(2)
+        x = x + (following - now) * (uncond + guidance * (cond - uncond))
     return x

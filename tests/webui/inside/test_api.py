@@ -58,7 +58,7 @@ def server(make_webui: Any, delta_files: Path) -> Iterator[Server]:
     running.stop()
 
 
-def drawn(answer: dict[str, Any]) -> list[bytes]:
+def sampled(answer: dict[str, Any]) -> list[bytes]:
     """The pictures themselves; their infotexts may differ."""
     return [Image.open(io.BytesIO(base64.b64decode(image))).tobytes() for image in answer["images"]]
 
@@ -73,7 +73,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_the_example(server: Server, tmp_path: Path) -> None:
-    def drawn(name: str, *arguments: str) -> np.ndarray:
+    def sampled(name: str, *arguments: str) -> np.ndarray:
         result = example("a star", *arguments, "--seed", "0", "--url", server.url, "-o", tmp_path / name)
         assert (result.returncode, result.stderr) == (0, ""), result
         assert Image.open(tmp_path / name).info["parameters"] == result.stdout.rstrip("\n")
@@ -83,8 +83,8 @@ def test_the_example(server: Server, tmp_path: Path) -> None:
         return np.asarray(modules.api.api.picture(latents[0], ""))
 
     steps = {"steps": 20}  # the example's
-    assert np.array_equal(drawn("stock.png"), expected(server.ui.draw(script=False, **steps)))
-    half = drawn("half.png", "--erase", "star:0.5", "--erase", "moon")
+    assert np.array_equal(sampled("stock.png"), expected(server.ui.draw(script=False, **steps)))
+    half = sampled("half.png", "--erase", "star:0.5", "--erase", "moon")
     assert np.array_equal(half, expected(server.ui.erase("star", "moon", strengths='{"star": 0.5}', **steps)))
     assert not np.array_equal(half, pixels(tmp_path / "stock.png"))
     params = modules.infotext_utils.parse_generation_parameters(Image.open(tmp_path / "half.png").info["parameters"])
@@ -114,7 +114,7 @@ def test_arguments_left_out_take_the_panels_values(server: Server) -> None:
     def post(args: Any, **more: Any) -> list[bytes]:
         answer = server.post(args, **more)
         assert "SepME note" not in answer["info"]
-        return drawn(answer)
+        return sampled(answer)
 
     stock, erased = post([]), post([True, ["star"], "", True, "auto"])
     assert erased != stock
@@ -154,4 +154,4 @@ def test_bad_arguments_are_one_sentence_and_change_nothing(server: Server, args:
     assert note.startswith("nothing is erased. ")
     assert len(note) < 300
     assert str(server.ui.folder) not in json.dumps(answer)  # pictures are shared
-    assert drawn(answer) == drawn(server.post([]))
+    assert sampled(answer) == sampled(server.post([]))

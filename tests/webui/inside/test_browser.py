@@ -135,14 +135,14 @@ def test_a_pasted_infotext_restores_the_panel(panel: Panel) -> None:
     panel.choose("star", "heart")
     panel.slide("heart", 0.3)
     panel.settled(star=1, heart=0.3)
-    drawn, infotext = panel.generate()
+    sampled, infotext = panel.generate()
     panel.tab.reload()
     again = Panel(panel.tab)
     again.tab.locator("#txt2img_infotext").locator("textarea, input").fill(infotext)
     again.tab.locator("#txt2img_prompt").locator("textarea, input").fill("a star")
     again.tab.click("#txt2img_paste")
     again.settled(star=1, heart=0.3)
-    assert again.generate()[0] == drawn
+    assert again.generate()[0] == sampled
 
 
 def test_the_two_tabs_do_not_mix(panel: Panel) -> None:
@@ -192,7 +192,7 @@ def test_training_shows_its_course_and_stops(tab: Any, page: SimpleNamespace) ->
     assert set(names) <= {entry.concept for entry in page.ui.part("scripts.webui.host").library.entries()}
 
 
-def kept(shot: Any, name: str, tmp_path: Path) -> None:
+def save_picture(shot: Any, name: str, tmp_path: Path) -> None:
     """A picture that shows something, small enough for a README."""
     from PIL import Image
 
@@ -212,7 +212,7 @@ def test_pictures(panel: Panel, page: SimpleNamespace, tmp_path: Path) -> None:
     panel.slide("heart", 0.7)
     panel.row("moon").locator(".sepme-switch").click()
     panel.settled(star=1, heart=0.7, moon=0)
-    kept(panel.tab.locator(f"{panel.id}_enabled").screenshot, "webui-panel.png", tmp_path)
+    save_picture(panel.tab.locator(f"{panel.id}_enabled").screenshot, "webui-panel.png", tmp_path)
     panel.tab.click(".tab-nav button:text-is('SepME')")
     panel.tab.locator("#sepme_book textarea").fill(
         "concepts:\n  - sun\n  - name: house\n    prompts: [a house, a small house]\npreserve: [a star]\n"
@@ -220,4 +220,4 @@ def test_pictures(panel: Panel, page: SimpleNamespace, tmp_path: Path) -> None:
     panel.tab.locator("#sepme_steps input[type=number]").fill("40")
     panel.tab.click("#sepme_train")
     panel.tab.wait_for_selector("#sepme_train_status table", timeout=120_000)
-    kept(panel.tab.locator("#sepme_tab, .tabitem:has(> div #sepme_book)").first.screenshot, "webui-tab.png", tmp_path)
+    save_picture(panel.tab.locator("#sepme_tab, .tabitem:has(> div #sepme_book)").first.screenshot, "webui-tab.png", tmp_path)

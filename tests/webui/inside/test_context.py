@@ -99,16 +99,16 @@ def test_as_the_layers_do(webui: Any, files: dict[str, Path], form: str, prompts
     use(webui, files["layers"])
     expected = webui.draw(prompts, **more)
     use(webui, files[form])
-    drawn = webui.draw(prompts, **more)
+    sampled = webui.draw(prompts, **more)
     assert not webui.last.comments
-    torch.testing.assert_close(drawn, expected, **CLOSE)
+    torch.testing.assert_close(sampled, expected, **CLOSE)
     stock = webui.draw(
         [p.split(" <")[0] for p in prompts], script=False, **{k: v.split(" <")[0] if isinstance(v, str) else v for k, v in more.items()}
     )
-    assert not torch.equal(drawn, stock)
+    assert not torch.equal(sampled, stock)
     for i, prompt in enumerate(prompts):
         if "<" not in prompt and "negative_prompt" not in more:
-            assert torch.equal(drawn[i], stock[i])
+            assert torch.equal(sampled[i], stock[i])
 
 
 def test_beside_per_layer_deltas(webui: Any, files: dict[str, Path]) -> None:
@@ -118,9 +118,9 @@ def test_beside_per_layer_deltas(webui: Any, files: dict[str, Path]) -> None:
     stock = webui.draw(both, script=False)
     mixed = webui.erase("star", "heart", prompt=both)
     assert torch.equal(webui.erase("star", "heart", prompt=f"{both} <keep:star> <keep:heart>"), stock)
-    kept = webui.draw([both, f"{both} <keep:star> <keep:heart>"], True, ["star", "heart"], **tags)
-    assert torch.equal(kept[1], webui.draw([both, both], script=False, **tags)[1])
-    torch.testing.assert_close(kept[:1], mixed, rtol=0, atol=1e-5)
+    preserved = webui.draw([both, f"{both} <keep:star> <keep:heart>"], True, ["star", "heart"], **tags)
+    assert torch.equal(preserved[1], webui.draw([both, both], script=False, **tags)[1])
+    torch.testing.assert_close(preserved[:1], mixed, rtol=0, atol=1e-5)
     use(webui, files["layers"])
     torch.testing.assert_close(webui.erase("star", "heart", prompt=both), mixed, **CLOSE)
 
@@ -147,23 +147,23 @@ def test_another_extension_may_write_over_it(webui: Any) -> None:
             params.text_cond += 1
 
     callbacks = modules.script_callbacks.callbacks["cfg_denoiser"]
-    drawn = []
+    sampled = []
     for prompt in ("a star", "a house"):
         callbacks.append(spoil)
         try:
-            drawn.append((webui.erase("star", prompt=prompt), webui.draw(prompt, script=False)))
+            sampled.append((webui.erase("star", prompt=prompt), webui.draw(prompt, script=False)))
         finally:
             callbacks.remove(spoil)
-    assert torch.equal(*drawn[1])
-    assert not torch.equal(*drawn[0])
+    assert torch.equal(*sampled[1])
+    assert not torch.equal(*sampled[0])
 
 
 @pytest.mark.parametrize("pooled", [0, 24])
 @pytest.mark.parametrize("kind", ["a1111"])
 def test_marks_of_controlnet_stay(webui: Any, pooled: int, tmp_path: Path) -> None:
-    from .test_erasing import test_marks_that_controlnet_puts_before_prompts as story
+    from .test_erasing import test_marks_that_controlnet_puts_before_prompts as same_for_layers
 
-    story(webui, pooled, tmp_path)
+    same_for_layers(webui, pooled, tmp_path)
     modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=pooled)
     train(webui, tmp_path / "context", "context")
     patch = webui.part("scripts.webui.host.patch")
@@ -185,12 +185,12 @@ def test_marks_of_controlnet_stay(webui: Any, pooled: int, tmp_path: Path) -> No
 def test_sdxl_pooled_vector(webui: Any, tmp_path: Path) -> None:
     modules.shared.sd_model = modules.toy.Checkpoint(seed=2, pooled=24)
     train(webui, tmp_path / "context", "context")
-    drawn, stock = webui.erase("star"), webui.draw(script=False)
-    assert not torch.equal(drawn, stock)
+    sampled, stock = webui.erase("star"), webui.draw(script=False)
+    assert not torch.equal(sampled, stock)
     assert torch.equal(webui.erase("star", prompt="a red house"), webui.draw("a red house", script=False))
     assert torch.equal(webui.draw("a star <keep:star>", True, ["star"]), stock)
     train(webui, tmp_path / "layers", "layers")
-    torch.testing.assert_close(webui.erase("star"), drawn, **CLOSE)
+    torch.testing.assert_close(webui.erase("star"), sampled, **CLOSE)
 
 
 def test_one_file_for_every_checkpoint_of_the_encoder(webui: Any, files: dict[str, Path]) -> None:
@@ -231,6 +231,6 @@ def test_of_another_width_is_refused_by_name(webui: Any, tmp_path: Path) -> None
 def test_of_another_text_encoder(webui: Any, tmp_path: Path, turn: float, said: str, erases: bool) -> None:
     remade(webui, tmp_path, turn=turn)
     for args in (("a star", True, ["star"]), ("a star <erase:star>",)):
-        drawn = webui.draw(*args)
+        sampled = webui.draw(*args)
         assert any("'star'" in c and said in c for c in webui.last.comments), webui.last.comments
-        assert torch.equal(drawn, webui.draw("a star", script=False)) is not erases
+        assert torch.equal(sampled, webui.draw("a star", script=False)) is not erases

@@ -27,7 +27,7 @@ def test_off_nothing_is_touched(webui: Any) -> None:
     assert "SepME concepts" not in webui.infotexts[0]
 
 
-def test_erased_kept_and_restored(webui: Any) -> None:
+def test_erased_preserved_and_restored(webui: Any) -> None:
     stock = webui.draw(script=False)
     erased = webui.erase("star")
     assert not torch.equal(erased, stock)
@@ -83,7 +83,7 @@ def test_negative_prompts_have_their_own(webui: Any) -> None:
     assert torch.equal(webui.draw("a house", True, ["star"], negative_prompt="a star"), erased)
 
 
-def test_same_words_erased_in_one_and_kept_in_the_other(webui: Any) -> None:
+def test_same_words_erased_in_one_and_preserved_in_the_other(webui: Any) -> None:
     """Prompt and negative prompt have the same tokens; only their order tells them apart."""
     stock = webui.draw("a star", negative_prompt="a star", script=False)
     first = webui.draw("a star <erase:star>", negative_prompt="a star")
@@ -175,10 +175,10 @@ def test_prompts_of_another_extension(webui: Any) -> None:
     original = modules.processing.extra_networks.activate
     modules.processing.extra_networks.activate = lambda p, found: original(p, data)
     try:
-        drawn = webui.draw("a star")
+        sampled = webui.draw("a star")
     finally:
         modules.processing.extra_networks.activate = original
-    assert torch.equal(drawn, webui.draw("a star <erase:star:0.5>"))
+    assert torch.equal(sampled, webui.draw("a star <erase:star:0.5>"))
     assert networks.TagNetwork("erase").deactivate(None) is None
 
 
@@ -225,13 +225,13 @@ def test_a_refiner_takes_over_in_the_middle(webui: Any) -> None:
             if webui.kind == "forge":
                 modules.processing.sampling_prepare(other.forge_objects.unet, None)
 
-    def drawn(*args: Any, script: bool = True) -> torch.Tensor:
+    def sampled(*args: Any, script: bool = True) -> torch.Tensor:
         modules.shared.sd_model = first
         modules.toy.UnetPatcher.loaded = None
         return webui.draw("a star", *args, script=script, on_step=switch)
 
-    stock, erased = drawn(script=False), drawn(True, ["star"])
-    assert torch.equal(drawn(True, ["star"], '{"star": 0}'), stock)
+    stock, erased = sampled(script=False), sampled(True, ["star"])
+    assert torch.equal(sampled(True, ["star"], '{"star": 0}'), stock)
     assert not torch.equal(erased, stock)
 
     def before_only(p: Any, step: int) -> None:
@@ -245,7 +245,7 @@ def test_a_refiner_takes_over_in_the_middle(webui: Any) -> None:
 
 
 def test_weights_that_change_in_the_middle(webui: Any) -> None:
-    """Automatic1111 applies LoRAs inside ``forward``, when the layer is used next; keys and values that are kept must notice."""
+    """Automatic1111 applies LoRAs inside ``forward``, when the layer is used next; cached keys and values must notice."""
     layer = webui.model.unet.middle_block[1].transformer_blocks[0].attn2.to_v
     weight = layer.weight.detach().clone()
 
@@ -257,10 +257,10 @@ def test_weights_that_change_in_the_middle(webui: Any) -> None:
         stock, plain = webui.draw(script=False, on_step=add), webui.draw(script=False)
         assert not torch.equal(stock, plain)
         assert torch.equal(webui.draw("a star <keep:star>", True, ["star"], on_step=add), stock)
-        kept = webui.draw("a house", True, ["star"], on_step=add)
+        preserved = webui.draw("a house", True, ["star"], on_step=add)
         with torch.no_grad():
             layer.weight.copy_(weight)
-        assert torch.equal(kept, webui.draw("a house", script=False, on_step=add))
+        assert torch.equal(preserved, webui.draw("a house", script=False, on_step=add))
     finally:
         with torch.no_grad():
             layer.weight.copy_(weight)
@@ -308,9 +308,9 @@ def test_rows_that_another_extension_splits(webui: Any) -> None:
     try:
         more = {"negative_prompt": "a red house", "batch_size": 3}
         stock = webui.draw(["a star", "a star", "a house"], script=False, **more)
-        drawn = webui.draw(["a star <keep:star>", "a star", "a house <erase:moon>"], True, ["star"], **more)
-        assert torch.equal(drawn[[0, 2]], stock[[0, 2]])
-        assert not torch.equal(drawn[1], stock[1])
+        sampled = webui.draw(["a star <keep:star>", "a star", "a house <erase:moon>"], True, ["star"], **more)
+        assert torch.equal(sampled[[0, 2]], stock[[0, 2]])
+        assert not torch.equal(sampled[1], stock[1])
         assert not webui.last.comments
     finally:
         del attn2.forward
@@ -335,7 +335,7 @@ def test_marks_that_controlnet_puts_before_prompts(webui: Any, pooled: int, tmp_
                     context = torch.cat([torch.full_like(context[:1], mark), context])
                     schedules[i] = s._replace(cond={**s.cond, "crossattn": context} if pooled else context)
 
-    def drawn(prompts: list[str], *args: Any, script: bool = True) -> torch.Tensor:
+    def sampled(prompts: list[str], *args: Any, script: bool = True) -> torch.Tensor:
         def on_step(p: Any, step: int) -> None:
             if step == 0:
                 marked(p)
@@ -347,13 +347,13 @@ def test_marks_that_controlnet_puts_before_prompts(webui: Any, pooled: int, tmp_
             del unet.forward
 
     prompts = ["a star", "a red house"]
-    stock = drawn(prompts, script=False)
+    stock = sampled(prompts, script=False)
     assert torch.equal(stock, webui.draw(prompts, script=False, batch_size=2))  # marked and unmarked
-    erased = drawn(prompts, True, ["star"])
+    erased = sampled(prompts, True, ["star"])
     assert torch.equal(erased, webui.erase("star", prompt=prompts, batch_size=2))
     assert torch.equal(erased[1], stock[1])
-    mixed = drawn(["a star <erase:star>", "a star"])
-    assert torch.equal(mixed[1], drawn(["a star", "a star"], script=False)[1])
+    mixed = sampled(["a star <erase:star>", "a star"])
+    assert torch.equal(mixed[1], sampled(["a star", "a star"], script=False)[1])
     assert not torch.equal(mixed[0], stock[0])
     assert not webui.last.comments
 
@@ -385,8 +385,8 @@ def test_sdxl_pooled_vector(webui: Any, tmp_path: Any) -> None:
 
 
 def test_backends_agree(webui: Any) -> None:
-    drawn = [webui.draw("a star", True, ["star"], "", True, backend, negative_prompt="a star") for backend in ("exact", "fused", "eager")]
-    for one, other in itertools.combinations(drawn, 2):
+    sampled = [webui.draw("a star", True, ["star"], "", True, backend, negative_prompt="a star") for backend in ("exact", "fused", "eager")]
+    for one, other in itertools.combinations(sampled, 2):
         assert torch.allclose(one, other, atol=1e-3)
 
 
@@ -500,5 +500,5 @@ def test_loras_of_the_host(webui: Any, networks: Any) -> None:
 
     changing = webui.draw("a house", script=False, on_step=weaken)
     assert torch.equal(webui.draw("a house", True, ["star"], on_step=weaken), changing)
-    drawn = [webui.draw("a star", True, ["star"], "", True, b, negative_prompt="a star", on_step=weaken) for b in ("exact", "fused")]
-    assert torch.allclose(*drawn, atol=1e-3)
+    sampled = [webui.draw("a star", True, ["star"], "", True, b, negative_prompt="a star", on_step=weaken) for b in ("exact", "fused")]
+    assert torch.allclose(*sampled, atol=1e-3)

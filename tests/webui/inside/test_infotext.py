@@ -47,8 +47,8 @@ def test_files_of_one_name_are_told_apart(make_webui: Any, delta_files: Any, tmp
     labels = files.labels(library.entries())
     assert len(labels) == 2
     assert all(label == f"star [{entry.content_hash[:10]}]" for label, entry in labels.items())
-    drawn = [ui.erase(label) for label in labels]
-    assert not drawn[0].equal(drawn[1])
+    sampled = [ui.erase(label) for label in labels]
+    assert not sampled[0].equal(sampled[1])
     ui.erase(*labels)
     assert any("erase the same concept" in c for c in ui.last.comments)
     with pytest.raises(ValueError, match="means several files"):
@@ -63,18 +63,18 @@ def test_plot_axes(webui: Any) -> None:
     assert concepts.choices() == ["none", "heart", "moon", "star"]
     stock, erased, half = webui.draw(script=False), webui.erase("star"), webui.erase("star", strengths='{"star": 0.5}')
 
-    def drawn(axis: Any, value: Any, *args: Any) -> Any:
+    def sampled(axis: Any, value: Any, *args: Any) -> Any:
         given: dict[str, Any] = {}
         holder = type("P", (), {"__setattr__": lambda self, k, v: given.__setitem__(k, v)})()
         axis.apply(holder, value, [value])
         return webui.draw("a star", *args, **given)
 
     panel = (True, ["star"], "", True, "auto")
-    assert drawn(strength, 0.5, *panel).equal(half)
-    assert drawn(strength, 0.0, *panel).equal(stock)
-    assert drawn(concepts, "star + heart").equal(webui.erase("star", "heart"))
-    assert drawn(concepts, "none", *panel).equal(stock)
-    assert drawn(concepts, "star").equal(erased)
+    assert sampled(strength, 0.5, *panel).equal(half)
+    assert sampled(strength, 0.0, *panel).equal(stock)
+    assert sampled(concepts, "star + heart").equal(webui.erase("star", "heart"))
+    assert sampled(concepts, "none", *panel).equal(stock)
+    assert sampled(concepts, "star").equal(erased)
     assert webui.last.extra_generation_params["SepME concepts"].startswith("star (")
 
 

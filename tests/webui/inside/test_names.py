@@ -103,13 +103,13 @@ def test_two_files_of_one_concept(ui: Any) -> None:
     assert labels[0] in note(ui)
     assert torch.equal(ui.draw("a star", True, ["star"]), stock)
     assert "means several files" in note(ui)
-    drawn = [ui.erase(label) for label in labels]
-    assert not torch.equal(*drawn)
-    for label, picture in zip(labels, drawn, strict=True):
+    sampled = [ui.erase(label) for label in labels]
+    assert not torch.equal(*sampled)
+    for label, picture in zip(labels, sampled, strict=True):
         assert torch.equal(ui.draw(f"a star <erase:{label}>"), picture)
         assert torch.equal(ui.draw("a star <keep:star>", True, [label]), stock)  # of the two, the one that is chosen
         assert note(ui) == ""
-    assert torch.equal(ui.draw(f"a star <keep:{labels[1]}>", True, [labels[0]]), drawn[0])
+    assert torch.equal(ui.draw(f"a star <keep:{labels[1]}>", True, [labels[0]]), sampled[0])
     assert "another file than" in note(ui)
     ui.draw(f"a star <erase:{labels[1]}> <erase:{labels[0]}>")
     assert "another file than" in note(ui)
@@ -158,8 +158,8 @@ PARTS = {
 def test_tags_that_cannot_be_read_are_named(ui: Any, tag: str) -> None:
     """In the prompt of one picture: it is drawn with what the panel says; the other pictures' tags act."""
     prompts = [f"a star {tag}", "a star <keep:star>"]
-    drawn = ui.draw(prompts, True, ["star"], batch_size=2)
-    assert torch.equal(drawn[1], ui.draw(["a star"] * 2, script=False, batch_size=2)[1])
+    sampled = ui.draw(prompts, True, ["star"], batch_size=2)
+    assert torch.equal(sampled[1], ui.draw(["a star"] * 2, script=False, batch_size=2)[1])
     ui.draw(f"a star {tag}")
     assert PARTS.get(tag, tag) in note(ui)
     assert ui.infotexts[0].startswith(f"a star {tag}\n")
@@ -188,10 +188,10 @@ def test_the_host_encodes_the_stock_prompt(ui: Any, stock: str, with_tag: str) -
 def test_hires_prompts_in_batches(ui: Any) -> None:
     """Each batch has its own part of the list, and the list itself stays as it was written."""
     prompts = ["a star <erase:star>", "a star", "a heart <erase:heart>"]
-    drawn = ui.draw(prompts, hr_prompt=list(prompts), n_iter=3, enable_hr=True)
+    sampled = ui.draw(prompts, hr_prompt=list(prompts), n_iter=3, enable_hr=True)
     assert ui.last.all_hr_prompts == prompts
     for i, prompt in enumerate(prompts):
-        assert torch.equal(drawn[i], ui.draw(prompt, seed=i, enable_hr=True)[0])
+        assert torch.equal(sampled[i], ui.draw(prompt, seed=i, enable_hr=True)[0])
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .captions import Scene, caption_of
-from .classifiers import Classifier
+from .classifiers import SceneClassifier
 from .data import BACKGROUND_NAMES, place
 from .diffusion import build_scheduler, build_unet
 from .flow import LENGTH, build_flow, encode, sample
@@ -44,8 +44,8 @@ def unet_painter(work: Path, steps: int, guidance: float) -> Painter:
         context = torch.cat([states[:1].expand(len(captions), -1, -1), states[1:]])
         x = start_latents(len(captions), seed)
         for t, following in zip(times, [*times[1:], 0], strict=True):
-            nothing, something = unet(torch.cat([x, x]), t, context).sample.chunk(2)
-            noise = nothing + guidance * (something - nothing)
+            uncond, cond = unet(torch.cat([x, x]), t, context).sample.chunk(2)
+            noise = uncond + guidance * (cond - uncond)
             clean = (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
             x = alphas[following].sqrt() * clean + (1 - alphas[following]).sqrt() * noise
         return vae.decoder(x).clamp(-1, 1)
@@ -83,7 +83,7 @@ def asked(things: int, count: int, seed: int) -> list[tuple[str, Scene]]:
     return result
 
 
-def read_accuracy(paint: Painter, classifier: Classifier, things: int, count: int, seed: int = 500) -> dict[str, float]:
+def read_accuracy(paint: Painter, classifier: SceneClassifier, things: int, count: int, seed: int = 500) -> dict[str, float]:
     """Share of pictures whose thing, style and background are read as asked."""
     pairs, right = asked(things, count, seed), torch.zeros(3)
     for first in range(0, count, 18):
