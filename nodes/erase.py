@@ -17,7 +17,7 @@ from .concepts import lines
 from .deltas import find
 from .facts import facts_of_delta
 from .rows import Row, parse_rows
-from .sockets import CATEGORY, Deltas
+from .sockets import CATEGORY, Deltas, advanced
 
 ALIASES = ["erase", "remove", "unlearn", "forget", "censor", "ban", "block", "concept"]
 
@@ -37,14 +37,14 @@ class SepMEErase(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoder that reads your prompts: the erasure is worked out from it."),
                 io.String.Input("concepts", default="[]", tooltip="What must not be in the pictures: rows, or names with commas between."),
                 Deltas.Input("deltas", optional=True, tooltip="Erasures made or loaded elsewhere, used along with these rows."),
-                io.String.Input(
-                    "preserve", multiline=True, default="", optional=True, extra_dict={"advanced": True},
+                advanced(io.String.Input(
+                    "preserve", multiline=True, default="", optional=True,
                     tooltip="Words and prompts that must not change, one per line. Empty: the words nearest to each concept.",
-                ),
-                io.Boolean.Input(
-                    "gate", default=True, optional=True, extra_dict={"advanced": True},
+                )),
+                advanced(io.Boolean.Input(
+                    "gate", default=True, optional=True,
                     tooltip="On: only prompts that carry a concept change. Off: every prompt may change a little.",
-                ),
+                )),
             ],
             outputs=[
                 io.Model.Output(),
@@ -74,7 +74,8 @@ class SepMEErase(io.ComfyNode):
         everything = (*before, *made)
         strengths = {row.name: row.strength for row in rows}
         facts = tuple(facts_of_delta(d) | {"anchor": d.concept.anchor, "preserve": list(d.preserve.prompts)} for d in made)
-        return io.NodeOutput(host.apply_deltas(model, everything, strengths, gate), everything, ui={"sepme_erased": facts})
+        queued.remember(cls.hidden, facts)
+        return io.NodeOutput(host.apply_deltas(model, everything, strengths, gate), everything, ui={"sepme_made": facts})
 
     @classmethod
     def _loaded(cls, row: Row) -> ConceptDelta:

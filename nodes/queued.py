@@ -7,7 +7,7 @@ ComfyUI hands every queued prompt to extensions (``PromptServer.add_on_prompt_ha
 - a tag that names none of the prompt's concepts, and one in a text node that cannot read it, is an error of the node at fault, or of
   the node that erases. ComfyUI takes no error from here, so the node gets an input :data:`REFUSED` that it raises when it runs, and
   that makes it run although it ran before.
-- the page is told where the erasure is lost on the way into a file, and what a training found that does not run again.
+- the page is told where the erasure is lost on the way into a file, and what was found by a training or planning that does not run again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def refuse(hidden: Any) -> None:
 
 
 def remember(hidden: Any, facts: Any) -> None:
-    """Keep what a training made for a page that is loaded later; see :func:`on_prompt`."""
+    """Keep what a training or planning made for a page that is loaded later; see :func:`on_prompt`."""
     if hidden and hidden.prompt and hidden.unique_id in hidden.prompt:
         _made[_signature(Graph(hidden.prompt, host.outputs_of), hidden.unique_id)] = facts
         while len(_made) > MAX_MADE:
@@ -70,7 +70,7 @@ def on_prompt(data: Any) -> Any:
     for node, text in lost(graph).items():
         log.warning("%s: %s", graph.title(node), text)
         host.notice(text, node, data.get("client_id"))
-    for node in graph.of(TRAIN):
+    for node in graph.of(TRAIN, ERASE):
         facts = _made.get(_signature(graph, node))
         if facts is not None:
             host.tell_page("sepme.made", {"node": node, "sepme_made": facts}, data.get("client_id"))

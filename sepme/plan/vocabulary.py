@@ -98,12 +98,14 @@ class Vocabulary:
         return self._rows @ torch.nn.functional.normalize(own[0] - self._mean, dim=-1)
 
     def nearby(self, encoder: TextEncoder, name: str, but: Collection[str] = (), count: int = NEARBY) -> list[str]:
-        """The nearest words, best first, without synonyms of the concept and what shares a word with it or with ``but``."""
+        """The nearest words, best first, without synonyms of the concept, what shares a word with it, and what stands in texts ``but``."""
         values = self.similarities(encoder, name)
-        taken, found = [name, *but], list[str]()
+        own, found = set(normalised(name).split()), list[str]()
         for i in values.argsort(descending=True).tolist():
             word = self.words[i]
-            if len(found) < count and values[i] < SYNONYM and not any(mentions(t, word) or mentions(word, t) for t in taken):
+            if len(found) == count:
+                break
+            if values[i] < SYNONYM and own.isdisjoint(word.split()) and not any(mentions(t, word) for t in but):
                 found.append(word)
         return found
 

@@ -35,7 +35,7 @@ def erase(inside: Inside, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Ite
         value = rows if isinstance(rows, str) else json.dumps(rows)
         with torch.inference_mode():
             out = node.execute(inside.model, inside.clip, value, **more)
-        return Out(*out.result, out.ui["sepme_erased"])
+        return Out(*out.result, out.ui["sepme_made"])
 
     run.reads = reads  # type: ignore[attr-defined]
     return run
