@@ -12,6 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import sepme
 from sepme.hosts.loading import LoadOptions, load_pipeline
 from sepme.hosts.pipeline import PipelineEncoder
+from sepme.plan import encoded_book
+from sepme.plan.gate import ordinary_prompts
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,12 @@ def pipe() -> Any:
     loaded = load_pipeline("demo", LoadOptions())
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates are calibrated on a few ordinary prompts here."""
+    monkeypatch.setattr(encoded_book, "ordinary_prompts", lambda: ordinary_prompts()[:32])
 
 
 def draw(pipe: Any, prompt: str, **more: Any) -> torch.Tensor:
@@ -64,7 +72,7 @@ class TwoEncoders:
         config = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"projection_dim": 24})
         with torch.random.fork_rng():
             torch.manual_seed(2)
-            self.text_encoder_2 = CLIPTextModelWithProjection(config).eval()
+            self.text_encoder_2 = CLIPTextModelWithProjection(config).eval().float()
 
     def encode_prompt(self, prompt: str) -> tuple[Any, ...]:
         cond, uncond = (PipelineEncoder(self).encode([p]) for p in (prompt, ""))
