@@ -90,27 +90,34 @@ def generate(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the deltas and the report.")] = Path("demo"),
-    images: Annotated[int, typer.Option(help="Images a concept and condition.")] = 20,
+    images: Annotated[int | None, typer.Option(help="Images per concept and condition; 4, or 20 with --full.")] = None,
     concepts: Annotated[int, typer.Option(help="How many of the twelve concepts (for a quick look).")] = 12,
+    full: Annotated[bool, typer.Option(help="Measure everything, on more pictures: some minutes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Erase twelve concepts of the embedded model, one by one and together, and write report.html."""
+    """Erase twelve concepts of the embedded model, one by one and together, and give them back: report.html."""
     from ..checks import check_number
+    from ..demo.quick import run_quick
     from ..demo.run import run_demo
 
+    images = images if images is not None else 20 if full else 4
     check_number("images", images, 1, 10_000, whole=True)
     check_number("concepts", concepts, 1, 12, whole=True)
     check_writable(out)
     host = load_host("demo")
     with interruptible() as check, progress_bar() as bar:
-        metrics = run_demo(host, out, images, concepts, progress(bar, check))
+        if full:
+            metrics = run_demo(host, out, images, concepts, progress(bar, check))
+        else:
+            metrics = run_quick(host, out, images, concepts, progress(bar, check), log.print)
 
     def show() -> None:
-        table = Table("", "G-CiRs", "closed form")
-        for key, value in metrics.items():
-            if isinstance(value, float) and key in metrics["closed_form"]:
-                table.add_row(key, f"{value:.4g}", f"{metrics['closed_form'][key]:.4g}")
-        show_table(table)
+        if full:
+            table = Table("", "G-CiRs", "closed form")
+            for key, value in metrics.items():
+                if isinstance(value, float) and key in metrics["closed_form"]:
+                    table.add_row(key, f"{value:.4g}", f"{metrics['closed_form'][key]:.4g}")
+            show_table(table)
         log.print(f"Report: {out / 'report.html'}")
 
     finish(metrics, as_json, show)

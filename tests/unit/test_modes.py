@@ -265,7 +265,7 @@ def test_command_line(tiny_host: Hosts, tmp_path: Path) -> None:
 
 def test_bench_sides_start_from_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     size = bench.UNetSize(channels=(32,), layers=1, latent=8, d_in=32, tokens=4)
-    both = bench.Bench(size)
+    both = bench.Comparison(size)
     step, published = both.ours(), both.published()
     assert step()[0].losses[0] == pytest.approx(published(), rel=1e-4)
     monkeypatch.setattr(bench, "memory", lambda side, size: {"before": 1, "peak": 4 if side == "ours" else 11})
