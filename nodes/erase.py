@@ -39,7 +39,7 @@ class SepMEErase(io.ComfyNode):
                 Deltas.Input("deltas", optional=True, tooltip="Erasures made or loaded elsewhere, used along with these rows."),
                 advanced(io.String.Input(
                     "preserve", multiline=True, default="", optional=True,
-                    tooltip="Words and prompts that must not change, one per line. Empty: the words nearest to each concept.",
+                    tooltip="Words and prompts that must not change at all, one per line; more of them leave less room for the concepts.",
                 )),
                 advanced(io.Boolean.Input(
                     "gate", default=True, optional=True,
@@ -103,4 +103,4 @@ class SepMEErase(io.ComfyNode):
         wanted = [Named(row.name, row.prompts, row.anchor) for row in rows]
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
-        return host.erasures.get(host.ClipEncoder(clip), wanted, lines(preserve) or None, known, bar.stage)
+        return host.erasures.get(host.ClipEncoder(clip), wanted, lines(preserve), known, bar.stage)

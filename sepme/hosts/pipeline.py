@@ -92,13 +92,13 @@ class Erasure:
         self.restore()
 
 
-def erase(pipe: Any, concepts: Sequence[str | Concept], preserve: Sequence[str] | None = None, on_progress: OnProgress = silent) -> Erasure:
+def erase(pipe: Any, concepts: Sequence[str | Concept], preserve: Sequence[str] = (), on_progress: OnProgress = silent) -> Erasure:
     """Erase concepts from every picture of a diffusers pipeline, from its text encoders alone; its weights stay as they are.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of any task. It is called as before.
         concepts: names, or :class:`Concept` with prompts and an anchor of one's own; planned together.
-        preserve: prompts that must not change; by default the words nearest to each concept.
+        preserve: prompts that must not change at all.
 
     Raises:
         SepMEError: another kind of pipeline, one that is erased from already, no concept, or one that cannot be erased.

@@ -18,7 +18,7 @@ from ..progress import OnProgress, silent
 from .tokens import CHUNK, encode
 
 FILE = Path(__file__).parents[1] / "data" / "broader_words.txt"
-NEARBY = 8  # neighbours that are preserved unless somebody says otherwise
+NEARBY = 32  # neighbours of a concept
 SYNONYM = 0.95  # cosine from which on a word is taken to mean the concept itself
 KEPT_ENCODERS = 4
 

@@ -23,6 +23,7 @@ from ..files import write_atomically
 from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.protocols import TextEncoder, clip_skip
 from ..plan.directions import PlanOptions
+from ..plan.gate import ordinary_prompts
 from ..plan.planner import Planner
 from ..plan.vocabulary import FILE, Vocabulary
 from ..progress import OnProgress, silent
@@ -57,29 +58,31 @@ def named(concepts: Sequence[str | Concept | Named]) -> tuple[Named, ...]:
 def book_of(
     encoder: TextEncoder,
     wanted: Sequence[Named],
-    preserve: Sequence[str] | None = None,
+    preserve: Sequence[str] = (),
     known: Sequence[Concept] = (),
     on_progress: OnProgress = silent,
 ) -> ConceptBook:
-    """The book of named concepts, in an order that does not depend on theirs, with anchors and neighbours found where none are given.
+    """The book of named concepts, in an order that does not depend on theirs, with anchors found where none are given.
 
     Args:
-        preserve: prompts that must not change; the nearest words of every concept if None.
+        preserve: prompts that must not change at all.
         known: concepts that others erase already.
 
     Raises:
         SepMEError: a name that is none, two of one name, or a prompt that is erased and preserved at once.
     """
-    missing = preserve is None or any(n.anchor is None for n in wanted)
-    vocabulary = Vocabulary.of(encoder, on_progress) if missing else None
     concepts = []
     for n in sorted(wanted, key=lambda n: normalised(n.name)):
-        found = vocabulary.anchor(encoder, n.name) if n.anchor is None and vocabulary else ""
-        concepts.append(Concept(n.name, n.prompts, found if n.anchor is None else n.anchor))
-    texts = [t for c in (*concepts, *known) for t in (c.name, *c.prompts)]
-    if preserve is None and vocabulary:
-        preserve = [w for c in concepts for w in vocabulary.nearby(encoder, c.name, texts)]
-    return ConceptBook((*known, *concepts), tuple(dict.fromkeys(preserve or ())))
+        found = Vocabulary.of(encoder, on_progress).anchor(encoder, n.name) if n.anchor is None else n.anchor
+        concepts.append(Concept(n.name, n.prompts, found))
+    return ConceptBook((*known, *concepts), tuple(dict.fromkeys(preserve)))
+
+
+def neighbours(encoder: TextEncoder, book: ConceptBook, names: Sequence[str]) -> list[str]:
+    """The words nearest to these concepts that stand in no prompt of the book, for gates to stay shut on."""
+    texts = [t for c in book.concepts for t in (c.name, *c.prompts)]
+    vocabulary = Vocabulary.of(encoder)
+    return list(dict.fromkeys(word for name in names for word in vocabulary.nearby(encoder, name, texts)))
 
 
 class Erasures:
@@ -97,7 +100,7 @@ class Erasures:
         self,
         encoder: TextEncoder,
         concepts: Sequence[str | Concept | Named],
-        preserve: Sequence[str] | None = None,
+        preserve: Sequence[str] = (),
         known: Sequence[Concept] = (),
         on_progress: OnProgress = silent,
     ) -> tuple[ConceptDelta, ...]:
@@ -153,29 +156,31 @@ class Erasures:
                     file.unlink(missing_ok=True)
 
 
-def _key(encoder: TextEncoder, wanted: Sequence[Named], preserve: Sequence[str] | None, known: Sequence[Concept]) -> str:
+def _key(encoder: TextEncoder, wanted: Sequence[Named], preserve: Sequence[str], known: Sequence[Concept]) -> str:
     facts = [
         VERSION,
         hashlib.sha256(FILE.read_bytes()).hexdigest(),
         EncoderFingerprint.of(encoder).to_json(),
         clip_skip(encoder),
         wanted,
-        preserve if preserve is None else list(preserve),
+        list(preserve),
         [(c.name, c.prompts, c.anchor) for c in known],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _made(
-    encoder: TextEncoder, wanted: Sequence[Named], preserve: Sequence[str] | None, known: Sequence[Concept], on_progress: OnProgress
+    encoder: TextEncoder, wanted: Sequence[Named], preserve: Sequence[str], known: Sequence[Concept], on_progress: OnProgress
 ) -> tuple[ConceptDelta, ...]:
     book = book_of(encoder, wanted, preserve, known, on_progress)
     names = [n.name for n in wanted]
-    planner = Planner(encoder, book, PLANS[0], on_progress=on_progress)
+    near = [word for word in neighbours(encoder, book, names) for _ in range(2)]  # one half calibrates gates, the other is held out
+    ordinary = (*ordinary_prompts(), *near)
+    planner = Planner(encoder, book, PLANS[0], ordinary, on_progress)
     try:
         planner.plan_all(names)
     except SepMEError:
-        planner = Planner(encoder, book, PLANS[1], on_progress=on_progress)
+        planner = Planner(encoder, book, PLANS[1], ordinary, on_progress)
         planner.plan_all(names)
     made = [make_deltas(planner, [n], None, OPTIONS)[0] for n in names]
     return tuple(replace(d, file="") for d in made)

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import sepme
 from sepme.hosts.loading import LoadOptions, load_pipeline
 from sepme.hosts.pipeline import PipelineEncoder
-from sepme.plan import encoded_book
 from sepme.plan.gate import ordinary_prompts
+from sepme.train import erasures
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def pipe() -> Any:
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates are calibrated on a few ordinary prompts here."""
-    monkeypatch.setattr(encoded_book, "ordinary_prompts", lambda: ordinary_prompts()[:32])
+    monkeypatch.setattr(erasures, "ordinary_prompts", lambda: ordinary_prompts()[:32])
 
 
 def draw(pipe: Any, prompt: str, **more: Any) -> torch.Tensor:

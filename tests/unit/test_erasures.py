@@ -14,7 +14,8 @@ from sepme.concepts import Concept
 from sepme.errors import SepMEError
 from sepme.plan.vocabulary import Vocabulary, kinds, nearby_words
 from sepme.presets import Preset, presets
-from sepme.train.erasures import Erasures, Named, book_of, named
+from sepme.train import erasures
+from sepme.train.erasures import Erasures, Named, book_of, named, neighbours
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_neighbours_share_no_word_with_concepts(encoder: TinyEncoder) -> None:
     values = Vocabulary.of(encoder).similarities(encoder, "star")
     place = {w: float(v) for w, v in zip(Vocabulary.of(encoder).words, values, strict=True)}
     assert [place[w] for w in found] == sorted((place[w] for w in found), reverse=True)
-    assert len(nearby_words(encoder, "star")) == 8
+    assert len(nearby_words(encoder, "star")) == 32
 
 
 def test_kinds_are_well_formed() -> None:
@@ -84,24 +85,36 @@ def test_kinds_are_well_formed() -> None:
 def test_book_has_what_was_given_and_what_was_found(encoder: TinyEncoder) -> None:
     book = book_of(encoder, [Named("star"), Named("heart", ("a heart",), "a circle"), Named("moon", anchor="")])
     assert [(c.name, c.anchor) for c in book.concepts] == [("heart", "a circle"), ("moon", ""), ("star", "a shape")]
-    assert len(book.preserve) >= 16
-    assert book_of(encoder, [Named("star", anchor="")], ["a cat"]).preserve == ("a cat",)
+    assert book_of(encoder, [Named("star", anchor="")], ["a cat", "a cat"]).preserve == ("a cat",)
+
+
+def test_gates_are_calibrated_on_neighbours(encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that stand in no prompt of the concepts are read beside the ordinary ones, once for either half."""
+    monkeypatch.setattr(erasures, "ordinary_prompts", lambda: ("a cat", "a dog"))
+    book = book_of(encoder, [Named("star"), Named("heart", ("a heart", "a moon"))])
+    near = neighbours(encoder, book, ["star", "heart"])
+    assert len(near) == len(set(near)) > 32
+    assert not {"star", "heart", "moon"} & set(near)
+    encoder.calls.clear()
+    Erasures().get(encoder, [Named("star"), Named("heart", ("a heart", "a moon"))])
+    assert [c for c in encoder.calls if "a cat" in c] == [["a cat", *near]]
+    assert [c for c in encoder.calls if "a dog" in c] == [["a dog", *near]]
 
 
 def test_a_set_is_made_once_in_any_order(encoder: TinyEncoder, tmp_path: Path) -> None:
-    erasures = Erasures(lambda: tmp_path)
-    star, heart = erasures.get(encoder, ["star", "heart"])
+    made = Erasures(lambda: tmp_path)
+    star, heart = made.get(encoder, ["star", "heart"])
     assert (star.concept.name, heart.concept.name) == ("star", "heart")
     assert all(edited([d], encoder, f"a {d.concept.name}") for d in (star, heart))
     assert not edited([star, heart], encoder, "")
     encoder.calls.clear()
-    again = erasures.get(encoder, ["heart", "star"])
+    again = made.get(encoder, ["heart", "star"])
     assert again == (heart, star)
     assert [len(c) for c in encoder.calls] == [3]  # its fingerprint
     fresh = Erasures(lambda: tmp_path).get(encoder, ["star", "heart"])
     assert [d.content_hash() for d in fresh] == [star.content_hash(), heart.content_hash()]
     assert all(len(c) == 3 for c in encoder.calls)
-    alone = erasures.get(encoder, ["star"])[0]
+    alone = made.get(encoder, ["star"])[0]
     assert alone.content_hash() != star.content_hash()
     assert {c.name for c in star.known} == {"heart"}
 
@@ -149,7 +162,7 @@ def test_names_that_are_none() -> None:
 def test_presets_are_planned(preset: Preset) -> None:
     """All of its concepts at once; each is edited by its own erasure, and what it preserves is not."""
     encoder = TinyEncoder(d_in=384, tokens=10)
-    made = Erasures().get(encoder, preset.book.concepts, preset.book.preserve or ["a cat", "a house"])
+    made = Erasures().get(encoder, preset.book.concepts, preset.book.preserve)
     assert len(made) == len(preset.book.concepts)
     for delta in made:
         assert sum(edited([delta], encoder, p) for p in delta.concept.prompts) >= 0.9 * len(delta.concept.prompts), delta.concept.name
