@@ -1,7 +1,8 @@
 """Separable multi-concept erasure for Stable Diffusion (SepME, arXiv 2402.05947).
 
 Text decides directions (:class:`Planner`), training fills them (:func:`make_delta`), toggles weigh them (:class:`Composition`),
-one projection applies them (:class:`KVProjector`).
+one projection applies them (:class:`KVProjector`). A model of one's own brings a :class:`TextEncoder` and a :class:`Denoiser`
+(most easily a :class:`ScheduledDenoiser`): ``examples/own_model.py``.
 """
 
 from .apply.composition import Composition
@@ -10,21 +11,30 @@ from .concepts import Concept, ConceptBook
 from .delta.concept_delta import ConceptDelta
 from .errors import Interrupted, SepMEError
 from .hosts.pipeline import Erasure, erase
+from .model.protocols import AttentionLayer, Denoiser, Encoding, ImageEncoder, TextEncoder
+from .model.schedule import Schedule, ScheduledDenoiser
 from .plan.directions import PlanOptions
 from .plan.planner import Planner
 from .train import TrainOptions, make_delta
 
 __all__ = [
+    "AttentionLayer",
     "Composition",
     "Concept",
     "ConceptBook",
     "ConceptDelta",
+    "Denoiser",
+    "Encoding",
     "Erasure",
+    "ImageEncoder",
     "Interrupted",
     "KVProjector",
     "PlanOptions",
     "Planner",
+    "Schedule",
+    "ScheduledDenoiser",
     "SepMEError",
+    "TextEncoder",
     "TrainOptions",
     "erase",
     "make_delta",
