@@ -92,7 +92,7 @@ def test_gates_are_calibrated_on_neighbours(encoder: TinyEncoder, monkeypatch: p
     """Words that stand in no prompt of the concepts are read beside the ordinary ones, once for either half."""
     monkeypatch.setattr(erasures, "ordinary_prompts", lambda: ("a cat", "a dog"))
     book = book_of(encoder, [Named("star"), Named("heart", ("a heart", "a moon"))])
-    near = neighbours(encoder, book, ["star", "heart"])
+    near = neighbours(encoder, book, ["heart", "star"])
     assert len(near) == len(set(near)) > 32
     assert not {"star", "heart", "moon"} & set(near)
     encoder.calls.clear()
