@@ -77,11 +77,13 @@ class Workload:
         self.loras = [_lora(d) for d in self.deltas]
 
     def load(self, model: Any) -> None:
+        """Have a MODEL whole on the device, as before sampling."""
         import comfy.model_management
 
         comfy.model_management.load_models_gpu([model], force_full_load=True)
 
     def sample(self, model: Any, steps: int, negative: Any = None) -> Tensor:
+        """Latents ``(1, 4, 8, 8)`` after these steps."""
         import comfy.sample
 
         start = torch.zeros(1, 4, 8, 8)
@@ -90,6 +92,7 @@ class Workload:
         return comfy.sample.sample(model, noise, steps, 7.5, "ddim", "normal", *prompts, start, disable_pbar=True, seed=5)
 
     def off(self, count: int) -> dict[str, float]:
+        """Toggles that switch the first concepts off."""
         return dict.fromkeys((d.concept.name for d in self.deltas[:count]), 0.0)
 
     def ours(self, count: int) -> tuple[Any, Any]:
@@ -118,6 +121,7 @@ class Workload:
         return comfy.sd.load_bypass_lora_for_models(self.model, None, joined, 1.0, 0.0)[0]
 
     def overhead(self, concepts: tuple[int, ...], steps: int, number: int, only: tuple[str, ...]) -> dict[str, Any]:
+        """Seconds of sampling by side, all sides by turns."""
         import comfy.sd
 
         overhead = importlib.import_module(f"{PACK}.sepme.bench.overhead")
@@ -231,6 +235,7 @@ def _lora(delta: Any) -> dict[str, Tensor]:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job in a fresh ComfyUI."""
     torch.set_num_threads(job["threads"])
     with tempfile.TemporaryDirectory() as base, torch.inference_mode():
         start(job["comfyui"], base)

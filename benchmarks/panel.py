@@ -40,6 +40,7 @@ MEASURE = """async ([id, clicks]) => {
 
 
 def measure(page: Page, concepts: int, clicks: int) -> dict[str, Any]:
+    """Milliseconds from a click on a switch to the next frame, and of a frame without one."""
     book = page.add("SepMEConceptBook", 80, 140, book=json.dumps({"concepts": [f"artist {i}" for i in range(concepts)]}))
     train = page.add("SepMETrain", 420, 140)
     apply = page.add("SepMEApply", 800, 140)
@@ -53,6 +54,7 @@ def measure(page: Page, concepts: int, clicks: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print the figures of both renderers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", type=int, default=200)
     parser.add_argument("--clicks", type=int, default=40)

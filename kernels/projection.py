@@ -28,7 +28,7 @@ def project_kv_kernel(
     table,  # (blocks, COLUMNS) int64
     up,  # (R, columns)
     h,  # (M, R) float32
-    out,  # one (M, d_out) block a projection
+    out,  # one (M, d_out) block per projection
     rows,  # M
     rank,  # R
     columns,  # Σ d_out

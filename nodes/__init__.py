@@ -33,6 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class SepMEExtension(ComfyExtension):
+    """What ComfyUI asks of the pack: its nodes; the routes of its page are registered on the way."""
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register()  # the page's routes
         host.watch_prompts(queued.on_prompt)

@@ -14,6 +14,8 @@ from .sockets import CATEGORY, TOGGLES_TIP, Deltas
 
 
 class SepMEApply(io.ComfyNode):
+    """Node: deltas on a MODEL, with toggles."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -24,6 +24,8 @@ def join(earlier: ConceptBook | None, book: ConceptBook) -> ConceptBook:
 
 
 class SepMEConcept(io.ComfyNode):
+    """Node: one concept with its prompts and its anchor."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -55,6 +57,8 @@ class SepMEConcept(io.ComfyNode):
 
 
 class SepMEConceptBook(io.ComfyNode):
+    """Node: concepts and prompts that must not change, as a book."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

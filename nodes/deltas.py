@@ -23,6 +23,8 @@ PREFIX_TIP = "Put before the concept's name; with / for subfolders, and %date:yy
 
 
 class SepMESaveDeltas(io.ComfyNode):
+    """Node: deltas into files of the library."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -61,6 +63,8 @@ class SepMESaveDeltas(io.ComfyNode):
 
 
 class SepMELoadDelta(io.ComfyNode):
+    """Node: a delta from the library, found again by its content hash if the file was renamed."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -127,6 +131,8 @@ def find(name: str, content_hash: str, extra_pnginfo: Any) -> ConceptDelta:
 
 
 class SepMEExport(io.ComfyNode):
+    """Node: deltas as one LoRA file."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

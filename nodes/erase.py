@@ -70,7 +70,7 @@ class SepMEErase(io.ComfyNode):
             raise SepMEError("No concept is named; press + Add and type what must not be in the pictures, or bypass this node.")
         loaded = {row.name: cls._loaded(row) for row in rows if row.saved}
         before = (*given, *loaded.values())
-        made = cls._made(clip, [row for row in rows if not row.saved], preserve, before)
+        made = cls._made(clip, model, [row for row in rows if not row.saved], preserve, before)
         everything = (*before, *made)
         strengths = {row.name: row.strength for row in rows}
         facts = tuple(facts_of_delta(d) | {"anchor": d.concept.anchor, "preserve": list(d.preserve.prompts)} for d in made)
@@ -92,7 +92,7 @@ class SepMEErase(io.ComfyNode):
         return delta
 
     @staticmethod
-    def _made(clip: Any, rows: Sequence[Row], preserve: str, before: Sequence[ConceptDelta]) -> tuple[ConceptDelta, ...]:
+    def _made(clip: Any, model: Any, rows: Sequence[Row], preserve: str, before: Sequence[ConceptDelta]) -> tuple[ConceptDelta, ...]:
         """The erasures of rows that are only named, switched off or not: switches and strengths make nothing anew."""
         taken = {normalised(d.concept.name) for d in before}
         for row in rows:
@@ -103,4 +103,4 @@ class SepMEErase(io.ComfyNode):
         wanted = [Named(row.name, row.prompts, row.anchor) for row in rows]
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
-        return host.erasures.get(host.ClipEncoder(clip), wanted, lines(preserve), known, bar.stage)
+        return host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)

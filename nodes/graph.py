@@ -23,6 +23,7 @@ class Graph:
         self.outputs = {kind: outputs(kind) for kind in {_kind(n) for n in self.nodes.values()}}
 
     def kind(self, node: str) -> str:
+        """The class of a node, as ComfyUI registers it."""
         return _kind(self.nodes[node])
 
     def of(self, *kinds: str) -> list[str]:
@@ -30,6 +31,7 @@ class Graph:
         return [node for node in self.nodes if self.kind(node) in kinds]
 
     def inputs(self, node: str) -> dict[str, Any]:
+        """Inputs of a node by name: values, or links ``[node, output]``."""
         inputs: dict[str, Any] = self.nodes[node]["inputs"]
         return inputs
 

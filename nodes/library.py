@@ -86,7 +86,9 @@ class Library:
         """Install a delta from a stream: a file of its own beside the place, checked whole, then renamed.
 
         Raises:
-            Taken: another delta has the name, and ``replace`` was not asked for. TooLarge. SepMEError: no delta, or a bad name.
+            Taken: another delta has the name, and ``replace`` was not asked for.
+            TooLarge: the body is larger than a delta can be.
+            SepMEError: no delta, or a bad name.
         """
         path = self.place(name)
         part = None

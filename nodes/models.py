@@ -13,6 +13,8 @@ from .sockets import CATEGORY
 
 
 class SepMEDemoModel(io.ComfyNode):
+    """Node: the embedded model as MODEL, CLIP and VAE."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -31,6 +33,8 @@ class SepMEDemoModel(io.ComfyNode):
 
 
 class SepMELoadCheckpoint(io.ComfyNode):
+    """Node: a checkpoint, and which installed deltas fit it."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

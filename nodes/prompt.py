@@ -16,6 +16,8 @@ OWN = "as SepME Apply says"
 
 
 class SepMETextEncode(io.ComfyNode):
+    """Node: a prompt with tags, encoded; the CONDITIONING carries the tags' toggles."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -49,6 +51,8 @@ class SepMETextEncode(io.ComfyNode):
 
 
 class SepMEConditioningToggles(io.ComfyNode):
+    """Node: toggles for a CONDITIONING that another node made."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -78,7 +78,8 @@ async def pieces(request: web.Request, limit: int) -> AsyncIterator[bytes]:
     """The body, piece by piece, up to a limit.
 
     Raises:
-        TooLarge: it is, or says that it is, larger. SepMEError: it does not arrive whole.
+        TooLarge: it is, or says that it is, larger.
+        SepMEError: it does not arrive whole.
     """
     size = request.content_length or 0
     if size <= limit:
@@ -115,11 +116,13 @@ async def body(request: web.Request) -> dict[str, Any]:
 
 @route
 async def list_deltas(request: web.Request) -> Any:
+    """``GET``: facts of all deltas of the library."""
     return {"deltas": await asyncio.to_thread(library.list)}
 
 
 @route
 async def install(request: web.Request) -> Any:
+    """``POST``: put the delta in the body into the library, as ``name``; over another one only with ``replace=true``."""
     if request.content_type != "application/octet-stream":
         raise SepMEError("Send the file as application/octet-stream.")
     async with installing:
@@ -129,17 +132,20 @@ async def install(request: web.Request) -> Any:
 
 @route
 async def delete(request: web.Request) -> Any:
+    """``DELETE``: delete the delta ``name`` if its content hash is still the one that is given."""
     return {"deleted": await asyncio.to_thread(library.delete, request.query.get("name"), request.query.get("content_hash"))}
 
 
 @route
 async def rename(request: web.Request) -> Any:
+    """``POST {from, to}``: rename a delta."""
     data = await body(request)
     return await asyncio.to_thread(library.rename, data.get("from"), data.get("to"))
 
 
 @route
 async def record(request: web.Request) -> Any:
+    """``GET``: what a workflow stores of the delta ``name``; with ``embed=true`` the file itself too."""
     entry = await asyncio.to_thread(library.get, request.query.get("name"))
     delta = await asyncio.to_thread(ConceptDelta.load, entry.path)
     return {delta.content_hash(): workflow.record(delta, entry.name, request.query.get("embed") == "true")}
@@ -147,6 +153,7 @@ async def record(request: web.Request) -> Any:
 
 @route
 async def book(request: web.Request) -> Any:
+    """``POST {book}``: the concepts of a book written as YAML or JSON."""
     text = (await body(request)).get("book")
     if not isinstance(text, str):
         raise SepMEError("The book is missing.")
@@ -171,6 +178,7 @@ def _row(concept: Concept) -> dict[str, Any]:
 
 @route
 async def architecture(request: web.Request) -> Any:
+    """``GET``: architectures whose deltas fit ``checkpoint``."""
     found = await asyncio.to_thread(host.architectures_of, request.query.get("checkpoint", ""))
     return {"architecture": found[0], "fits": found}
 

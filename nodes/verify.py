@@ -17,6 +17,8 @@ from .sockets import CATEGORY, Deltas
 
 
 class SepMEVerify(io.ComfyNode):
+    """Node: certificates recomputed with a text encoder."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -43,7 +45,7 @@ class SepMEVerify(io.ComfyNode):
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
         composition = Composition(tuple(deltas))
         job = host.NodeProgress(1)
-        encoder = host.ClipEncoder(clip)
+        encoder = host.text_encoder(clip)
         warnings = check_encoder(encoder, deltas)
         result = verify(encoder, deltas, on_progress=job.stage)
         job.next()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -90,13 +90,6 @@ def split_names(text: str, separators: str = ",\n") -> list[str]:
         names.append((quoted.replace('""', '"') if quoted is not None else curly or plain or "").strip())
         place = found.end()
     return [name for name in names if name]
-
-
-def join_names(names: Sequence[str], separators: str = ",\n") -> str:
-    """A list that :func:`split_names` reads again, joined by the first separator; names are quoted where they must be."""
-    plain = re.compile(rf'[^{re.escape(separators)}"“]+')
-    glue = f"{separators[0]} " if separators[0] == "," else separators[0]
-    return glue.join(name if plain.fullmatch(name) else '"{}"'.format(name.replace('"', '""')) for name in names)
 
 
 def mentions(text: str, name: str) -> bool:

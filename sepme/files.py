@@ -73,6 +73,7 @@ def text(value: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """The start of an error's message, for a sentence of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 

@@ -37,10 +37,12 @@ def delta_names() -> list[str]:
 
 
 def lora_folder() -> str:
+    """The first of the host's LoRA folders."""
     return str(folder_paths.get_folder_paths("loras")[0])
 
 
 def checkpoint_names() -> list[str]:
+    """Checkpoints as the host lists them: paths below its folders."""
     return list(folder_paths.get_filename_list("checkpoints"))
 
 

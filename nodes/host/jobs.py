@@ -45,7 +45,8 @@ def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
     """Load a model completely, with gradients possible, for as long as the block runs; yields the model.
 
     Args:
-        patcher: a MODEL; its LoRAs are in effect. latents: shape of the batch, for the memory that has to be free.
+        patcher: a MODEL; its LoRAs are in effect.
+        latents: shape of the batch, for the memory that has to be free.
     """
     with torch.inference_mode(False), torch.enable_grad():
         needed = 3 * patcher.memory_required(list(latents))  # activations are stored for the backward pass

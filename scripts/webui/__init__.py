@@ -1,4 +1,4 @@
-"""The extension for Automatic1111, Forge, reForge and Forge Neo. Only ``host.py`` knows their internals."""
+"""The extension for Automatic1111, Forge, reForge and Forge Neo. Only ``host/`` knows their internals."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from ... import kernels
 from ...sepme.apply import ops
 from .axes import add_axes
+from .generation import watch
 from .host import on_before_ui, on_cfg_denoiser, on_ui_tabs
 from .networks import register_tags
-from .script import SepMEScript, watch
+from .script import SepMEScript
 from .tab import make_tab
 
 __all__ = ["SepMEScript", "register"]

@@ -27,6 +27,7 @@ def label_of(entry: Entry, entries: Sequence[Entry]) -> str:
 
 
 def with_hash(entry: Entry) -> str:
+    """A concept's name with the start of its file's content hash, which tells files of one concept apart."""
     return f"{entry.concept} [{entry.content_hash[:HASH_LENGTH]}]"
 
 

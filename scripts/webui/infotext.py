@@ -21,6 +21,7 @@ class Record(NamedTuple):
 
 
 def write(records: Sequence[Record]) -> str:
+    """Records as one field of an infotext: ``name (hash): strength``, separated by commas."""
     return ", ".join(f"{_quoted(r.name)} ({r.hash[:HASH_LENGTH]}): {r.strength:g}" for r in records)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ...sepme.apply.toggles import merge, parse_tags
 from ...sepme.errors import SepMEError
 from . import host
-from .script import add_tags, say
+from .generation import add_tags, say
 
 
 class TagNetwork(host.ExtraNetwork):
@@ -27,5 +27,6 @@ class TagNetwork(host.ExtraNetwork):
 
 
 def register_tags() -> None:
+    """Have the host read both tags wherever it reads those of LoRAs."""
     for name in ("erase", "keep"):
         host.register_extra_network(TagNetwork(name))

@@ -25,10 +25,13 @@ class TaskStatus:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def show(self, text: str, done: float, total: float) -> None:
+        """Set the text, and how much of ``total`` is done."""
         self.text, self.done = text, done / total if total else 0.0
 
 
 class Work(Protocol):
+    """What :func:`follow` runs in a thread of its own."""
+
     def __call__(self, progress: TaskStatus) -> str:
         """Do it, and return what to say at the end as HTML."""
         ...
@@ -60,6 +63,7 @@ def follow(work: Work, every: float = EVERY) -> Iterator[tuple[str, str]]:
 
 
 def bar(progress: TaskStatus) -> str:
+    """Text and progress bar as HTML."""
     share = min(max(progress.done, 0.0), 1.0)
     return f'<p>{html.escape(progress.text)}</p><div class="sepme-progress"><div style="width: {100 * share:.0f}%"></div></div>'
 

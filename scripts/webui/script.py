@@ -1,161 +1,23 @@
-"""The script that the host calls around every generation: the panel, prompt tags, infotext, and deltas on the model."""
+"""The script that the host calls around every generation: it reads panel and prompt tags, and writes the infotext."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ...sepme.apply.composition import Composition
 from ...sepme.apply.toggles import merge
 from ...sepme.checks import check_number
 from ...sepme.concepts import normalised
-from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.library import Entry
-from ...sepme.delta.verify import encoder_warnings
 from ...sepme.errors import SepMEError
 from . import host, infotext
 from .axes import means_none
-from .files import by_concept, choose, find, load, with_hash
+from .files import by_concept, choose, load
+from .generation import BatchTags, Generation, attach, check_encoder, for_tag, release, say
 from .panel import Panel
-from .settings import Settings, Tables, Tags, take_tags
-
-
-@dataclass
-class BatchTags:
-    """Tags of one batch of images: of prompts and negative prompts, and of those of the hires pass."""
-
-    positive: list[Tags]
-    negative: list[Tags]
-    hires: tuple[list[Tags], list[Tags]] | None = None
-
-
-@dataclass
-class Generation:
-    """What this extension keeps of one generation."""
-
-    settings: Settings
-    chosen: list[Entry]
-    batch: BatchTags | None = None
-    attached: host.ModelPatch | None = None
-
-    @property
-    def strengths(self) -> dict[Entry, float]:
-        """Of the files chosen in the panel."""
-        return {e: self.settings.strength(e.concept) for e in self.chosen}
-
-
-_runs: list[Generation] = []  # the one whose deltas are on the model, if any
-
-
-def say(p: Any, text: str) -> None:
-    """Show a sentence below the picture, in its infotext (all that the API returns) and in the log, once per run."""
-    text = text.replace(str(host.library.folder), "models/sepme")  # pictures are shared
-    said = p.extra_generation_params.get(infotext.NOTE, "")
-    if text not in said:
-        p.extra_generation_params[infotext.NOTE] = f"{said} {text}".strip()
-        p.comment(f"SepME: {text}")
-        print(f"SepME: {text}")
-
-
-def _release() -> None:
-    while _runs:
-        run = _runs.pop()
-        if run.attached is not None:
-            run.attached.detach()
-            run.attached = None
-
-
-def watch(params: Any) -> None:
-    """At every denoising step: announce its rows; patch a model that a refiner put in place; leave other people's runs alone."""
-    run = _runs[-1] if _runs else None
-    if run is None or run.attached is None:
-        return
-    p = params.denoiser.p
-    if run.attached.p is not p:
-        _release()
-        return
-    if not run.attached.current:
-        _attach(p, run)
-        if run.attached is not None:
-            run.attached.prepare(params)
-    if run.attached is not None:
-        try:
-            run.attached.expect(params)
-        except SepMEError as error:
-            _release()
-            say(p, f"nothing is erased. {error}")
-
-
-def _attach(p: Any, run: Generation) -> None:
-    """Put the deltas that any prompt of the batch needs on the model as it is now."""
-    _release()
-    batch = run.batch
-    if batch is None:
-        return
-    positive, negative = batch.hires if batch.hires is not None and getattr(p, "is_hr_pass", False) else (batch.positive, batch.negative)
-    try:
-        deltas, concepts = _meant(p, run, [*positive, *negative])
-        if not deltas:
-            return
-        rows = ([{concepts[n]: s for n, s in row.items() if n in concepts} for row in part] for part in (positive, negative))
-        tables = Tables.make(Composition(tuple(deltas.values())), {e.concept: s for e, s in run.strengths.items()}, *rows)
-        if tables.idle:
-            return
-        for warning in _check_encoder(p, list(deltas.values())):
-            say(p, warning)
-        run.attached = host.ModelPatch(p, tables, run.settings, lambda text: say(p, text))
-        _runs.append(run)
-    except SepMEError as error:
-        say(p, f"nothing is erased. {error}")
-
-
-def _check_encoder(p: Any, deltas: Sequence[ConceptDelta]) -> list[str]:
-    """What is to be said of deltas and the text encoder of the checkpoint.
-
-    Raises:
-        SepMEError: they were made with another one.
-    """
-    known = any(d.facts.text_encoder is not None for d in deltas)
-    return encoder_warnings(deltas, host.ClipSkip(p.sd_model).clip_skip, host.encoder_fingerprint(p.sd_model) if known else None)
-
-
-def _meant(p: Any, run: Generation, rows: Sequence[Tags]) -> tuple[dict[str, ConceptDelta], dict[str, str]]:
-    """The panel's deltas with those that only tags name, by concept; and the concept that each tag's name means.
-
-    Names that mean none of them are said, and change nothing.
-    """
-    entries = {normalised(e.concept): e for e in run.chosen}
-    concepts: dict[str, str] = {}
-    for name in dict.fromkeys(n for row in rows for n in row):
-        try:
-            entry = _for_tag(p, name, list(entries.values()))
-            load(entry)
-        except SepMEError as error:
-            say(p, f"the tag of {name[:60]!r} does nothing. {error}")
-            continue
-        entries[normalised(entry.concept)] = entry
-        concepts[name] = entry.concept
-    return {concept: load(entry) for concept, entry in entries.items()}, concepts
-
-
-def _for_tag(p: Any, name: str, chosen: Sequence[Entry]) -> Entry:
-    """The file that a tag means: one of those that are chosen, or another one for the loaded checkpoint.
-
-    Raises:
-        SepMEError: there is none, or several; or one of a concept of which another file is chosen.
-    """
-    entries, fitting = host.library.entries(), host.architectures_of(p.sd_model)
-    meant = {e.content_hash for e in find(name, entries)}
-    if len(own := [e for e in chosen if e.content_hash in meant]) == 1:
-        return own[0]
-    entry = choose(name, [e for e in entries if e.architecture in fitting], fitting)
-    if entry is None:
-        raise SepMEError(f"There is no delta of {name[:60]!r} for this checkpoint in {host.library.folder}.")
-    if other := next((e for e in chosen if normalised(e.concept) == normalised(entry.concept)), None):
-        raise SepMEError(f"It is another file than {with_hash(other)!r}, which is chosen already; only one of a concept can be on.")
-    return entry
+from .settings import Settings, Tags, take_tags
 
 
 class SepMEScript(host.Script):
@@ -177,7 +39,7 @@ class SepMEScript(host.Script):
 
     def process(self, p: Any, *args: Any) -> None:
         """Read the panel, load what it names, and record it in the infotext."""
-        _release()
+        release()
         p.sepme_run = None
         for key in infotext.KEYS:  # the cells of an X/Y/Z plot share them
             p.extra_generation_params.pop(key, None)
@@ -192,7 +54,7 @@ class SepMEScript(host.Script):
                     say(p, f"the strength of {', '.join(idle)[:200]} has no effect, since it is not chosen.")
             p.sepme_run = Generation(settings, chosen)
             _record(p, p.sepme_run)
-            _check_encoder(p, [load(e) for e in chosen])  # while the host has its text encoder at hand; said when a batch is drawn
+            check_encoder(p, [load(e) for e in chosen])  # while the host has its text encoder at hand; said when a batch is drawn
         except SepMEError as error:
             say(p, f"nothing is erased. {error}")
 
@@ -226,13 +88,13 @@ class SepMEScript(host.Script):
         """Attach anew for every pass; the Forges throw earlier patches away, and call this twice for hires."""
         run: Generation | None = getattr(p, "sepme_run", None)
         if run is not None:
-            _attach(p, run)
+            attach(p, run)
 
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        _release()
+        release()
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        _release()
+        release()
 
 
 def _record(p: Any, run: Generation) -> None:
@@ -244,7 +106,7 @@ def _record(p: Any, run: Generation) -> None:
     named = {}
     for name, strength in tags.items():
         with suppress(SepMEError):  # said when the batch is sampled
-            named[_for_tag(p, name, run.chosen)] = strength
+            named[for_tag(p, name, run.chosen)] = strength
     for key, strengths in ((infotext.TAGS, {e: s for e, s in named.items() if e not in run.chosen}), (infotext.CONCEPTS, run.strengths)):
         if strengths:
             p.extra_generation_params[key] = infotext.write([infotext.Record(e.concept, e.content_hash, s) for e, s in strengths.items()])
@@ -253,13 +115,6 @@ def _record(p: Any, run: Generation) -> None:
         say(p, f"the strength of {', '.join(odd)} lies outside 0 to 1; negative ones amplify, larger ones overshoot.")
     if not run.settings.gate:
         p.extra_generation_params[infotext.GATE] = "off"
-
-
-def add_tags(p: Any, tags: Mapping[str, float]) -> None:
-    """Tags that another extension wrote into the prompts after ours were read: for every prompt of the batch."""
-    run: Generation | None = getattr(p, "sepme_run", None)
-    if run is not None and run.batch is not None and tags:
-        run.batch.positive = [merge(tags, row) for row in run.batch.positive]
 
 
 def _override(p: Any, settings: Settings, entries: Sequence[Entry]) -> Settings:

@@ -26,7 +26,8 @@ class Settings:
 
     Attributes:
         enabled: whether the panel's concepts are on; prompt tags work either way.
-        concepts: names, labels, files or hashes of deltas. strengths: by the same, 1 where not given; ``overall`` goes before them.
+        concepts: names, labels, files or hashes of deltas.
+        strengths: by the same, 1 where not given; ``overall`` goes before them.
     """
 
     enabled: bool = False
@@ -86,7 +87,8 @@ class Tables:
     """Strengths of a batch of images.
 
     Attributes:
-        composition: all deltas that any row may need. base: ``(N,)`` what the panel says.
+        composition: all deltas that any row may need.
+        base: ``(N,)`` what the panel says.
         positive, negative: ``(images, N)`` of the prompts and negative prompts.
     """
 

@@ -39,6 +39,7 @@ LORA, CHECKPOINT = "LoRA", "merged copy of the loaded checkpoint"
 
 
 def make_tab() -> list[tuple[Any, str, str]]:
+    """The tab as the host wants it: blocks, title, id."""
     with gr.Blocks(analytics_enabled=False) as blocks, gr.Tabs():
         with gr.Tab("Train"):
             _train_page()

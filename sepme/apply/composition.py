@@ -56,6 +56,7 @@ class Composition:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The concepts, in the order of the columns of strengths."""
         return tuple(d.concept.name for d in self.deltas)
 
     @cached_property
@@ -98,7 +99,8 @@ class Composition:
         """What a batch of prompts meets of the per-layer deltas (METHOD, section 7). Float32 throughout.
 
         Args:
-            context: ``(rows, tokens, d_in)``. strengths: ``(rows, N)`` or ``(N,)``.
+            context: ``(rows, tokens, d_in)``.
+            strengths: ``(rows, N)`` or ``(N,)``.
             gate: False applies the purely linear delta.
 
         Raises:

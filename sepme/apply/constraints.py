@@ -13,6 +13,8 @@ Inputs = Mapping[str, Sequence[Tensor]]
 
 
 class Constraint(Protocol):
+    """What a kernel asks of the tensors that it is given."""
+
     def check(self, inputs: Inputs) -> bool:
         """Whether these tensors, by argument name, fulfil it."""
         ...

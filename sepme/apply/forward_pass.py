@@ -21,7 +21,8 @@ class Pass:
     Attributes:
         strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch; not to be written to while the pass lasts.
         prompts: the batch ``(rows, tokens, d_in)`` that the strengths belong to. None: they belong to whatever rows come.
-        default: ``(N,)`` of rows that are no prompt of the batch. on_unknown: called where there are such rows.
+        default: ``(N,)`` of rows that are no prompt of the batch.
+        on_unknown: called where there are such rows.
         state: what keys and values depend on and what does not show in parameters and their version counters.
         unedited: the batch as it was before its context was edited, shape of ``prompts``; None where nothing edited it.
     """
@@ -55,7 +56,8 @@ class Pass:
         that was written over meanwhile is noticed even in inference mode, where tensors have no version counter.
 
         Args:
-            name: the projection that asks. mode: the dtype of autocast, None without it.
+            name: the projection that asks.
+            mode: the dtype of autocast, None without it.
         """
         if name in self._asked:
             self._asked.clear()

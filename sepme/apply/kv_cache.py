@@ -20,7 +20,9 @@ class CachedBatch:
     """Keys and values of one batch of prompts.
 
     Attributes:
-        context: ``(rows, tokens, d_in)``, a copy. strengths: of its rows, a copy. key: whatever else keys and values depend on.
+        context: ``(rows, tokens, d_in)``, a copy.
+        strengths: of its rows, a copy.
+        key: whatever else keys and values depend on.
         touch: what the batch meets of the composition.
         outputs: by projection name, the :func:`fingerprint` of the module, keys or values, and their version counter.
         bytes: of all these tensors.
@@ -87,6 +89,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
+        """Memory that all batches take."""
         return sum(b.bytes for b in self._batches)
 
     def clear(self) -> None:

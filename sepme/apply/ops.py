@@ -36,12 +36,13 @@ def project_kv(context: Tensor, weights: Sequence[Tensor], up: Tensor, h: Tensor
     """All keys and values of a prompt batch at once: ``c W_pᵀ + H Y_pᵀ`` for every projection p (METHOD, section 7).
 
     Args:
-        context: ``(rows, tokens, d_in)``. weights: ``(d_out_p, d_in)`` each, of the context's dtype.
+        context: ``(rows, tokens, d_in)``.
+        weights: ``(d_out_p, d_in)`` each, of the context's dtype.
         up: Yᵀ of all projections side by side, ``(R, Σ d_out_p)``, of the context's dtype.
         h: ``gate(c D) ⊙ s``, ``(rows, tokens, R)`` float32, 0 in untouched rows.
 
     Returns:
-        ``(rows · tokens · Σ d_out_p,)``: one block a projection; :func:`split` shows them. Differentiable.
+        ``(rows · tokens · Σ d_out_p,)``: one block per projection; :func:`split` shows them. Differentiable.
     """
     return torch.ops.sepme.project_kv(context, list(weights), up, h)
 
@@ -51,7 +52,9 @@ def add_to_rows(base: Tensor, h: Tensor, up: Tensor, rows: Tensor, fresh: bool =
 
     Args:
         base: ``(rows, tokens, d_out)``, the host's own projection.
-        h: ``(touched, tokens, R)`` float32. up: Yᵀ ``(R, d_out)`` float32. rows: ``(touched,)`` int64, different indices into base.
+        h: ``(touched, tokens, R)`` float32.
+        up: Yᵀ ``(R, d_out)`` float32.
+        rows: ``(touched,)`` int64, different indices into base.
         fresh: nobody else holds base, so it may be written over; else it is left as it is.
 
     Returns:
@@ -108,7 +111,8 @@ def why_not(constraints: Sequence[Constraint], **inputs: Tensor | Sequence[Tenso
     """Why the eager body runs on these inputs, in words; None when a kernel runs.
 
     Args:
-        constraints: PROJECT_KV or ADD_TO_ROWS. inputs: the tensors that they name; the first one's device decides.
+        constraints: PROJECT_KV or ADD_TO_ROWS.
+        inputs: the tensors that they name; the first one's device decides.
     """
     tensors = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in inputs.items()}
     device = next(iter(tensors.values()))[0].device

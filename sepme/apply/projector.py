@@ -52,9 +52,11 @@ class KVProjector:
 
     Args:
         layers: cross-attention modules by canonical name.
-        composition: the deltas. gate: False applies purely linear deltas.
+        composition: the deltas.
+        gate: False applies purely linear deltas.
         keep: keep keys and values across steps (same prompt, strengths and weights); the environment's SEPME_KEEP=0 switches it off in
-            every host. max_bytes: cap on the cache.
+            every host.
+        max_bytes: cap on the cache.
 
     Raises:
         SepMEError: deltas of another model, an unknown backend.
@@ -112,7 +114,8 @@ class KVProjector:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of the batch.
             prompts: the batch ``(rows, tokens, d_in)``. Where a projection meets other rows, because another extension added some,
                 each gets the strengths of the prompt with the same tokens.
-            default: ``(N,)`` for rows that are no prompt of the batch; all 1 by default. on_unknown: called when there are such rows.
+            default: ``(N,)`` for rows that are no prompt of the batch; all 1 by default.
+            on_unknown: called when there are such rows.
             state: anything that keys and values depend on and that does not show in parameters and their version counters (a host's
                 own count of weight patches); under another state everything is computed again.
             unedited: the batch before its context was edited, if it was.
@@ -138,7 +141,8 @@ class KVProjector:
         """The projection's ``forward`` with the deltas added. Hosts that leave it in place call :meth:`clear` after a run.
 
         Args:
-            name: canonical projection name. forward: what the host would call.
+            name: canonical projection name.
+            forward: what the host would call.
             weight: gives W where ``forward`` is nothing but ``c Wᵀ`` at the moment, else None; by default :func:`plain_weight`.
         """
         self._sites[name] = _Site(module, forward, weight or partial(plain_weight, module, forward))

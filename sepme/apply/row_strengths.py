@@ -67,7 +67,8 @@ def chunked(rows: int, kinds: Sequence[int], images: int) -> list[int]:
     A chunk holds the images in order, or (tiled upscalers) several times over.
 
     Args:
-        rows: of the context. kinds: of each chunk, 0 for prompts and 1 for negative prompts.
+        rows: of the context.
+        kinds: of each chunk, 0 for prompts and 1 for negative prompts.
 
     Returns:
         an index into ``2 * images`` known rows for every row; empty where the numbers do not fit.

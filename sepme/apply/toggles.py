@@ -155,7 +155,8 @@ def strengths(rows: Sequence[Toggles], concepts: Sequence[str | ConceptDelta], d
     """Strengths ``(rows, concepts)`` float32 of each row's toggles; concepts that a row does not name get ``default``.
 
     Args:
-        rows: strengths by whatever :func:`~sepme.delta.library.resolve` understands. concepts: the deltas, or names alone.
+        rows: strengths by whatever :func:`~sepme.delta.library.resolve` understands.
+        concepts: the deltas, or names alone.
 
     Raises:
         SepMEError: a toggle names a concept that is not among them, or could mean several.

@@ -106,9 +106,11 @@ class Problem:
         self.halves = [u.to(dtype).T.contiguous() for u in self.ups]
 
     def stock(self) -> list[Tensor]:
+        """The projections alone, nothing erased."""
         return [linear(self.context, weight) for weight in self.weights]
 
     def merged_weights(self) -> list[Tensor]:
+        """The projections with the deltas merged into the weights: no gate, no toggles."""
         return [linear(self.context, weight) for weight in self.merged]
 
     def naive(self) -> list[Tensor]:
@@ -117,19 +119,23 @@ class Problem:
         return [linear(self.context, weight) + linear(linear(self.context, self.down) * self.mask, up) for weight, up in pairs]
 
     def eager(self) -> list[Tensor]:
+        """All rows by the reference operator."""
         return self._split(ops.project_kv_eager(self.context, self.weights, self.up, self.h))
 
     def exact(self) -> list[Tensor]:
+        """Stock projections, then the change of the touched rows."""
         pairs = zip(self.weights, self.ups, strict=True)
         return [ops.add_to_rows(linear(self.context, weight), self.touched, up, self.rows) for weight, up in pairs]
 
     def fused(self) -> list[Tensor]:
+        """All rows by the kernel, in one launch."""
         return self._split(ops.project_kv(self.context, self.weights, self.up, self.h))
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return ops.split(flat, self.weights, *self.context.shape[:2])
 
     def sides(self) -> dict[str, Callable[[], Any]]:
+        """What is timed, by name."""
         return {name: getattr(self, name) for name in ("stock", "naive", "merged_weights", "eager", "exact", "fused")}
 
 

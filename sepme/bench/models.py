@@ -28,7 +28,8 @@ class Subject:
     """A UNet with the batch of one picture under classifier-free guidance.
 
     Attributes:
-        context: ``(2, tokens, d_in)``, the empty prompt and the picture's. latents: ``(1, 4, h, w)``.
+        context: ``(2, tokens, d_in)``, the empty prompt and the picture's.
+        latents: ``(1, 4, h, w)``.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, AttentionLayer]:
+        """Cross-attention modules by canonical name."""
         return text_layers(self.unet)
 
     def sample(self, steps: int) -> Tensor:

@@ -35,7 +35,8 @@ def rounds(
     """Time the sides by turns.
 
     Args:
-        sides: what is run, by name; ``stock`` is what the others are divided by. prepare: called before each run, not timed.
+        sides: what is run, by name; ``stock`` is what the others are divided by.
+        prepare: called before each run, not timed.
 
     Returns:
         by name: median ``seconds`` (of the processor), median ``ratio`` to stock, ``low`` and ``high``: the quartiles of the ratio.

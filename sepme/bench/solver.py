@@ -32,8 +32,11 @@ class SolverOptions:
     """Sizes of the benchmark.
 
     Attributes:
-        budget: seconds that the published solver may take in all. sizes: ``(rows of A, d_in)``, growing. pairs: timings per side.
-        concepts: planned at each of ``d_ins``. closed_form: concepts solved at once.
+        budget: seconds that the published solver may take in all.
+        sizes: ``(rows of A, d_in)``, growing.
+        pairs: timings per side.
+        concepts: planned at each of ``d_ins``.
+        closed_form: concepts solved at once.
     """
 
     budget: float = 60.0

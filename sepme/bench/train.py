@@ -1,6 +1,6 @@
 """A training step of ours against the published scheme written out plainly, on one UNet with random weights.
 
-Published (arXiv 2402.05947 and its code): two copies of the model, four passes a step (two with a graph), w of the null space's
+Published (arXiv 2402.05947 and its code): two copies of the model, four passes per step (two with a graph), w of the null space's
 full width. Ours: one model, three passes (one with a graph), w of the concept's subspace.
 
 Memory is the peak resident memory (Linux: VmHWM) of a process of its own for each side, less what the process held before it built
@@ -103,6 +103,7 @@ class Published:
         self.optimizer = torch.optim.Adam(self.w.values(), lr=options.learning_rate)
 
     def step(self, draw: Draw, context: Tensor, empty: Tensor) -> float:
+        """One training step; returns the loss."""
         deltas = {name: w @ self.scaled.T for name, w in self.w.items()}
 
         def wrap(name: str, module: Any, forward: Forward) -> Forward:
@@ -149,6 +150,7 @@ class Comparison:
         self.source = Images(latents, None, 1, self.denoiser)
 
     def ours(self) -> Callable[[], Any]:
+        """A training step of this project."""
         options = TrainOptions(batch=self.size.batch, threshold=-1e9)
         increment = Increment.zeros(weights(self.denoiser.attention_layers()), self.down, options.beta)
         own, empty = self._encoding(self.context), self._encoding(self.empty)
@@ -160,6 +162,7 @@ class Comparison:
         return Encoding(context, torch.ones(context.shape[:2], dtype=torch.bool))
 
     def published(self) -> Callable[[], Any]:
+        """A training step as published."""
         options = TrainOptions.for_mode("paper", batch=self.size.batch)
         side = Published(self.denoiser.unet, self.null, options)
         generator = torch.Generator().manual_seed(options.seed)

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from ..errors import SepMEError
-from .common import Json, finish, interruptible, progress, progress_bar, register_kernels, show_table
+from .common import finish, interruptible, progress, progress_bar, register_kernels, show_table
+from .options import Json
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and size on this machine.")
 
@@ -157,9 +158,8 @@ def bench_overhead(
             data = overhead.run(model, chosen, steps, rounds, tuple(side or ()), on_progress)
 
     def show() -> None:
-        table = Table(
-            "side", "s a run", "of stock", "quartiles", "operators a step", "GFLOP a step", "MB a step", title=f"{data['host']}: {model}"
-        )
+        columns = ("side", "s per run", "of stock", "quartiles", "operators per step", "GFLOP per step", "MB per step")
+        table = Table(*columns, title=f"{data['host']}: {model}")
         for name, side in data["sides"].items():
             c = data["per_step"][name]
             table.add_row(

@@ -1,4 +1,4 @@
-"""What the commands share: options, the model, progress bars, interruption, output."""
+"""What the commands share: progress bars, interruption, output."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..errors import Interrupted, SepMEError, out_of_memory
+from ..errors import Interrupted
 
 log = Console(stderr=True, highlight=False, markup=False, emoji=False)  # what users call things is no markup
-
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-Files = Annotated[list[Path], typer.Argument(help="Delta files.")]
-Model = Annotated[str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL).")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
-DType = Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")]
-PredictionType = Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")]
-Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
 
 
 def register_kernels() -> None:
@@ -45,40 +34,11 @@ def show_table(table: Table, width: int = 0) -> None:
 
 
 def finish(data: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Print a command's result: as JSON, or as ``show`` prints it."""
     if as_json:
         print(json.dumps(data, indent=2, sort_keys=True))
     else:
         show()
-
-
-def load_host(
-    model: str,
-    device: str = "cpu",
-    dtype: str = "float32",
-    tokenizer: Path | None = None,
-    prediction: str | None = None,
-    size: int | None = None,
-) -> Any:
-    try:
-        import diffusers
-        import transformers
-
-        from ..hosts.diffusers import DiffusersHost
-        from ..hosts.loading import DTYPES, LoadOptions
-    except ImportError as error:
-        if out_of_memory(error):
-            raise
-        raise SepMEError(
-            f"This command needs diffusers and transformers ({error.name} is missing); run: pip install 'comfyui-sepme[cli]'."
-        ) from None
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    if dtype not in DTYPES:
-        raise SepMEError(f"There is no precision {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    register_kernels()
-    options = LoadOptions(device, DTYPES[dtype], str(tokenizer) if tokenizer else None, prediction, size)
-    return DiffusersHost.load(model, options=options)
 
 
 @contextmanager
@@ -103,6 +63,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 def progress_bar() -> Progress:
+    """Progress bars on stderr, each with a text of its own beside it (field ``loss``)."""
     what, loss = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[loss]"))
     return Progress(what, BarColumn(), loss, TimeRemainingColumn(), console=log)
 

@@ -14,12 +14,9 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
-from .common import Device, DType, Files, Json, Model, Tokenizer, finish, interruptible, load_host, log, progress, progress_bar
+from .common import finish, interruptible, log, progress, progress_bar
 from .inspect import show_summaries, summary
-
-NullSpace = Annotated[str | None, typer.Option(help="exact, tolerance (the default), soft, or auto: the strictest that fits.")]
-Tolerance = Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")]
-MaxRank = Annotated[int | None, typer.Option(help="Cap on the rank of a delta (8).")]
+from .options import Files, Json, ModelOptions, NullSpace, OutFolder, grouped
 
 
 def export(
@@ -61,25 +58,20 @@ def export(
     finish(data, as_json, lambda: log.print(f"Wrote {out}. It acts on every prompt: only SepME's own files have the gate."))
 
 
+@grouped
 def import_(
-    model: Model,
+    model: ModelOptions,
+    space: NullSpace,
     file: Annotated[Path, typer.Argument(help="LoRA, or weights (whole or partial) made from MODEL, as .safetensors.")],
     name: Annotated[str, typer.Option("--as", help="The concept that the file erases.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Delta file to write.")],
     against: Annotated[Path | None, typer.Option(help="Concept book of everything else that is known.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt that means the concept (repeatable).")] = None,
-    null_space: NullSpace = None,
-    tolerance: Tolerance = None,
-    max_rank: MaxRank = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
     """Make somebody else's eraser a separable delta: projected, factored, certified, and what was lost is stated."""
     from ..convert import import_eraser
     from ..plan.planner import Planner
-    from ..train import plan_options
 
     book = ConceptBook.load(against) if against is not None else ConceptBook((Concept(name, tuple(prompt or ())),))
     if all(c.name.casefold() != name.strip().casefold() for c in book.concepts):
@@ -88,11 +80,11 @@ def import_(
         raise SepMEError(f"{against} has prompts of {name!r} already; leave --prompt out or take the concept out of the book.")
     if out.suffix.lower() != ".safetensors":
         raise SepMEError(f"{out} is no name for a delta; end it in .safetensors.")
-    check_replaceable(out, name, [file, Path(model)])
+    check_replaceable(out, name, [file, Path(model.model)])
     check_writable(out.parent)
     remove_leftovers(out)
-    plan = plan_options("subspace", mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled="leave")
-    host = load_host(model, device, dtype, tokenizer)
+    plan = space.plan(pooled="leave")
+    host = model.load()
     with interruptible() as check, progress_bar() as bar:
         planner = Planner(host, book, plan, on_progress=progress(bar, check))
         delta = import_eraser(planner, name, file, host.attention_layers())
@@ -110,20 +102,16 @@ def import_(
     finish(summary(delta, out) | {"imported": facts}, as_json, show)
 
 
+@grouped
 def reproject(
-    model: Model,
+    model: ModelOptions,
+    space: NullSpace,
     files: Files,
     against: Annotated[Path, typer.Option(help="Concept book of everything that is known now.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the new delta files.")],
+    out: OutFolder,
     order: Annotated[
         bool, typer.Option("--order-gap", help="Also let the newcomers arrive one by one, in both orders, and compare.")
     ] = False,
-    null_space: NullSpace = None,
-    tolerance: Tolerance = None,
-    max_rank: MaxRank = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
     """Make older deltas spare concepts that came later, without training: new directions, old response refitted."""
@@ -133,7 +121,6 @@ def reproject(
     from ..model.layers import kv_fingerprint
     from ..plan.gate import ratios
     from ..plan.planner import Planner
-    from ..train import plan_options
 
     deltas = [ConceptDelta.load(path) for path in files]
     book = known_to(deltas, ConceptBook.load(against))
@@ -145,14 +132,14 @@ def reproject(
     for delta, path in zip(deltas, paths, strict=True):
         check_replaceable(path, delta.concept.name, files)
     check_writable(out)
-    host = load_host(model, device, dtype, tokenizer)
+    host = model.load()
     layers = host.attention_layers()
     fingerprint = kv_fingerprint(layers)
     about_encoder = check_encoder(host, deltas)
     rows: list[dict[str, Any]] = []
     with interruptible() as check, progress_bar() as bar:
         pooled = "leave" if deltas[0].pooled is None else "replace"
-        plan = plan_options("subspace", mode=null_space, tolerance=tolerance, max_rank=max_rank, pooled=pooled)
+        plan = space.plan(pooled=pooled)
 
         def planner_of(known: ConceptBook) -> Planner:
             return Planner(host, known, plan, on_progress=progress(bar, check))

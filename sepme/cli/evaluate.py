@@ -10,36 +10,19 @@ from rich.table import Table
 
 from ..errors import Interrupted
 from ..files import check_writable
-from .common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    PredictionType,
-    Size,
-    Tokenizer,
-    finish,
-    interruptible,
-    load_host,
-    log,
-    progress,
-    progress_bar,
-    show_table,
-)
+from .common import finish, interruptible, log, progress, progress_bar, show_table
+from .options import Json, ModelOptions, Size, grouped
 
 
+@grouped
 def evaluate(
-    model: Model,
+    model: ModelOptions,
     suite: Annotated[str, typer.Argument(help="demo, tiny, sd14, sd2, sdxl, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json, CSV files, deltas.")],
     judge: Annotated[Path | None, typer.Option(help="Folder of a CLIP model that reads the pictures (suites of real models).")] = None,
     keep_images: Annotated[
         bool, typer.Option("--images", help="Also write all pictures that this run draws for the methods' figures.")
     ] = False,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
-    prediction: PredictionType = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +32,7 @@ def evaluate(
 
     chosen = Suite.load(suite)
     check_writable(out)
-    host = load_host(model, device, dtype, tokenizer, prediction, size)
+    host = model.load(size)
     with interruptible() as check, progress_bar() as bar:
         try:
             metrics = Run(host, chosen, out, judge, keep_images, progress(bar, check), check)()

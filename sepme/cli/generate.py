@@ -11,26 +11,13 @@ from rich.table import Table
 from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
-from .common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    PredictionType,
-    Size,
-    Tokenizer,
-    finish,
-    interruptible,
-    load_host,
-    log,
-    progress,
-    progress_bar,
-    show_table,
-)
+from .common import finish, interruptible, log, progress, progress_bar, show_table
+from .options import Json, ModelOptions, Size, grouped
 
 
+@grouped
 def generate(
-    model: Model,
+    model: ModelOptions,
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each with its own <erase:name:strength> and <keep:name> tags.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; several prompts are laid side by side.")],
     delta: Annotated[
@@ -44,10 +31,6 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 3.0,
     gate: Annotated[bool, typer.Option(help="Row gate.")] = True,
     backend: Annotated[str, typer.Option(help="How keys and values are computed: auto, exact, fused or eager.")] = "auto",
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
-    prediction: PredictionType = None,
     size: Size = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +56,7 @@ def generate(
         raise SepMEError(f"{out} is no PNG name; end it in .png.")
     check_writable(out.parent)
     remove_leftovers(out)
-    host = load_host(model, device, dtype, tokenizer, prediction, size)
+    host = model.load(size)
     for warning in check_encoder(host, composition.deltas):
         log.print(f"Warning: {warning}")
     with interruptible() as check:
@@ -104,7 +87,7 @@ def demo(
     check_number("images", images, 1, 10_000, whole=True)
     check_number("concepts", concepts, 1, 12, whole=True)
     check_writable(out)
-    host = load_host("demo")
+    host = ModelOptions("demo").load()
     with interruptible() as check, progress_bar() as bar:
         if full:
             metrics = run_demo(host, out, images, concepts, progress(bar, check))

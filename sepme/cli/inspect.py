@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from ..delta.concept_delta import ConceptDelta
-from .common import Files, Json, finish, show_table
+from .common import finish, show_table
+from .options import Files, Json
 
 
 def inspect(files: Files, as_json: Json = False) -> None:
@@ -37,6 +38,7 @@ def inspect(files: Files, as_json: Json = False) -> None:
 
 
 def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
+    """A delta file's figures, one flat dictionary."""
     certificate, objective = delta.certificate, delta.facts.objective
     figures = certificate.to_json()
     keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
@@ -59,6 +61,7 @@ def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
 
 
 def show_summaries(rows: list[dict[str, Any]]) -> None:
+    """Print summaries as a table."""
     table = Table("concept", "rank", "mode", "kB", "objective", "steps", "leak (linear)", "leak (gated)", "gate", "margin", "file")
     for r in rows:
         margin = f"{r['gate_low']:.3f} < {r['gate']:.3f} < {r['gate_high']:.3f}" if None not in (r["gate_low"], r["gate_high"]) else "?"

@@ -15,24 +15,9 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import Interrupted, SepMEError
 from ..files import check_writable, remove_leftovers, write_atomically
-from ..train.objectives import described
-from ..train.options import EDITS
-from .common import (
-    Device,
-    DType,
-    Json,
-    Model,
-    PredictionType,
-    Size,
-    Tokenizer,
-    finish,
-    interruptible,
-    load_host,
-    log,
-    progress,
-    progress_bar,
-)
+from .common import finish, interruptible, log, progress, progress_bar
 from .inspect import show_summaries, summary
+from .options import Hyperparameters, Json, ModelOptions, NullSpace, OutFolder, Preserve, Size, grouped
 
 if TYPE_CHECKING:
     from ..model.protocols import ImageEncoder
@@ -40,50 +25,27 @@ if TYPE_CHECKING:
     from ..train.workers import Setup
 
 
+@grouped
 def train(
-    model: Model,
+    model: ModelOptions,
     book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")],
-    objective: Annotated[str, typer.Option(help=described())] = "gcirs",
-    mode: Annotated[
-        str, typer.Option(help="How increments are parametrised: subspace, paper (as published) or unrestricted (never to be restored).")
-    ] = "subspace",
+    out: OutFolder,
+    parameters: Hyperparameters,
+    space: NullSpace,
     joint: Annotated[bool, typer.Option("--joint", help="Train the concepts together, balanced, not one by one.")] = False,
     images: Annotated[
         Path | None, typer.Option(help="Folder of pictures to noise (a subfolder named as a concept's file goes before the folder itself).")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Train only these concepts of the book.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints, skip finished concepts.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Draws per step.")] = 4,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")
-    ] = None,
-    guidance: Annotated[float, typer.Option(help="How far past the empty prompt ESD aims.")] = 1.0,
-    threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0,
-    regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w",
-    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    null_space: Annotated[
-        str | None,
-        typer.Option(help="exact, tolerance, soft, or auto: the strictest that fits; by default tolerance, in mode paper exact."),
-    ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None,
-    preserve: Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one per line.")] = None,
-    max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta; by default 8, in mode paper none.")] = None,
+    preserve: Preserve = None,
     energy: Annotated[
         float | None,
         typer.Option(help="Share of the concept that the rank must carry, cap allowing (0.9; in mode paper 1, of the delta)."),
     ] = None,
-    warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None,
-    values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False,
-    edit: Annotated[str, typer.Option(help="What a delta changes. " + " ".join(f"{k}: {v}." for k, v in EDITS.items()))] = "layers",
     pooled: Annotated[
         str | None, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave; by default replace in mode subspace.")
     ] = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
-    prediction: PredictionType = None,
     size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
@@ -92,18 +54,13 @@ def train(
     """Make one delta file for every concept of a book."""
     import torch
 
-    from ..train import TrainOptions, plan_options
     from ..train.workers import Setup
 
     concept_book = ConceptBook.load(book)
     if preserve is not None:
         concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
-    plan = plan_options(mode, mode=null_space, tolerance=tolerance, max_rank=max_rank, energy=energy, pooled=pooled)
-    options = TrainOptions.for_mode(
-        mode, objective, steps=steps, batch=batch, learning_rate=learning_rate, threshold=threshold, regularise=regularise, seed=seed,
-        warm_start=warm_start, values_only=values_only, guidance=guidance, edit=edit,
-    )  # fmt: skip
+    plan, options = space.plan(parameters.mode, energy=energy, pooled=pooled), parameters.options()
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book differ in hyphens alone and would get the same file name; rename one.")
@@ -114,10 +71,9 @@ def train(
     check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
-    load = partial(load_host, model, device=device, dtype=dtype, tokenizer=tokenizer, prediction=prediction, size=size)
     pictures = partial(_pictures, folder=images, names=chosen)
-    setup = Setup(load, concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures)
-    _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=null_space == "auto")
+    setup = Setup(partial(model.load, size), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures)
+    _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
 

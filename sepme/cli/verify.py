@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from ..delta.concept_delta import ConceptDelta
-from .common import (
-    Device,
-    DType,
-    Files,
-    Json,
-    Model,
-    PredictionType,
-    Tokenizer,
-    finish,
-    interruptible,
-    load_host,
-    log,
-    progress,
-    progress_bar,
-    show_table,
-)
+from .common import finish, interruptible, log, progress, progress_bar, show_table
+from .options import Files, Json, ModelOptions, Preserve, grouped
 
 
+@grouped
 def verify(
-    model: Model,
+    model: ModelOptions,
     files: Files,
     capacity: Annotated[bool, typer.Option("--capacity", help="Report how many concepts fit instead; a book will do.")] = False,
     count: Annotated[list[int] | None, typer.Option(help="Number of concepts for --capacity (repeatable): 10, 30, 100, 1000.")] = None,
-    preserve: Annotated[
-        Path | None, typer.Option(help="Text file of prompts that must not change, checked too; deltas know only its digest.")
-    ] = None,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    tokenizer: Tokenizer = None,
-    prediction: PredictionType = None,
+    preserve: Preserve = None,
     as_json: Json = False,
 ) -> None:
     """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
     if capacity:
-        return _capacity(lambda: load_host(model, device, dtype, tokenizer, prediction), model, files, count, as_json)
+        return _capacity(model, files, count, as_json)
     from ..delta.verify import check_encoder
     from ..delta.verify import verify as measure
     from ..model.layers import kv_fingerprint, shapes
 
     deltas = [ConceptDelta.load(path) for path in files]
-    host = load_host(model, device, dtype, tokenizer, prediction)
+    host = model.load()
     layers = host.attention_layers()
     for delta in deltas:
         delta.check_fits(shapes(layers))
@@ -79,7 +59,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
+def _capacity(model: ModelOptions, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
     from ..checks import check_number
     from ..plan.capacity import COUNTS, capacity, read_concepts
 
@@ -87,7 +67,7 @@ def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: li
         check_number("count", number, 1, 10**6, whole=True)
     book = read_concepts(files)
     with interruptible() as check, progress_bar() as bar:
-        rows = [r.to_json() for r in capacity(host(), book, counts or COUNTS, on_progress=progress(bar, check))]
+        rows = [r.to_json() for r in capacity(model.load(), book, counts or COUNTS, on_progress=progress(bar, check))]
 
     def show() -> None:
         table = Table(*(key.replace("_", " ") for key in rows[0]))
@@ -95,4 +75,4 @@ def _capacity(host: Callable[[], Any], model: str, files: list[Path], counts: li
             table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
         show_table(table, 150)
 
-    finish({"model": model, "given": len(book.concepts), "capacity": rows}, as_json, show)
+    finish({"model": model.model, "given": len(book.concepts), "capacity": rows}, as_json, show)

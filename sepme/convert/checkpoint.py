@@ -36,8 +36,10 @@ def export_checkpoint(deltas: Sequence[ConceptDelta], model: str | Path, out: st
     edit of the context Y is ``W S``.
 
     Args:
-        deltas: of the model's architecture. model: a ``.safetensors`` checkpoint or a diffusers folder.
-        out: a file for a file, a new folder for a folder. strengths: by concept, 1 where not given.
+        deltas: of the model's architecture.
+        model: a ``.safetensors`` checkpoint or a diffusers folder.
+        out: a file for a file, a new folder for a folder.
+        strengths: by concept, 1 where not given.
 
     Raises:
         SepMEError: a model of another architecture, quantised or damaged; an unknown concept; weights that would overflow; a place

@@ -36,8 +36,10 @@ def export_lora(
     place in it; the file's metadata says so.
 
     Args:
-        deltas: of one architecture. strengths: by concept, 1 where not given; concepts at 0 are left out.
-        dtype: of the tensors: float16, bfloat16 or float32. weights: W ``(d_out, d_in)`` by projection name of the model that the LoRA is
+        deltas: of one architecture.
+        strengths: by concept, 1 where not given; concepts at 0 are left out.
+        dtype: of the tensors: float16, bfloat16 or float32.
+        weights: W ``(d_out, d_in)`` by projection name of the model that the LoRA is
             for (:func:`~.checkpoint.model_weights`); needed where a delta edits the context.
 
     Raises:

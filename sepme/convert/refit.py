@@ -31,7 +31,9 @@ def refit(changes: Iterable[tuple[str, Tensor]], tokens: Tensor, down: Tensor) -
     With ``H = C D`` and P the solution of ``H P = C``, ``Y_l = ΔW_l Pᵀ``.
 
     Args:
-        changes: ΔW ``(d_out, d_in)`` by projection name, read one at a time. tokens: C ``(n, d_in)``. down: Dᵀ ``(k, d_in)``.
+        changes: ΔW ``(d_out, d_in)`` by projection name, read one at a time.
+        tokens: C ``(n, d_in)``.
+        down: Dᵀ ``(k, d_in)``.
 
     Returns:
         Y ``(d_out, k)`` float32 by projection name, and what was lost: ``‖C ΔWᵀ − H Yᵀ‖ / ‖C ΔWᵀ‖`` over all projections.
@@ -69,7 +71,8 @@ def order_gap(
     After each arrival the delta is reprojected. In the end D is the same by construction; Y is compared by :func:`response_gap`.
 
     Args:
-        book: everything known in the end, the delta's own concept included. planner_of: a planner for a part of it.
+        book: everything known in the end, the delta's own concept included.
+        planner_of: a planner for a part of it.
     """
     before = {c.name for c in delta.known} | {delta.concept.name}
     late = [c for c in book.concepts if c.name not in before]
@@ -106,7 +109,8 @@ def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, Attent
     says what the response lost.
 
     Args:
-        planner: of a book that holds the delta's concept (see :func:`known_to`). layers: the model's cross-attention.
+        planner: of a book that holds the delta's concept (see :func:`known_to`).
+        layers: the model's cross-attention.
 
     Raises:
         SepMEError: a delta for another model, or no room in the null space.
@@ -123,7 +127,9 @@ def import_eraser(planner: Planner, name: str, path: str | Path, layers: Mapping
     """Somebody else's eraser as a separable delta: its ΔW on to_k and to_v projected on the concept's directions, and certified.
 
     Args:
-        planner: of a book that holds the concept. name: the concept that the file erases. path: see :func:`read_foreign`.
+        planner: of a book that holds the concept.
+        name: the concept that the file erases.
+        path: see :func:`read_foreign`.
         layers: cross-attention of the model that the file was made from.
 
     Raises:

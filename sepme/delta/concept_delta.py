@@ -90,10 +90,12 @@ class ConceptDelta:
 
     @property
     def rank(self) -> int:
+        """k, the number of directions."""
         return self.down.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Width of the context."""
         return self.down.shape[1]
 
     @cached_property
@@ -108,6 +110,7 @@ class ConceptDelta:
 
     @property
     def edits_context(self) -> bool:
+        """Whether it changes the context itself."""
         return CONTEXT in self.up
 
     @cached_property
@@ -200,6 +203,7 @@ class ConceptDelta:
             )
 
     def metadata(self) -> dict[str, str]:
+        """The file's header, without its content hash."""
         texts = {
             "format": FORMAT,
             "concept": self.concept.name,

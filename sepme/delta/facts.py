@@ -26,6 +26,7 @@ class Preserve:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Preserve:
+        """Read it from a header; what is missing is empty."""
         prompts = tuple(map(text, data.get("prompts", ())))
         return Preserve(prompts, number(data.get("count", 0)), text(data.get("sha256") or ""))
 
@@ -38,20 +39,24 @@ class Recipe:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Recipe:
+        """Read it from a header."""
         for key in ("train", "plan"):
             data.get(key, {}).items()
         return Recipe(data)
 
     @property
     def train(self) -> Mapping[str, Any]:
+        """Fields of the training options."""
         return self.data.get("train", {})
 
     @property
     def plan(self) -> Mapping[str, Any]:
+        """Fields of the plan options."""
         return self.data.get("plan", {})
 
     @property
     def book(self) -> Any:
+        """The concept book."""
         return self.data.get("book")
 
 
@@ -64,6 +69,7 @@ class ObjectiveUsed:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ObjectiveUsed:
+        """Read it from a header."""
         return ObjectiveUsed(text(data.get("name", "?")), number(data.get("steps", 0)))
 
 
@@ -73,9 +79,12 @@ class Facts:
 
     Attributes:
         certificate: what was measured; its figures are NaN where the file does not say them.
-        known: the concepts that it leaves alone. preserve: the prompts that it leaves alone.
-        losses: of every step. kv_fingerprint: of the checkpoint that it was made on, empty if unknown.
-        clip_skip: how many of CLIP's last layers were skipped. text_encoder: the encoder that it was made with, None if unknown.
+        known: the concepts that it leaves alone.
+        preserve: the prompts that it leaves alone.
+        losses: of every step.
+        kv_fingerprint: of the checkpoint that it was made on, empty if unknown.
+        clip_skip: how many of CLIP's last layers were skipped.
+        text_encoder: the encoder that it was made with, None if unknown.
     """
 
     certificate: Certificate = field(default_factory=lambda: Certificate.from_json({}))

@@ -26,7 +26,9 @@ class Entry:
     """What a delta file says of itself.
 
     Attributes:
-        name: path below its folder, with forward slashes. path: of the file. bytes: its size.
+        name: path below its folder, with forward slashes.
+        path: of the file.
+        bytes: its size.
     """
 
     name: str

@@ -14,7 +14,7 @@ from ..concepts import mentions
 from ..errors import SepMEError
 from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder, clip_skip
-from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
+from ..plan.gate import affordable, leakage_matrix, ratios
 from ..plan.pooled import residual
 from ..plan.preserved import PreserveFile
 from ..plan.tokens import encode
@@ -27,8 +27,10 @@ class Check:
     """One delta's certificate, measured.
 
     Attributes:
-        own_min: smallest gate statistic of its own prompts. own_touched: share of them that pass the gate.
-        leakage_linear: worst ``‖c D‖ / ‖c‖`` by whose prompts; leakage_gated: 0 where the gate stays closed.
+        own_min: smallest gate statistic of its own prompts.
+        own_touched: share of them that pass the gate.
+        leakage_linear: worst ``‖c D‖ / ‖c‖`` by whose prompts.
+        leakage_gated: 0 where the gate stays closed.
         false_touch_rate: share of ordinary prompts that pass the gate.
         pooled: what becomes of the pooled vector along the concept, and the share that is left; None without one.
         holds: the gate opens for all of its own prompts and for none that must not change.
@@ -59,9 +61,11 @@ class Verification:
 
     @property
     def holds(self) -> bool:
+        """Whether the certificate of every delta holds."""
         return all(c.holds for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:
+        """All of it for ``--json``."""
         checks = [asdict(c) for c in self.checks]
         return {"deltas": checks, "matrix": self.matrix.tolist(), "warnings": list(self.warnings), "holds": self.holds}
 
@@ -80,7 +84,7 @@ def verify(
     check_apart(deltas)
     own = {d.concept.name: encode(encoder, d.concept.prompts) for d in deltas}
     empty = encode(encoder, [""])
-    strangers = ordinary_prompts()[1::2]  # the half that no gate was calibrated on
+    strangers = affordable(empty.context)[1::2]  # the half that no gate was calibrated on
     ordinary = encode(encoder, strangers).context
     worst, warnings = _preserved(encoder, deltas, preserve, on_progress)
     checks = []
@@ -114,7 +118,8 @@ def encoder_warnings(deltas: Sequence[ConceptDelta], skipped: int, fingerprint: 
     """What is to be said of deltas that were made with another clip skip or another version of the text encoder.
 
     Args:
-        skipped: how many of CLIP's last layers are skipped now. fingerprint: of the encoder; None where it is not at hand.
+        skipped: how many of CLIP's last layers are skipped now.
+        fingerprint: of the encoder; None where it is not at hand.
 
     Raises:
         SepMEError: a delta was made with another text encoder altogether.

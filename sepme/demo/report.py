@@ -50,8 +50,10 @@ def write_report(
     """Render the report.
 
     Args:
-        stock: pictures ``(n, 3, h, w)`` by condition (``own``, ``both``) and concept. prompts: of ``both``.
-        shows: the same by method and condition, one tensor per concept. matrices: noise moved, by title.
+        stock: pictures ``(n, 3, h, w)`` by condition (``own``, ``both``) and concept.
+        prompts: of ``both``.
+        shows: the same by method and condition, one tensor per concept.
+        matrices: noise moved, by title.
     """
     columns = 3
     strips, both = [], []

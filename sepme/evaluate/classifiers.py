@@ -22,7 +22,9 @@ class Classifier(Protocol):
     """Reads images ``(n, 3, h, w)`` in [-1, 1].
 
     Attributes:
-        what: who it is, for the report. inception: whether FID's own network is at hand. lpips: torchmetrics' LPIPS, if at hand.
+        what: who it is, for the report.
+        inception: whether FID's own network is at hand.
+        lpips: torchmetrics' LPIPS, if at hand.
     """
 
     what: str

@@ -32,7 +32,9 @@ def uce(planner: Planner, kv: Mapping[str, Tensor], ridge: float = 0.1, preserve
     ``W' = W (Σ C*ᵀC + p Σ PᵀP + λI)(Σ CᵀC + p Σ PᵀP + λI)⁻¹``, P the tokens of what is preserved; λ = 0.1 as published.
 
     Args:
-        kv: ``(d_out, d_in)`` by projection name. ridge: λ. preserve: p.
+        kv: ``(d_out, d_in)`` by projection name.
+        ridge: λ.
+        preserve: p.
     """
 
     def changes(erased: frozenset[str]) -> Changes:

@@ -24,7 +24,8 @@ class Eraser(Protocol):
     """A method, ready to use.
 
     Attributes:
-        gated: whether it has a gate that can be switched off. bytes: of what has to be stored for all its concepts.
+        gated: whether it has a gate that can be switched off.
+        bytes: of what has to be stored for all its concepts.
     """
 
     gated: bool
@@ -53,6 +54,7 @@ class Separable:
         self.strength = 1.0  # of every erased concept
 
     def toggles(self, erased: Sequence[str]) -> dict[str, float]:
+        """Strengths by concept when these are erased."""
         return {name: self.strength * (name in erased) for name in self.composition.names}
 
     def generate(

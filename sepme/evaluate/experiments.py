@@ -210,4 +210,5 @@ def order_gaps(sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], o
 
 
 def losses(deltas: Mapping[str, ConceptDelta]) -> dict[str, list[float]]:
+    """Every delta's loss at every step, by concept."""
     return {name: list(d.facts.losses) for name, d in deltas.items()}

@@ -21,8 +21,11 @@ class Conditions(NamedTuple):
     """One concept's pictures under a method.
 
     Attributes:
-        alone: its own prompts, it alone erased. everything: the same, all concepts erased. restored: the same, all others erased.
-        others: other concepts' prompts with it alone erased. both: prompts that hold it and another, which should be seen.
+        alone: its own prompts, it alone erased.
+        everything: the same, all concepts erased.
+        restored: the same, all others erased.
+        others: other concepts' prompts with it alone erased.
+        both: prompts that hold it and another, which should be seen.
     """
 
     alone: Sampled

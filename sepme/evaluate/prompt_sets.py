@@ -14,7 +14,8 @@ class Batch:
     """Prompts sampled together.
 
     Attributes:
-        shows: the concept that each picture should show, if any. weight: of the whole prompt, as in ``(a star:1.4)``.
+        shows: the concept that each picture should show, if any.
+        weight: of the whole prompt, as in ``(a star:1.4)``.
     """
 
     prompts: tuple[str, ...]

@@ -65,7 +65,7 @@ def _capacity(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours against every other method: a row a pair, with (title, ours, theirs, word) of each figure in :data:`COMPARED`.
+    """Ours against every other method: a row per pair, with (title, ours, theirs, word) of each figure in :data:`COMPARED`.
 
     A tie is a difference of at most two standard errors of two shares of as many pictures.
     """

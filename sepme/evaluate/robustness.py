@@ -22,7 +22,9 @@ class Budget:
     """What an attacker may spend.
 
     Attributes:
-        concepts: how many are attacked (evenly spread). tokens: learned at once. steps, batch, learning_rate: of Adam.
+        concepts: how many are attacked (evenly spread).
+        tokens: learned at once.
+        steps, batch, learning_rate: of Adam.
         start: where the embeddings start: ``name`` (the concept's own words) or ``neutral`` (the word "a").
     """
 

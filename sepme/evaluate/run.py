@@ -52,7 +52,8 @@ class Run:
     """One evaluation of a model in a folder; what is there from the same suite and model is not done again.
 
     Args:
-        clip: folder of a CLIP model, for suites that need one. keep_images: write all pictures, not only those of the report.
+        clip: folder of a CLIP model, for suites that need one.
+        keep_images: write all pictures, not only those of the report.
         check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
     """
 
@@ -199,7 +200,7 @@ class Run:
         return [r.to_json() for r in capacity(self.host, self.suite.book(), self.suite.counts)]
 
     def _tables(self, metrics: dict[str, Any]) -> None:
-        """``methods.csv``: a row a method and gate; ``interference.csv``: a row a pair."""
+        """``methods.csv``: a row per method and gate; ``interference.csv``: a row per pair."""
         rows = []
         for key, found in metrics["methods"].items():
             for gate, values in (("on", found), ("off", found.get("gate_off"))):

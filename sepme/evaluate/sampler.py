@@ -34,6 +34,7 @@ class Sampled:
         return (self.decode(x) for x in self.latents.split(32))
 
     def first(self, count: int) -> Tensor:
+        """The first images ``(count, 3, h, w)`` in [-1, 1]."""
         return self.decode(self.latents[:count])
 
 
@@ -89,6 +90,7 @@ class Sampler:
         return Sampled(accuracy, same, latents, self.decode)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Images ``(n, 3, h, w)`` in [-1, 1] of latents ``(n, ...)``, on the CPU."""
         return torch.cat([self.host.decode(x).cpu() for x in latents.split(16)])
 
 

@@ -41,13 +41,24 @@ class Suite:
 
     Attributes:
         judge: ``demo`` (the embedded classifier) or ``clip`` (zero-shot, weights given on the command line).
-        concepts: names by kind. templates: by kind, with {} for the name. both: prompts with a {field} for each of two kinds.
-        preserve: prompts that must not change. unrelated: prompts that hold no concept. synonyms: prompts with other words, by concept.
+        concepts: names by kind.
+        templates: by kind, with {} for the name.
+        both: prompts with a {field} for each of two kinds.
+        preserve: prompts that must not change.
+        unrelated: prompts that hold no concept.
+        synonyms: prompts with other words, by concept.
         neighbours: names by kind that the classifier knows too and that no method is told of.
-        images: pictures per concept and condition. steps, guidance: of drawing, ``batch`` at once. seed: first of all.
-        plan: fields of PlanOptions. methods: keys, in the order of the report. settings: of methods, see ``MethodMaker``.
-        attack, resurgence: budgets. toggles: random cycles. subsets: random sets of concepts erased together.
-        strengths: of the sweep. counts: of the capacity curve.
+        images: pictures per concept and condition.
+        steps, guidance: of drawing, ``batch`` at once.
+        seed: first of all.
+        plan: fields of PlanOptions.
+        methods: keys, in the order of the report.
+        settings: of methods, see ``MethodMaker``.
+        attack, resurgence: budgets.
+        toggles: random cycles.
+        subsets: random sets of concepts erased together.
+        strengths: of the sweep.
+        counts: of the capacity curve.
         scenes: name, objective and events ({erase: [names]} or {recover: [names]}).
         parts: which of :data:`PARTS` are done.
     """
@@ -85,6 +96,7 @@ class Suite:
 
     @property
     def names(self) -> list[str]:
+        """All concepts, kind by kind."""
         return [name for names in self.concepts.values() for name in names]
 
     def prompts(self, name: str, unseen: bool = False) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class DiffusersHost(ScheduledDenoiser):
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]
+        """The scheduler's noise levels."""
         return Schedule.diffusion(self.scheduler.alphas_cumprod, self.prediction)
 
     @property
@@ -132,7 +133,7 @@ class DiffusersHost(ScheduledDenoiser):
         latents_only: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Draw one image a prompt and seed, each prompt with its own toggles (its tags beat ``toggles``).
+        """Sample one image per prompt and seed, each prompt with its own toggles (its tags beat ``toggles``).
 
         ``gate``, ``keep`` and ``backend`` are :class:`KVProjector`'s.
 

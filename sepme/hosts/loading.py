@@ -27,8 +27,10 @@ class LoadOptions:
     """How a model is loaded.
 
     Attributes:
-        device: as PyTorch names it. dtype: of the weights (delta factors stay float32).
-        tokenizer: folder of CLIP's tokenizer, for single files. prediction: what the UNet predicts; found out when None.
+        device: as PyTorch names it.
+        dtype: of the weights (delta factors stay float32).
+        tokenizer: folder of CLIP's tokenizer, for single files.
+        prediction: what the UNet predicts; found out when None.
         size: pixels of an image's side; the model's own when None.
     """
 

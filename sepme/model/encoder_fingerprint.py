@@ -21,7 +21,8 @@ class EncoderFingerprint:
     """Fixed random projections of the mean token of each probe prompt.
 
     Attributes:
-        width: d_in. figures: ``(probes * FIGURES,)``, rounded.
+        width: d_in.
+        figures: ``(probes * FIGURES,)``, rounded.
     """
 
     width: int
@@ -56,6 +57,7 @@ class EncoderFingerprint:
         return EncoderFingerprint(int(data["width"]), figures)
 
     def to_json(self) -> dict[str, Any]:
+        """What a file's header stores; :meth:`from_json` reads it."""
         return {"width": self.width, "figures": list(self.figures)}
 
     def distance(self, other: EncoderFingerprint) -> float:

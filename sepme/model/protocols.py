@@ -12,7 +12,7 @@ class Encoding(NamedTuple):
     """Prompts as cross-attention reads them.
 
     Attributes:
-        context: ``(prompts, tokens, d_in)`` in the encoder's dtype.
+        context: ``(prompts, tokens, d_in)`` in the encoder's dtype. Tokens that a prompt lacks beside longer ones are zero.
         mask: ``(prompts, tokens)`` bool, True up to and including the end token, False on padding.
         pooled: ``(prompts, d_pooled)`` or None.
     """
@@ -31,9 +31,17 @@ class Encoding(NamedTuple):
 
 
 class TextEncoder(Protocol):
+    """Turns prompts into what the denoiser reads."""
+
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """Encode prompts; all rows of the result have the same number of tokens."""
         ...
+
+
+def free_length(encoder: object) -> bool:
+    """Whether a prompt has as many tokens as it needs, by ``encoder.free_length`` of hosts that have such encoders (T5, language models);
+    CLIP's fill chunks of 77."""
+    return bool(getattr(encoder, "free_length", False))
 
 
 def clip_skip(encoder: object) -> int:
@@ -51,6 +59,8 @@ class AttentionLayer(Protocol):
 
 
 class Denoiser(Protocol):
+    """The frozen model as training and sampling need it."""
+
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
         """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64, ``extra`` the prompts' pooled vectors ``(batch, d_pooled)``."""
         ...
@@ -88,6 +98,8 @@ class Denoiser(Protocol):
 
 
 class ImageEncoder(Protocol):
+    """Turns pictures into latents, for training on pictures."""
+
     @property
     def image_size(self) -> int:
         """Width and height in pixels of the model's images."""

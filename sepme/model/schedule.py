@@ -101,7 +101,9 @@ def runs(
     """Denoising runs: the start latents, then the latents after every step.
 
     Args:
-        start: ``(batch, ...)``. context, empty: ``(batch, tokens, d_in)``. extra: pooled vectors of ``[empty; context]``.
+        start: ``(batch, ...)``.
+        context, empty: ``(batch, tokens, d_in)``.
+        extra: pooled vectors of ``[empty; context]``.
     """
     both, x = torch.cat([empty, context]), start
     yield x
@@ -130,11 +132,13 @@ class ScheduledDenoiser(ABC):
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the model runs."""
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:

@@ -26,7 +26,8 @@ class CapacityRow:
     """One N: figures over the N concepts, of each concept's worst leakage on everything else that is known.
 
     Attributes:
-        mode: what ``auto`` picked. gate_open: share of concepts whose own prompts all pass their gate.
+        mode: what ``auto`` picked.
+        gate_open: share of concepts whose own prompts all pass their gate.
         dims_left: directions left for the concept that has the fewest (in mode soft: left by everything together).
     """
 
@@ -42,6 +43,7 @@ class CapacityRow:
     dims_left: int
 
     def to_json(self) -> dict[str, Any]:
+        """The row for ``--json``."""
         return asdict(self)
 
 

@@ -1,4 +1,5 @@
-"""Token rows -> directions: null spaces, concept subspaces and generalised eigenvectors, in float64 and O(d_in²) memory.
+"""Token rows -> directions: null spaces, concept subspaces and generalised eigenvectors, in float64 and O(d_in²) memory;
+for wide encoders in O(rows · d_in), see :class:`Span`.
 
 ``C`` ``(n, d_in)`` are a concept's tokens, ``A`` everything else's, ``G`` the Gram matrix of both (METHOD, sections 3 and 5).
 """
@@ -20,6 +21,7 @@ Mode = Literal["exact", "tolerance", "soft", "auto"]
 EXACT_RTOL = 1e-6
 GRAM_RTOL = 1e-4  # smaller singular values are not read off a Gram matrix, which squares them
 TINY = 1e-300
+WIDE, WIDEST = 2048, 8192  # channels from which on planning works in the span of the rows; and up to which more rows than that are taken
 RANGES: dict[str, tuple[float, float]] = {
     "tolerance": (1e-15, 1 - 1e-9),
     "epsilon": (1e-12, 1e12),
@@ -64,6 +66,7 @@ class PlanOptions:
         check_numbers(self, RANGES, frozenset({"max_rank"}))
 
     def rtol(self, mode: Mode) -> float:
+        """The relative singular value that counts as null in a mode."""
         return EXACT_RTOL if mode == "exact" else self.tolerance
 
 
@@ -82,13 +85,42 @@ def stacked(blocks: Iterable[Tensor]) -> Tensor:
     return reduce_rows(torch.cat(pending))
 
 
+class Span:
+    """The span of all rows that are read, with coordinates of its own where they are fewer than a wide encoder's channels.
+
+    Nothing is lost: what forbids directions and what carries concepts both lie in it. A concept's directions are found in ``dims``
+    dimensions instead of d_in (whose Gram matrix has 7.5 GB for the 30,720 channels of Krea 2).
+
+    Attributes:
+        basis: orthonormal columns ``(d_in, dims)`` float64; None where every channel is a coordinate.
+    """
+
+    def __init__(self, d_in: int, basis: Tensor | None = None) -> None:
+        self.d_in, self.basis = d_in, basis
+        self.dims = d_in if basis is None else basis.shape[1]
+
+    @staticmethod
+    def of(rows: Tensor) -> Span:
+        """Of rows ``(n, d_in)`` float64, n < d_in."""
+        return Span(rows.shape[1], torch.linalg.qr(rows.T).Q)
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Rows ``(n, d_in)`` as ``(n, dims)``."""
+        return rows if self.basis is None else rows @ self.basis
+
+    def channels(self, columns: Tensor) -> Tensor:
+        """Columns ``(dims, k)`` as ``(d_in, k)``; orthonormal ones stay so."""
+        return columns if self.basis is None else self.basis @ columns
+
+
 class RowSpace:
     """What all rows added so far forbid, however many they are.
 
     Attributes:
         gram: ``G = AᵀA`` ``(d_in, d_in)`` float64, a running sum.
         triangle: R of ``A = QR`` (at most d_in rows; A's own singular values, which G knows only down to 1e-8 of the largest),
-            or None where only G is asked for. count: rows added.
+            or None where only G is asked for.
+        count: rows added.
     """
 
     def __init__(self, d_in: int, device: torch.device, triangle: bool) -> None:
@@ -141,7 +173,8 @@ def soft_bases(factor: Tensor, tokens: Sequence[Tensor], max_rank: int, energy: 
     for all concepts and one small eigenproblem, of ``MᵀM``, each.
 
     Args:
-        factor: L, the Cholesky factor ``(d_in, d_in)``. tokens: C ``(n, d_in)`` of each concept.
+        factor: L, the Cholesky factor ``(d_in, d_in)``.
+        tokens: C ``(n, d_in)`` of each concept.
         energy: share of Σν that k directions must carry, if ``max_rank`` allows; directions with less than two thirds of the largest ν
             are left out in any case: others share them.
     """

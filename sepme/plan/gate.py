@@ -19,6 +19,7 @@ from ..files import number, text
 ROUNDING = 2.0**-8
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 24  # elements of H held at once
+CORPUS = 1 << 27  # elements of the ordinary prompts' contexts
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class Certificate:
         leakage_linear: worst ``‖c D‖ / ‖c‖`` over tokens, by known concept or kind of prompt.
         leakage_gated: the same, 0 where the gate stays closed.
         kept_energy: ``‖C D‖² / ‖C‖²``, C the tokens of the concept's prompts.
-        gate_low: worst ratio of what must stay untouched. gate_high: smallest ratio of the concept's own prompts.
+        gate_low: worst ratio of what must stay untouched.
+        gate_high: smallest ratio of the concept's own prompts.
             All are the worst that rounding to half precision makes of them.
         false_touch_rate: share of ordinary prompts held out from calibration that pass the gate.
-        rank: k. null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
-            leaves under the tolerance). Both are whole numbers. mode: how D was chosen, ``auto`` resolved.
+        rank: k.
+        null_dims: directions left for this concept (columns of Sp; in mode soft, directions that everything together
+            leaves under the tolerance). Both are whole numbers.
+        mode: how D was chosen, ``auto`` resolved.
         pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
     """
 
@@ -103,6 +107,20 @@ def ordinary_prompts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
+def affordable(context: Tensor) -> tuple[str, ...]:
+    """Of the ordinary prompts as many as this text encoder reads in a reasonable time and space: all of them for CLIP.
+
+    They are taken evenly and in pairs, so that each half is a part of the half of the whole.
+
+    Args:
+        context: of some prompt ``(1, tokens, d_in)``.
+    """
+    prompts = ordinary_prompts()
+    pairs = min(len(prompts) // 2, max(32, CORPUS // (2 * context[0].numel())))
+    chosen = (2 * (i * (len(prompts) // 2) // pairs) for i in range(pairs))
+    return tuple(prompts[i + j] for i in chosen for j in (0, 1))
+
+
 def side_by_side(downs: Sequence[Tensor]) -> Tensor:
     """``Dᵀ`` ``(k, d_in)`` of several deltas as one ``(largest k, deltas, d_in)``, zeros where a delta has fewer directions.
 
@@ -115,7 +133,8 @@ def statistics(context: Tensor, downs: Tensor) -> Tensor:
     """Gate statistic ``max_t ‖c_t D‖ / ‖c_t‖`` of each row under each delta, ``(rows, deltas)`` float32.
 
     Args:
-        context: ``(rows, tokens, d_in)``. downs: of :func:`side_by_side`.
+        context: ``(rows, tokens, d_in)``.
+        downs: of :func:`side_by_side`.
     """
     context = context.float()
     d = downs.to(context)
@@ -170,7 +189,8 @@ def certify(
     """γ (calibrated unless given) and the certificate.
 
     Args:
-        leakage: worst statistic of what must never be touched, by name. high: smallest of the concept's own prompts.
+        leakage: worst statistic of what must never be touched, by name.
+        high: smallest of the concept's own prompts.
         calibration, held_out: of ordinary prompts; they may be empty.
     """
     low = max(leakage.values())

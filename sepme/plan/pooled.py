@@ -53,7 +53,9 @@ def plan_pooled(own: Tensor, anchor: Tensor, known: Tensor, null: Tensor | None,
     """Directions of the pooled vector of a concept, and what is known about them.
 
     Args:
-        own: pooled vectors ``(n, d_pooled)`` of the concept's prompts. anchor: its anchor's, one row. known: everything else's, float64.
+        own: pooled vectors ``(n, d_pooled)`` of the concept's prompts.
+        anchor: its anchor's, one row.
+        known: everything else's, float64.
         null: directions ``(d_pooled, m)`` float64 that may change; None leaves the vector as it is.
     """
     part = None

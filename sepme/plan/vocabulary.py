@@ -15,6 +15,7 @@ from ..concepts import mentions, normalised
 from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.protocols import TextEncoder
 from ..progress import OnProgress, silent
+from .gate import ordinary_prompts
 from .tokens import CHUNK, encode
 
 FILE = Path(__file__).parents[1] / "data" / "broader_words.txt"
@@ -46,6 +47,12 @@ def kinds() -> tuple[tuple[Kind, ...], frozenset[str]]:
         else:
             found.append(Kind(tuple(left), tuple(right)))
     return tuple(found), adjectives
+
+
+@cache
+def shipped_texts() -> frozenset[str]:
+    """All texts that planning reads whatever the concepts are: ordinary prompts and the words."""
+    return frozenset((*ordinary_prompts(), *(w for kind in kinds()[0] for w in (*kind.examples, *kind.anchors))))
 
 
 class Vocabulary:

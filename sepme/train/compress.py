@@ -25,8 +25,11 @@ def compress(w: Mapping[str, Tensor], null: Tensor, tokens: Tensor, beta: float,
     ``k = rank(C Sp)`` nothing is lost.
 
     Args:
-        w: ``(d_out, m)`` by projection name. null: Sp ``(d_in, m)``. tokens: C ``(n, d_in)``, all tokens of the concept's prompts.
-        max_rank: cap on k. energy: share of ``Σ_l ‖C ΔW_lᵀ‖²`` that k directions must carry; 1: all of it.
+        w: ``(d_out, m)`` by projection name.
+        null: Sp ``(d_in, m)``.
+        tokens: C ``(n, d_in)``, all tokens of the concept's prompts.
+        max_rank: cap on k.
+        energy: share of ``Σ_l ‖C ΔW_lᵀ‖²`` that k directions must carry; 1: all of it.
 
     Returns:
         the factors; ``facts`` holds ``rank``, ``full_rank`` and ``response_loss`` by k: ``‖C (ΔW − ΔW_k)ᵀ‖ / ‖C ΔWᵀ‖``.

@@ -53,6 +53,7 @@ class Training:
 
     @property
     def step_count(self) -> int:
+        """Steps done so far."""
         return max(len(r.losses) for r in self.runs)
 
     def settled(self, run: ConceptRun) -> bool:

@@ -73,7 +73,8 @@ def make_deltas(
     """Plan the concepts' directions and fill them, several concepts jointly (Eq. 3 with η).
 
     Args:
-        planner: holds the book and its tokens. names: the concepts.
+        planner: holds the book and its tokens.
+        names: the concepts.
         denoiser: the frozen model; None where the options need none (:attr:`TrainOptions.needs_model`).
         checkpoint: where training state is stored meanwhile; training goes on from it when it is there and of the same recipe.
             The caller deletes it once the deltas are saved.

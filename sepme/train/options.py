@@ -146,6 +146,7 @@ class TrainOptions:
         return self.edit != "context" or OBJECTIVES[self.objective].trained
 
     def make_objective(self) -> Objective:
+        """The objective, with these options."""
         return OBJECTIVES[self.objective](self)
 
 

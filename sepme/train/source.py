@@ -23,6 +23,8 @@ class Draw(NamedTuple):
 
 
 class Source(Protocol):
+    """Where training takes x_t from."""
+
     def draw(self, generator: torch.Generator, batch: int) -> Draw:
         """The next batch; all randomness is the generator's."""
         ...
@@ -74,6 +76,7 @@ class Pictures(NamedTuple):
     sha256: str
 
     def facts(self) -> dict[str, Any]:
+        """What the recipe says of them."""
         return {"count": len(self.latents), "sha256": self.sha256}
 
 

@@ -35,6 +35,7 @@ class Report(NamedTuple):
 
 
 def no_pictures(host: Any, check: Callable[[], None] = lambda: None) -> dict[str, Pictures]:
+    """No pictures of any concept."""
     return {}
 
 
@@ -98,9 +99,11 @@ class Reports:
         self.waiting: list[Report] = []
 
     def add(self, report: Report) -> None:
+        """Leave one."""
         self.waiting.append(report)
 
     def take(self) -> list[Report]:
+        """What was left since the last call."""
         taken, self.waiting = self.waiting, []
         return taken
 
@@ -121,7 +124,8 @@ def train_on_workers(
         workers: processes at once.
         address: of a Ray cluster; None: processes on this machine.
         save: takes a concept's name and the bytes of its finished file, in this process; only then its checkpoint goes.
-        on_report: called with what workers report. check: called about every fifth of a second; it may raise Interrupted.
+        on_report: called with what workers report.
+        check: called about every fifth of a second; it may raise Interrupted.
 
     Raises:
         SepMEError: Ray is missing or the cluster out of reach; what training raises; a worker died too often.

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from comfyui.checkpoint import save_checkpoint
+from comfyui.conftest import NAME
 from comfyui.graph import Graph, Node, from_workflow
-from comfyui.server import ROOT, Server, serving
+from comfyui.server import ROOT, Server
 
 from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
-
-NAME = "models of mine/sd15.safetensors"
-CORPUS = 24  # ordinary prompts that calibrate gates here: the text encoder has its full size, and a CPU is slow
-
-
-@pytest.fixture(scope="module")
-def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = tmp_path_factory.mktemp("sd15")
-    pack = tmp_path_factory.mktemp("pack") / "comfyui-sepme"
-    lines = [line for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert all(line.startswith("/") for line in lines)  # or web/docs would go with docs
-    left_out = {line.strip("/") for line in lines}
-    others = shutil.ignore_patterns(".*", "demo", "build", "runs", "*.egg-info")
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        """What the registry's zip does not hold, and what lies about in a checkout."""
-        return ({n for n in names if n in left_out} | others(folder, names) if Path(folder) == ROOT else set()) | {"__pycache__"}
-
-    shutil.copytree(ROOT, pack, ignore=ignore)
-    corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
-    corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
-    words = pack / "sepme" / "data" / "broader_words.txt"
-    words.write_text("a picture, a painting: van gogh, picasso, monet\nan animal, a picture: dog, cat, horse\n", encoding="utf-8")
-    path = base / "models" / "checkpoints" / NAME
-    path.parent.mkdir(parents=True)
-    save_checkpoint("sd1", path)
-    with serving(base, pack=pack, without=("triton", "diffusers")) as running:
-        yield running
 
 
 class Scene(Graph):

@@ -101,7 +101,7 @@ def test_mixed_toggles_in_one_batch(inside: Inside) -> None:
 
 @pytest.mark.parametrize("kind", ["pair", "combined", "area", "mask", "range", "one with toggles"])
 def test_forward_counts_are_stock(inside: Inside, kind: str) -> None:
-    """As many forwards a step, with as many rows, as without deltas; toggles differ in every prompt."""
+    """As many forwards per step, with as many rows, as without deltas; toggles differ in every prompt."""
     area = {"area": (8, 4, 0, 0)}
     mask = torch.ones(1, 8, 8)
     positive = {

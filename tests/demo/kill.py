@@ -31,7 +31,7 @@ from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
 
 BOOK = "concepts: [star, circle]"
-# lasting training: the momentum never falls to -1; two checkpoints a concept
+# lasting training: the momentum never falls to -1; two checkpoints per concept
 KINDS = {"closed-form": ["--objective", "closed-form"], "gcirs": ["--steps", "14", "--threshold", "-1", "--batch", "1"]}
 MOMENTS = ("timer", "half written", "before rename", "after rename")
 
@@ -43,7 +43,7 @@ def quicken() -> None:
     encode = functools.cache(lambda prompts: DiffusersHost.encode(host, prompts))
     host.encode = lambda prompts, grad=False: encode(tuple(prompts))  # type: ignore[method-assign]
     Planner(host, ConceptBook.loads(BOOK))  # remembers the encodings of the corpus
-    cli.train.load_host = lambda *arguments, **options: host
+    cli.options.ModelOptions.load = lambda *_: host  # type: ignore[method-assign]
     TrainOptions.for_mode = staticmethod(functools.partial(TrainOptions.for_mode, checkpoint_every=5))  # type: ignore[method-assign]
 
 

@@ -46,7 +46,7 @@ def failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def book(tmp_path: Path, demo_host: DiffusersHost, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli.train, "load_host", lambda *arguments, **options: demo_host)
+    monkeypatch.setattr(cli.options.ModelOptions, "load", lambda *_: demo_host)
     path = tmp_path / "book.yaml"
     path.write_text("- star\n")
     return path

@@ -1,4 +1,4 @@
-"""Keys and values cached across steps: one comparison a forward pass, and everything that must make them be computed again."""
+"""Keys and values cached across steps: one comparison per forward pass, and everything that must make them be computed again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def counting(calls: list[str]) -> Callable[..., Any]:
     return wrap
 
 
-# --- one comparison a forward pass
+# --- one comparison per forward pass
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

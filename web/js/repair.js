@@ -33,7 +33,7 @@ export async function checkWorkflow() {
   told = key;
 }
 
-export function openRepair() {
+function openRepair() {
   const content = el("div.sepme-repair");
   const draw = () => {
     const rows = broken();

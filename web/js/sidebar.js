@@ -153,7 +153,7 @@ const addRow = (node, delta) => node.sepmePanel.add([{ name: delta.concept, file
  * A loader of this delta in the graph that is shown, wired to the one SepMEApply there if there is just one: behind the loaders
  * that it has, so that all of them stay.
  */
-export async function addLoader(delta, position) {
+async function addLoader(delta, position) {
   const graph = app.canvas.graph;
   const applies = graph.nodes.filter((n) => n.comfyClass === "SepMEApply");
   const rows = graph.nodes.filter((n) => n.comfyClass === "SepMEErase");

@@ -17,6 +17,7 @@ CHUNK = 77  # tokens of a prompt's chunk
 
 
 def is_forge(model: Any) -> bool:
+    """Whether a loaded checkpoint belongs to a Forge, whose models are ComfyUI-like objects."""
     return getattr(model, "forge_objects", None) is not None
 
 

@@ -22,10 +22,12 @@ library = DeltaLibrary(lambda: [Path(paths.models_path) / "sepme"])
 
 
 def lora_folder() -> Path:
+    """The host's folder of LoRAs."""
     return Path(getattr(shared.cmd_opts, "lora_dir", None) or Path(paths.models_path) / "Lora")
 
 
 def checkpoint_folder() -> Path:
+    """The host's folder of checkpoints."""
     return Path(getattr(shared.cmd_opts, "ckpt_dir", None) or Path(paths.models_path) / "Stable-diffusion")
 
 
@@ -57,4 +59,5 @@ def check_interrupted() -> None:
 
 
 def interrupt() -> None:
+    """Press the host's interrupt button."""
     shared.state.interrupt()

@@ -47,10 +47,12 @@ class LoadedModel(ScheduledDenoiser):
 
     @property
     def device(self) -> torch.device:
+        """Where the UNet runs."""
         return torch.device(self._weight.device if is_forge(self.model) else devices.device)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the UNet's weights."""
         return self._weight.dtype
 
     @property

@@ -40,7 +40,8 @@ class ModelPatch:
     """Deltas on the loaded model while one batch is sampled.
 
     Args:
-        p: the host's processing object. say: told, in a sentence, what the user should know of this run; maybe at every step.
+        p: the host's processing object.
+        say: told, in a sentence, what the user should know of this run; maybe at every step.
     """
 
     def __init__(self, p: Any, tables: Tables, settings: Settings, say: Callable[[str], None]) -> None:

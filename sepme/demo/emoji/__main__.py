@@ -36,6 +36,7 @@ class Stages:
         work.mkdir(parents=True, exist_ok=True)
 
     def renders(self) -> NDArray[np.uint8]:
+        """The drawings, rendered once."""
         return render_all(self.work / "npm", self.work / "renders.npy")
 
     def words(self) -> Words:
@@ -46,22 +47,27 @@ class Stages:
         return load_words(path)
 
     def batches(self, things: int) -> Batches:
+        """Captions and latents of the first ``things`` things."""
         latents, words, folder = Latents(self.work, self.renders(), things), self.words(), self.work / "tokenizer"
         if not (folder / "merges.txt").exists():
             build_tokenizer(folder, words.vocabulary)
         return Batches(latents, words, load_tokenizer(folder))
 
     def render(self) -> None:
+        """Stage: render the drawings."""
         self.renders()
 
     def vae(self) -> None:
+        """Stage: train the autoencoder."""
         train_vae(self.work, self.renders(), self.steps or 1700, until=self.until)
 
     def classifier(self) -> None:
+        """Stage: train the classifier and print its accuracy."""
         train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
         print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
 
     def diffusion(self) -> None:
+        """Stage: train denoiser and text encoder, few things first."""
         last = self.until or 10**9
         for end, things in CURRICULUM:
             train_diffusion(self.work, self.batches(min(things, self.things)), self.steps or 24000, until=min(end, last))
@@ -69,13 +75,16 @@ class Stages:
                 break
 
     def flow(self) -> None:
+        """Stage: train the flow transformer."""
         train_flow(self.work, self.batches(self.things), self.steps or 24000, until=self.until)
 
     def export(self) -> None:
+        """Stage: write both models as folders."""
         export(self.work, self.work / "model")
         export_flow(self.work, self.work / "flow")
 
     def evaluate(self) -> None:
+        """Stage: print accuracies and write sheets of both models."""
         self._evaluate("diffusion", unet_painter)
         self._evaluate("flow", flow_painter)
 
@@ -94,6 +103,7 @@ class Stages:
 
 
 def main() -> None:
+    """Entry point of ``python -m sepme.demo.emoji``."""
     stages: dict[str, Callable[[Stages], None]] = {
         "render": Stages.render, "vae": Stages.vae, "classifier": Stages.classifier, "diffusion": Stages.diffusion,
         "flow": Stages.flow, "export": Stages.export, "evaluate": Stages.evaluate,

@@ -70,7 +70,8 @@ class Words:
     """The world's words.
 
     Attributes:
-        synonyms: for every thing the keywords that no other thing has. kinds: keywords that several things share -> their indices.
+        synonyms: for every thing the keywords that no other thing has.
+        kinds: keywords that several things share -> their indices.
     """
 
     synonyms: list[list[str]]
@@ -84,6 +85,7 @@ class Words:
         return sorted({word for text in texts for word in text.split()})
 
     def save(self, path: Path) -> None:
+        """Write them as JSON."""
         path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

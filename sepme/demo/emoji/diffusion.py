@@ -139,6 +139,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move the averages towards the parameters as they are after a step."""
         decay = min(self.decay, (step + 1) / (step + 10))
         for key, module in self.modules.items():
             torch._foreach_lerp_(list(self.copies[f"{key}_average"].parameters()), list(module.parameters()), 1 - decay)

@@ -38,6 +38,7 @@ def notice() -> str:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write content as JSON with sorted keys."""
     path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

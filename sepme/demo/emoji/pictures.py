@@ -25,6 +25,7 @@ Painter = Callable[[Sequence[str], int], Tensor]
 
 
 def start_latents(count: int, seed: int) -> Tensor:
+    """Noise ``(count, 4, 16, 16)``; picture i has the seed ``seed + i``."""
     return torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
 
 

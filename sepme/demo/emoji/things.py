@@ -9,7 +9,9 @@ class Studio(NamedTuple):
     """One emoji set.
 
     Attributes:
-        package: ``@iconify-json/<package>``. version: the one that was trained on. word: its name in captions.
+        package: ``@iconify-json/<package>``.
+        version: the one that was trained on.
+        word: its name in captions.
     """
 
     package: str

@@ -56,6 +56,7 @@ class Projection:
 
     @property
     def keys_or_values(self) -> bool:
+        """Whether it is an ordinary ``to_k`` or ``to_v``."""
         return self.site.endswith((".to_k", ".to_v"))
 
     def template(self, naming: str) -> str:

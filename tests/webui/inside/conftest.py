@@ -126,4 +126,4 @@ def page(make_webui: Callable[..., WebUI], delta_files: Path, tmp_path_factory: 
 def webui(kind: str, delta_files: Path) -> Iterator[WebUI]:
     ui = WebUI(kind, delta_files)
     yield ui
-    ui.part("scripts.webui.script")._release()
+    ui.part("scripts.webui.generation").release()

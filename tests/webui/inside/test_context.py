@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def webui(kind: str, files: dict[str, Path]) -> Iterator[WebUI]:
     ui = WebUI(kind, files["context"])
     yield ui
-    ui.part("scripts.webui.script")._release()
+    ui.part("scripts.webui.generation").release()
 
 
 def use(ui: WebUI, folder: Path) -> None:

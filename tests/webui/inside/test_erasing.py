@@ -190,8 +190,7 @@ def test_unpatching_leaves_nothing(webui: Any) -> None:
     after = webui.model.unet.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    script = webui.part("scripts.webui.script")
-    assert script._runs == []
+    assert webui.part("scripts.webui.generation")._runs == []
 
 
 def test_an_error_in_the_middle_leaves_other_runs_alone(webui: Any) -> None:
@@ -237,7 +236,7 @@ def test_a_refiner_takes_over_in_the_middle(webui: Any) -> None:
     def before_only(p: Any, step: int) -> None:
         switch(p, step)
         if step == 1:
-            webui.part("scripts.webui.script")._release()
+            webui.part("scripts.webui.generation").release()
 
     modules.shared.sd_model = first
     modules.toy.UnetPatcher.loaded = None

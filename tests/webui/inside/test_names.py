@@ -35,7 +35,7 @@ def ui(make_webui: Any, delta_files: Any, tmp_path: Any) -> Any:
     shutil.copytree(delta_files / "sepme", tmp_path / "sepme")
     made = make_webui("a1111", tmp_path)
     yield made
-    made.part("scripts.webui.script")._release()
+    made.part("scripts.webui.generation").release()
 
 
 def entry_of(ui: Any, concept: str) -> Any:
