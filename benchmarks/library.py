@@ -33,7 +33,8 @@ def fill(folder: Path, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         down = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator)).Q.T
-        delta = ConceptDelta.from_factors(Concept(f"concept {i}"), down, {"context": torch.randn(WIDTH, RANK, generator=generator)}, 0.5, {})
+        up = {"context": torch.randn(WIDTH, RANK, generator=generator)}
+        delta = ConceptDelta.from_factors(Concept(f"concept {i}"), down, up, 0.5, {})
         path = folder / f"{i // 100:03}" / f"concept_{i}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         delta.save(path)
