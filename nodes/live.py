@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..sepme.model.protocols import TextEncoder
 from ..sepme.model.schedule import GLANCE, runs
 from ..sepme.train import Progress
 from . import host
@@ -25,7 +26,7 @@ class Live:
         encoder, denoiser: those that training uses.
     """
 
-    def __init__(self, node: Any, encoder: host.ClipEncoder, denoiser: host.UNetDenoiser) -> None:
+    def __init__(self, node: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser) -> None:
         self.node, self.encoder, self.denoiser = node, encoder, denoiser
         self.decode = denoiser.preview()
         self.next = 0.0

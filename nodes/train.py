@@ -104,7 +104,7 @@ class SepMETrain(io.ComfyNode):
         made: list[ConceptDelta] = []
         losses: dict[str, list[float]] = {name: [] for name in names}
         bar = host.NodeProgress(1 + len(names))
-        encoder = host.ClipEncoder(clip)
+        encoder = host.text_encoder(clip, model)
         denoiser = host.UNetDenoiser(model, size) if options.needs_model else None
         live = None if denoiser is None else Live(cls.hidden.unique_id, encoder, denoiser)
         if denoiser is not None:

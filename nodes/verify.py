@@ -45,7 +45,7 @@ class SepMEVerify(io.ComfyNode):
             raise SepMEError("There are no deltas to verify; connect SepME Load Delta or SepME Train.")
         composition = Composition(tuple(deltas))
         job = host.NodeProgress(1)
-        encoder = host.ClipEncoder(clip)
+        encoder = host.text_encoder(clip)
         warnings = check_encoder(encoder, deltas)
         result = verify(encoder, deltas, on_progress=job.stage)
         job.next()

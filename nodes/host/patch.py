@@ -23,6 +23,7 @@ from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import encoder_warnings
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
+from .language import adapts
 from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
@@ -40,12 +41,14 @@ class Applied:
         composition: all deltas of the MODEL.
         toggles: for prompts that say nothing themselves.
         inner: what the patches stand before.
+        adapts: whether the model makes another context of the text encoder's, which is edited then.
     """
 
     def __init__(
-        self, composition: Composition, toggles: Toggles, gate: bool, backend: str, inner: Mapping[str, Callable[..., Any]]
+        self, composition: Composition, toggles: Toggles, gate: bool, backend: str, inner: Mapping[str, Callable[..., Any]], adapts: bool
     ) -> None:
         self.composition, self.toggles, self.gate, self.backend, self.inner = composition, dict(toggles), gate, backend, dict(inner)
+        self.adapts = adapts
         self.default = self._strengths({})
         self._projectors: dict[int, KVProjector] = {}  # by model object: hosts with several GPUs run copies of one model
         self._current = threading.local()
@@ -86,6 +89,10 @@ class Applied:
         pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
         if pooled is not None and context is not None and any(d.pooled is not None for d in self.composition.deltas):
             kwargs["pooled_output"] = self.composition.replace_pooled(pooled, context, own, self.gate)
+        if context is not None and self.adapts:
+            made = inner(**kwargs)
+            adapted = made["c_crossattn"]
+            return made | {"c_crossattn": type(adapted)(self.composition.edit_context(adapted.cond, own, self.gate))}
         if context is not None:
             kwargs["cross_attn"] = self.composition.edit_context(context, own, self.gate)
         more: dict[str, Any] = {KEY: CONDRegular(own[None])} if self.composition.columns else {}
@@ -208,7 +215,7 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
         delta.check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
     paths = {name: f"diffusion_model.{name}.forward" for name in modules} | {"extra_conds": "extra_conds"}
     inner = {name: _inner(patcher.get_model_object(path), name, before) for name, path in paths.items()}
-    applied = Applied(composition, toggles, gate, backend, inner)
+    applied = Applied(composition, toggles, gate, backend, inner, adapts(patcher.model))
     for name, path in paths.items():
         clone.add_object_patch(path, applied.extra_conds if name == "extra_conds" else _Projection(applied, name))
     clone.set_attachments(KEY, applied)

@@ -1,4 +1,4 @@
-"""ComfyUI's CLIP as text encoder."""
+"""ComfyUI's CLIP as text encoder: that of Stable Diffusion, whose prompts fill chunks of 77 tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 from ...sepme.errors import SepMEError
+from ...sepme.model.encoder_fingerprint import PROBES
 from ...sepme.model.protocols import Encoding
 from ...sepme.plan.gate import ordinary_prompts
 from .jobs import check_interrupted
+from .language import LanguageEncoder, adapts
 
 BATCH = 8  # prompts encoded between two looks at the interrupt button; a CPU is no faster with more
 
+CLIPS = {"l", "g", "h"}  # ComfyUI's names of CLIP-L, OpenCLIP-G and OpenCLIP-H
+NO_ENCODER = "There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own."
+
 Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks of (id, weight)
 
-# Ordinary prompts as a text encoder reads them with these patches and this clip skip, for as long as it lives: every training and
-# every verification needs them, and a CPU takes a minute.
+# Ordinary prompts, and those of its fingerprint, as a text encoder reads them with these patches and this clip skip, for as long as it
+# lives: every training and every verification needs them, and a CPU takes a minute.
 _ORDINARY: WeakKeyDictionary[Any, tuple[Any, dict[tuple[str, ...], Encoding]]] = WeakKeyDictionary()
 
 
@@ -36,6 +41,22 @@ def clip_skip(clip: Any) -> int:
     return int(last - asked)
 
 
+def text_encoder(clip: Any, model: Any = None) -> ClipEncoder | LanguageEncoder:
+    """A CLIP as text encoder.
+
+    Args:
+        model: the MODEL that will read its contexts; some make others of them first.
+
+    Raises:
+        SepMEError: there is none; or it makes no text that can be edited.
+    """
+    if clip is None:
+        raise SepMEError(NO_ENCODER)
+    if set(clip.tokenize("")) <= CLIPS:
+        return ClipEncoder(clip)
+    return LanguageEncoder(clip, model if model is not None and adapts(model.model) else None)
+
+
 class ClipEncoder:
     """Encodes prompts as CLIPTextEncode does, without weights: parentheses are plain text.
 
@@ -48,7 +69,7 @@ class ClipEncoder:
 
     def __init__(self, clip: Any) -> None:
         if clip is None:
-            raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
+            raise SepMEError(NO_ENCODER)
         self.clip = clip
         self.has_pooled = "g" in self._tokens("")  # SDXL; other UNets do not read the pooled vector
 
@@ -66,7 +87,7 @@ class ClipEncoder:
         cache, asked = self._cache(), tuple(prompts)
         if asked not in cache:
             encoding = self._read(asked)
-            if not set(ordinary_prompts()).issuperset(asked):
+            if asked != PROBES and not set(ordinary_prompts()).issuperset(asked):
                 return encoding
             cache[asked] = encoding
         return cache[asked]

@@ -14,7 +14,7 @@ from ..concepts import mentions
 from ..errors import SepMEError
 from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder, clip_skip
-from ..plan.gate import leakage_matrix, ordinary_prompts, ratios
+from ..plan.gate import affordable, leakage_matrix, ratios
 from ..plan.pooled import residual
 from ..plan.preserved import PreserveFile
 from ..plan.tokens import encode
@@ -84,7 +84,7 @@ def verify(
     check_apart(deltas)
     own = {d.concept.name: encode(encoder, d.concept.prompts) for d in deltas}
     empty = encode(encoder, [""])
-    strangers = ordinary_prompts()[1::2]  # the half that no gate was calibrated on
+    strangers = affordable(empty.context)[1::2]  # the half that no gate was calibrated on
     ordinary = encode(encoder, strangers).context
     worst, warnings = _preserved(encoder, deltas, preserve, on_progress)
     checks = []

@@ -12,7 +12,7 @@ class Encoding(NamedTuple):
     """Prompts as cross-attention reads them.
 
     Attributes:
-        context: ``(prompts, tokens, d_in)`` in the encoder's dtype.
+        context: ``(prompts, tokens, d_in)`` in the encoder's dtype. Tokens that a prompt lacks beside longer ones are zero.
         mask: ``(prompts, tokens)`` bool, True up to and including the end token, False on padding.
         pooled: ``(prompts, d_pooled)`` or None.
     """
@@ -36,6 +36,12 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """Encode prompts; all rows of the result have the same number of tokens."""
         ...
+
+
+def free_length(encoder: object) -> bool:
+    """Whether a prompt has as many tokens as it needs, by ``encoder.free_length`` of hosts that have such encoders (T5, language models);
+    CLIP's fill chunks of 77."""
+    return bool(getattr(encoder, "free_length", False))
 
 
 def clip_skip(encoder: object) -> int:

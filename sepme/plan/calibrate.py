@@ -10,6 +10,7 @@ from torch import Tensor
 from ..concepts import mentions
 from .encoded_book import EncodedBook
 from .gate import Certificate, certify, extremes, side_by_side
+from .tokens import CHUNK, encode
 
 MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it
 
@@ -27,7 +28,7 @@ def calibrate(
     abreast, measured = side_by_side(downs), len(book.names) <= MANY
     worst, least = _extremes_by_concept(book, abreast, measured)
     table = {n: v.tolist() for n, v in worst.items()}
-    halves = [([], []) if c is None else (half, extremes(c, abreast, measured)[0].T.tolist()) for half, c in book.ordinary]
+    halves = [(half, _ordinary(book, half, abreast, measured)) for half in book.ordinary]
     result = []
     for i, (name, down, (_, energy, null_dims)) in enumerate(zip(names, downs, found, strict=True)):
         leakage = {n: v[i] for n, v in table.items() if n != name}
@@ -41,6 +42,15 @@ def calibrate(
         )
         result.append(certify(leakage, float(least[name][i]), calibration, held_out, energy, len(down), null_dims, mode, gate))
     return result
+
+
+def _ordinary(book: EncodedBook, prompts: Sequence[str], abreast: Tensor, measured: bool) -> list[list[float]]:
+    """Largest statistic of each ordinary prompt, by planned concept; a few hundred prompts are in memory at a time."""
+    parts = []
+    for i in range(0, len(prompts), CHUNK):
+        book.on_progress("Ordinary prompts", i, len(prompts))
+        parts.append(extremes(encode(book.encoder, prompts[i : i + CHUNK]).context, abreast, measured)[0])
+    return torch.cat(parts).T.tolist() if parts else []
 
 
 def _extremes_by_concept(book: EncodedBook, abreast: Tensor, measured: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

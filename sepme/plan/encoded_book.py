@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..concepts import ConceptBook, mentions, normalised
 from ..model.encoder_fingerprint import EncoderFingerprint
-from ..model.protocols import Encoding, TextEncoder
+from ..model.protocols import Encoding, TextEncoder, free_length
 from ..progress import OnProgress, silent
-from .gate import ordinary_prompts
+from .directions import reduce_rows
+from .gate import affordable
 from .preserved import Preserved
-from .tokens import Padding, encode, token_rows
+from .tokens import Padding, aligned, encode, token_rows
 
 GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
+LOUD = 8.0  # times the median norm of the tokens: the largest norm that counts in full
+SAME_SINK = 0.01  # of the sinks' largest singular value: what they differ by
 
 
 class EncodedBook:
@@ -33,8 +37,7 @@ class EncodedBook:
         empty: the empty prompt.
         encodings, anchors: by concept.
         preserved: what must not change; its file is read a batch at a time.
-        ordinary: prompts that gates are calibrated on, and prompts held out, which verification reads too; each half with its context
-            ``(prompts, tokens, d_in)``, or None where it is empty.
+        ordinary: prompts that gates are calibrated on, and prompts held out, which verification reads too.
     """
 
     def __init__(
@@ -54,9 +57,8 @@ class EncodedBook:
         for i, concept in enumerate(book.concepts):
             on_progress("Reading concepts", i, len(book.concepts))
             self.encodings[concept.name] = encode(encoder, concept.prompts)
-        ordinary = ordinary_prompts() if ordinary is None else ordinary
-        halves = tuple(ordinary[::2]), tuple(ordinary[1::2])
-        self.ordinary = [(half, encode(encoder, half).context if half else None) for half in halves]
+        ordinary = affordable(self.empty.context) if ordinary is None else ordinary
+        self.ordinary = tuple(ordinary[::2]), tuple(ordinary[1::2])
         self.preserved = Preserved(encoder, book, on_progress)
 
     def rows(self, name: str, which: list[bool] | None = None) -> Tensor:
@@ -64,13 +66,52 @@ class EncodedBook:
         encoding = self.encodings[name]
         if which is not None:
             encoding = Encoding(encoding.context[which], encoding.mask[which])
-        return token_rows(encoding, self.padding)
+        return self.token_rows(encoding)
+
+    def token_rows(self, encoding: Encoding) -> Tensor:
+        """Token rows ``(n, d_in)`` float64, without what they share with sinks; other loud ones are toned down."""
+        rows = token_rows(encoding, self.padding)
+        if self.sinks is None:
+            return rows
+        rows = rows - (rows @ self.sinks) @ self.sinks.T
+        return rows * self.volume(rows)
+
+    def volume(self, rows: Tensor) -> Tensor:
+        """What tones loud rows down ``(n, 1)``, 1 for all others."""
+        return (self._loud / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+
+    @cached_property
+    def _loud(self) -> float:
+        """The largest norm of a token that counts in full."""
+        rows = (token_rows(e, self.padding) for e in (self.empty, *self.encodings.values()))
+        return LOUD * float(torch.cat([r.norm(dim=-1) for r in rows]).median())
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Orthonormal columns ``(d_in, m)`` float64 along which the sinks lie, None where there are none.
+
+        Language models have tokens of a norm a thousand times that of others, nearly the same in every prompt. Beside them nothing else
+        would count, and whatever is edited along them moves them by more than all other tokens.
+        """
+        if not free_length(self.encoder):
+            return None
+        rows = torch.cat([token_rows(e, self.padding) for e in (self.empty, *self.encodings.values())])
+        loud = rows[rows.norm(dim=-1) > self._loud]
+        if len(loud) == 0:
+            return None
+        _, values, right = torch.linalg.svd(reduce_rows(loud), full_matrices=False)
+        return right[values > SAME_SINK * values[0]].T
 
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
         """Tokens C ``(n, d_in)`` of a concept's prompts and its anchor's C*, aligned by position; float64."""
         own, anchor = self.encodings[name], self.anchors[name].context
-        anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
-        return self.rows(name), token_rows(Encoding(anchor, own.mask), self.padding)
+        if free_length(self.encoder):
+            anchor = aligned(own.context, anchor)
+        else:
+            anchor = anchor.repeat(1, own.context.shape[1] // anchor.shape[1], 1).expand_as(own.context)
+        rows, target = token_rows(own, self.padding), token_rows(Encoding(anchor, own.mask), self.padding)
+        volume = 1.0 if self.sinks is None else self.volume(rows)
+        return rows * volume, target * volume
 
     @cached_property
     def fingerprint(self) -> EncoderFingerprint:
@@ -80,8 +121,7 @@ class EncodedBook:
     @property
     def row_count(self) -> int:
         """Token rows of all concepts' prompts."""
-        masks = (e.mask for e in self.encodings.values())
-        return sum(m.numel() if self.padding == "all" else int(m.sum()) for m in masks)
+        return sum(len(self.rows(name)) for name in self.names)
 
     @cached_property
     def _texts(self) -> dict[str, str]:
@@ -93,11 +133,6 @@ class EncodedBook:
         words = normalised(name)
         found = {o: [not mentions(p, name) for p in self.book[o].prompts] for o, t in self._texts.items() if o != name and words in t}
         return {o: free for o, free in found.items() if not all(free)}
-
-    def constraints(self, name: str, others: Sequence[str]) -> Iterator[Tensor]:
-        """Rows of ``A_i`` that other concepts contribute."""
-        carriers = self.carriers(name)
-        return (self.rows(o, carriers.get(o)) for o in others)
 
     def groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Consecutive concepts whose prompts have equally many tokens, a few thousand token rows together."""

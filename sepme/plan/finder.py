@@ -13,9 +13,12 @@ from ..errors import SepMEError
 from ..model.protocols import Encoding
 from .directions import (
     GRAM_RTOL,
+    WIDE,
+    WIDEST,
     Mode,
     PlanOptions,
     RowSpace,
+    Span,
     concept_basis,
     kept_energy,
     null_basis,
@@ -25,7 +28,6 @@ from .directions import (
 )
 from .encoded_book import EncodedBook
 from .pooled import Pooled, PooledFacts, plan_pooled
-from .tokens import token_rows
 
 AUTO_WORK = 2.5e11  # N · d_in³ up to which auto tries the modes that factorise once per concept: minutes on two cores
 
@@ -43,19 +45,58 @@ class DirectionFinder:
 
     def __init__(self, book: EncodedBook, options: PlanOptions) -> None:
         self.book, self.options = book, options
-        empty, rtol = book.empty, options.rtol(options.mode)
-        triangle = options.mode in ("exact", "auto") or (options.mode == "tolerance" and rtol < GRAM_RTOL)
-        self._fixed = RowSpace(empty.context.shape[-1], empty.context.device, triangle)
+        empty = book.empty
         self._fixed_pooled = None if empty.pooled is None else RowSpace(empty.pooled.shape[-1], empty.pooled.device, triangle=True)
         self._found: dict[tuple[Mode, str], Found] = {}
-        self._preserve(empty)
-        book.preserved.read(book.encodings, self._preserve)
+        self._span, self._fixed = self._read()
 
-    def _preserve(self, encoding: Encoding) -> None:
-        """Take prompts that must not change into what forbids directions."""
-        self._fixed.add(token_rows(encoding, self.options.padding))
-        if self._fixed_pooled is not None and encoding.pooled is not None:
-            self._fixed_pooled.add(encoding.pooled.double())
+    def _read(self) -> tuple[Span, RowSpace]:
+        """What forbids directions for every concept, the empty prompt and what is preserved, and what coordinates it is written in.
+
+        Raises:
+            SepMEError: too many rows for so wide an encoder; what :meth:`Preserved.read` raises.
+        """
+        options, book = self.options, self.book
+        d_in, device = book.empty.context.shape[-1], book.empty.context.device
+        triangle = options.mode in ("exact", "auto") or (options.mode == "tolerance" and options.rtol(options.mode) < GRAM_RTOL)
+        room = d_in - book.row_count if d_in > WIDE else 0
+        held, dense = list[Tensor](), list[RowSpace]()
+
+        def take(encoding: Encoding) -> None:
+            nonlocal room
+            if self._fixed_pooled is not None and encoding.pooled is not None:
+                self._fixed_pooled.add(encoding.pooled.double())
+            held.append(book.token_rows(encoding))
+            room -= len(held[-1])
+            if room < 0:
+                if d_in > WIDEST:
+                    raise SepMEError(
+                        f"Prompts of this text encoder, which has {d_in} channels, may have {d_in} tokens together, and these have more; "
+                        "name fewer concepts, or fewer prompts that must not change."
+                    )
+                if not dense:
+                    dense.append(RowSpace(d_in, device, triangle))
+                while held:
+                    dense[0].add(held.pop(0))
+
+        take(book.empty)
+        book.preserved.read(book.encodings, take)
+        if dense:
+            return Span(d_in), dense[0]
+        span = Span.of(torch.cat([*held, *(book.rows(n) for n in book.names)]))
+        fixed = RowSpace(span.dims, device, triangle)
+        for rows in held:
+            fixed.add(span.coordinates(rows))
+        return span, fixed
+
+    def _rows(self, name: str, which: list[bool] | None = None) -> Tensor:
+        """Token rows ``(n, dims)`` of a concept, in the coordinates that are worked in."""
+        return self._span.coordinates(self.book.rows(name, which))
+
+    def _constraints(self, name: str, others: Sequence[str]) -> Iterator[Tensor]:
+        """Rows of ``A_i`` that other concepts contribute."""
+        carriers = self.book.carriers(name)
+        return (self._rows(o, carriers.get(o)) for o in others)
 
     @cached_property
     def mode(self) -> Mode:
@@ -64,7 +105,7 @@ class DirectionFinder:
             return self.options.mode
         names = self.book.names
         strict: tuple[Mode, ...] = ("exact", "tolerance")
-        if len(names) * self.book.empty.context.shape[-1] ** 3 > AUTO_WORK:
+        if len(names) * self._span.dims**3 > AUTO_WORK:
             strict = ()
         for mode in strict:
             if all(self.has_room(found) for found in self._find(names, mode)):
@@ -97,10 +138,10 @@ class DirectionFinder:
         if self.mode == "soft":
             raise SepMEError("Directions of mode soft are no null space; choose exact or tolerance.")
         null = self._null(name, self._others(name), self.mode)
-        energy = kept_energy(self.book.rows(name), null)
+        energy = kept_energy(self._rows(name), null)
         if energy < self.options.min_kept_energy:
             raise SepMEError(self._refusal(name, energy, basis=False))
-        return null
+        return self._span.channels(null)
 
     def pooled(self, name: str) -> tuple[Pooled | None, PooledFacts | None]:
         """Directions of the pooled vector, chosen as those of the tokens are, and what is known about them."""
@@ -141,24 +182,24 @@ class DirectionFinder:
         """D of one concept against the preserved rows and ``others``."""
         if mode == "soft":
             return self._soft([name], self._cholesky(self._gram(name, others)))[0]
-        own, null = self.book.rows(name), self._null(name, others, mode)
+        own, null = self._rows(name), self._null(name, others, mode)
         basis = concept_basis(own, null, self.options.max_rank, self.options.energy)
-        return Found(basis, kept_energy(own, basis), null.shape[1])
+        return Found(self._span.channels(basis), kept_energy(own, basis), null.shape[1] + self._span.d_in - self._span.dims)
 
     def _null(self, name: str, others: Sequence[str], mode: Mode) -> Tensor:
-        """Sp ``(d_in, m)`` of one concept against the preserved rows and ``others``, in a mode that has one."""
-        rtol, own = self.options.rtol(mode), self.book.rows(name)
+        """Sp ``(dims, m)`` of one concept against the preserved rows and ``others``, in a mode that has one."""
+        rtol, own = self.options.rtol(mode), self._rows(name)
         if rtol >= GRAM_RTOL:
             return null_basis_of_gram(self._gram(name, others) - own.T @ own, rtol)
         assert self._fixed.triangle is not None
-        return null_basis(stacked([self._fixed.triangle, *self.book.constraints(name, others)]), rtol)
+        return null_basis(stacked([self._fixed.triangle, *self._constraints(name, others)]), rtol)
 
     @cached_property
     def _total(self) -> Tensor:
-        """G ``(d_in, d_in)``: of everything that is preserved and of all concepts."""
+        """G ``(dims, dims)``: of everything that is preserved and of all concepts."""
         gram = self._fixed.gram.clone()
         for group in self.book.groups(self.book.names):
-            rows = torch.cat([self.book.rows(n) for n in group])
+            rows = torch.cat([self._rows(n) for n in group])
             gram.addmm_(rows.T, rows)
         return gram
 
@@ -166,17 +207,17 @@ class DirectionFinder:
         """G of the preserved rows, the concept's own, and what ``others`` constrain it with."""
         book = self.book
         if len(others) == len(book.names) - 1:
-            gram, signed = self._total.clone(), [(-1.0, book.rows(o, [not f for f in free])) for o, free in book.carriers(name).items()]
+            gram, signed = self._total.clone(), [(-1.0, self._rows(o, [not f for f in free])) for o, free in book.carriers(name).items()]
         else:
-            gram, signed = self._fixed.gram.clone(), [(1.0, r) for r in (book.rows(name), *book.constraints(name, others))]
+            gram, signed = self._fixed.gram.clone(), [(1.0, r) for r in (self._rows(name), *self._constraints(name, others))]
         for sign, rows in signed:
             gram.addmm_(rows.T, rows, alpha=sign)
         return gram
 
     def _soft(self, names: Sequence[str], factor: Tensor) -> list[Found]:
-        rows = [self.book.rows(n) for n in names]
+        rows = [self._rows(n) for n in names]
         bases = soft_bases(factor, rows, self.options.max_rank, self.options.energy)
-        return [Found(b, kept_energy(r, b), self._total_null_dims) for r, b in zip(rows, bases, strict=True)]
+        return [Found(self._span.channels(b), kept_energy(r, b), self._total_null_dims) for r, b in zip(rows, bases, strict=True)]
 
     def _cholesky(self, gram: Tensor) -> Tensor:
         return torch.linalg.cholesky(gram + self._epsilon * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
@@ -192,7 +233,7 @@ class DirectionFinder:
     @cached_property
     def _total_null_dims(self) -> int:
         values = torch.linalg.eigvalsh(self._total)
-        return int((values <= self.options.tolerance**2 * values[-1]).sum())
+        return int((values <= self.options.tolerance**2 * values[-1]).sum()) + self._span.d_in - self._span.dims
 
     def _refusal(self, name: str, energy: float, basis: bool = True) -> str:
         """Why there is no room and what to do; ``basis`` False where soft directions would not do (mode ``paper``)."""

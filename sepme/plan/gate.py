@@ -19,6 +19,7 @@ from ..files import number, text
 ROUNDING = 2.0**-8
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 24  # elements of H held at once
+CORPUS = 1 << 27  # elements of the ordinary prompts' contexts
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,20 @@ def ordinary_prompts() -> tuple[str, ...]:
     """The shipped corpus of ordinary prompts; even lines calibrate gates, odd ones measure false touches."""
     text = (Path(__file__).parents[1] / "data" / "ordinary_prompts.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
+
+
+def affordable(context: Tensor) -> tuple[str, ...]:
+    """Of the ordinary prompts as many as this text encoder reads in a reasonable time and space: all of them for CLIP.
+
+    They are taken evenly and in pairs, so that each half is a part of the half of the whole.
+
+    Args:
+        context: of some prompt ``(1, tokens, d_in)``.
+    """
+    prompts = ordinary_prompts()
+    pairs = min(len(prompts) // 2, max(32, CORPUS // (2 * context[0].numel())))
+    chosen = (2 * (i * (len(prompts) // 2) // pairs) for i in range(pairs))
+    return tuple(prompts[i + j] for i in chosen for j in (0, 1))
 
 
 def side_by_side(downs: Sequence[Tensor]) -> Tensor:

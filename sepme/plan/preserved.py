@@ -14,7 +14,7 @@ from ..concepts import MAX_PROMPT, ConceptBook, normalised
 from ..errors import SepMEError
 from ..model.protocols import Encoding, TextEncoder
 from ..progress import OnProgress, silent
-from .tokens import CHUNK, encode
+from .tokens import CHUNK, encode, present
 
 SAME = 1e-3  # relative difference of tokens up to which two prompts read the same
 
@@ -127,11 +127,12 @@ class Preserved:
 
 def _means(encoding: Encoding) -> Tensor:
     """Mean token of each row ``(rows, d_in)`` float64: rows that read the same have close ones."""
-    return encoding.context.double().mean(dim=1)
+    return encoding.context.double().sum(dim=1) / present(encoding.context).sum(dim=1, keepdim=True)
 
 
 def _reads_the_same(one: Tensor, other: Tensor) -> bool:
     """Whether the tokens ``(tokens, d_in)`` of two prompts agree up to what batches of other sizes round differently."""
+    one, other = one[present(one)], other[present(other)]
     if one.shape != other.shape:
         return False
     apart = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-12)

@@ -14,9 +14,10 @@ from ..model.families import CONTEXT
 def context_site(d_in: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> dict[str, Tensor]:
     """The context as a text projection whose weight is the identity: what an increment adds there, all layers read.
 
-    Its one variable S ``(d_in, m)`` edits the context, ``c' = c + (c B) (β S)ᵀ``, which is ``w_l = W_l S`` in every layer.
+    It has the identity's shape and takes no memory: nobody multiplies by it. Its one variable S ``(d_in, m)`` edits the context,
+    ``c' = c + (c B) (β S)ᵀ``, which is ``w_l = W_l S`` in every layer.
     """
-    return {CONTEXT: torch.eye(d_in, dtype=dtype, device=device)}
+    return {CONTEXT: torch.ones((), dtype=dtype, device=device).expand(d_in, d_in)}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""One real ComfyUI server, and one ComfyUI inside the process, for all tests of a worker."""
+"""Real ComfyUI servers, and one ComfyUI inside the process, for all tests of a worker."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from comfyui import inside as comfyui_inside
-from comfyui.server import Server, serving
+from comfyui.checkpoint import save_checkpoint
+from comfyui.server import ROOT, Server, serving
+
+NAME = "models of mine/sd15.safetensors"
+CORPUS = 24  # ordinary prompts that calibrate gates there: text encoders have their full size, and a CPU is slow
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,32 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def inside(comfy: None) -> comfyui_inside.Inside:
     return comfyui_inside.Inside()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has neither triton nor diffusers, with the pack as the registry's zip holds it; a checkpoint in SD1.5's layout, and a
+    loader of other families' models."""
+    base = tmp_path_factory.mktemp("sd15")
+    pack = tmp_path_factory.mktemp("pack") / "comfyui-sepme"
+    lines = [line for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert all(line.startswith("/") for line in lines)  # or web/docs would go with docs
+    left_out = {line.strip("/") for line in lines}
+    others = shutil.ignore_patterns(".*", "demo", "build", "runs", "*.egg-info")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        """What the registry's zip does not hold, and what lies about in a checkout."""
+        return ({n for n in names if n in left_out} | others(folder, names) if Path(folder) == ROOT else set()) | {"__pycache__"}
+
+    shutil.copytree(ROOT, pack, ignore=ignore)
+    corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
+    corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
+    words = pack / "sepme" / "data" / "broader_words.txt"
+    words.write_text("a picture, a painting: van gogh, picasso, monet\nan animal, a picture: dog, cat, horse\n", encoding="utf-8")
+    path = base / "models" / "checkpoints" / NAME
+    path.parent.mkdir(parents=True)
+    save_checkpoint("sd1", path)
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).parent / "tiny_families.py", base / "custom_nodes")
+    with serving(base, pack=pack, without=("triton", "diffusers")) as running:
+        yield running

@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from comfyui.checkpoint import save_checkpoint
+from comfyui.conftest import NAME
 from comfyui.graph import Graph, Node, from_workflow
-from comfyui.server import ROOT, Server, serving
+from comfyui.server import ROOT, Server
 
 from sepme.delta.concept_delta import ConceptDelta
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
-
-NAME = "models of mine/sd15.safetensors"
-CORPUS = 24  # ordinary prompts that calibrate gates here: the text encoder has its full size, and a CPU is slow
-
-
-@pytest.fixture(scope="module")
-def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = tmp_path_factory.mktemp("sd15")
-    pack = tmp_path_factory.mktemp("pack") / "comfyui-sepme"
-    lines = [line for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert all(line.startswith("/") for line in lines)  # or web/docs would go with docs
-    left_out = {line.strip("/") for line in lines}
-    others = shutil.ignore_patterns(".*", "demo", "build", "runs", "*.egg-info")
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        """What the registry's zip does not hold, and what lies about in a checkout."""
-        return ({n for n in names if n in left_out} | others(folder, names) if Path(folder) == ROOT else set()) | {"__pycache__"}
-
-    shutil.copytree(ROOT, pack, ignore=ignore)
-    corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
-    corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
-    path = base / "models" / "checkpoints" / NAME
-    path.parent.mkdir(parents=True)
-    save_checkpoint("sd1", path)
-    with serving(base, pack=pack, without=("triton", "diffusers")) as running:
-        yield running
 
 
 class Scene(Graph):
@@ -69,7 +41,7 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
     info = server.get("/object_info")
     assert info["SepMELoadDelta"]["input"]["required"]["delta"][1]["options"] == []
     assert not (server.base / "models" / "sepme").exists()
-    (example,) = (ROOT / "example_workflows").glob("*checkpoint*.json")
+    (example,) = (ROOT / "example_workflows").glob("2_*.json")
     prompt = from_workflow(json.loads(example.read_text(encoding="utf-8")), info)
     for node in prompt.values():
         if node["class_type"] == "SepMELoadCheckpoint":
@@ -111,6 +83,33 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
     change = np.abs(np.stack(before.images[shown["touched"][1]]) - pictures[1]).mean()
     assert change > 0
     assert np.abs(pictures[0] - pictures[1]).mean() < 0.1 * change
+
+
+def test_quick_erase(checkpoint_server: Server) -> None:
+    """The first example: a checkpoint and a name; the pair differs, other prompts do not, and the next run plans nothing."""
+    server = checkpoint_server
+    (example,) = (ROOT / "example_workflows").glob("0_*.json")
+    workflow = json.loads(example.read_text(encoding="utf-8"))
+    prompt = from_workflow(workflow, server.get("/object_info"))
+    assert sum(node["class_type"].startswith("SepME") for node in prompt.values()) <= 4
+    kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    kinds["CheckpointLoaderSimple"]["ckpt_name"] = NAME
+    kinds["EmptyLatentImage"] |= {"width": 64, "height": 64}
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 3
+    shown = {n["title"]: str(n["id"]) for n in workflow["nodes"] if n["type"] == "PreviewImage"}
+    assert "No concept is named" in server.run(prompt).message
+    kinds["SepMEErase"]["concepts"] = "van gogh"
+    run = server.run(prompt)
+    assert run.error is None, run.error
+    before, after = (run.images[shown[name]] for name in ("Before", "After"))
+    assert not np.array_equal(before, after)
+    assert len(list((server.base / "models" / "sepme" / ".cache").glob("*.json"))) == 1
+    prompt["3"]["inputs"]["text"] = "picasso"
+    run = server.run(prompt)
+    assert run.error is None, run.error
+    assert np.array_equal(*(run.images[shown[name]] for name in ("Before", "After")))
 
 
 def test_pickles_are_refused(checkpoint_server: Server) -> None:

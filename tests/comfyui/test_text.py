@@ -46,7 +46,7 @@ def test_verification_reads_what_training_has_read(inside: Inside) -> None:
     verify = import_module(f"{sepme.__name__}.delta.verify").verify
     rows: list[int] = []
     clip.cond_stage_model.clip_l.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-    sepme.Planner(inside.host.ClipEncoder(clip), sepme.ConceptBook((sepme.Concept("star", ("star",)),)))
+    sepme.Planner(inside.host.ClipEncoder(clip), sepme.ConceptBook((sepme.Concept("star", ("star",)),))).plan("star")
     assert sum(rows) > 500
     rows.clear()
     assert verify(inside.host.ClipEncoder(clip), inside.deltas).checks[0].false_touch_rate < 1

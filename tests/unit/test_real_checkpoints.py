@@ -340,7 +340,7 @@ def test_the_command_line_takes_a_single_file(models: Any, tmp_path: Path, monke
     folder, file = models("sdxl")
     book, out = tmp_path / "book.json", tmp_path / "deltas"
     book.write_text(BOOK.dumps())
-    monkeypatch.setattr("sepme.plan.encoded_book.ordinary_prompts", lambda: ("a cat", "a dog", "a house", "a road"))
+    monkeypatch.setattr("sepme.plan.gate.ordinary_prompts", lambda: ("a cat", "a dog", "a house", "a road"))
 
     def run(*arguments: str) -> Any:
         monkeypatch.setattr("sys.argv", ["sepme", *arguments, "--json"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...delta.concept_delta import ConceptDelta
+from ...model.families import CONTEXT
 from .objective import Objective
 
 
@@ -60,8 +61,9 @@ def up_factors(weights: Mapping[str, Tensor], shifts: Sequence[Tensor], values_o
         if values_only and name.endswith(".to_k"):
             y = torch.zeros(weight.shape[0], sum(ranks))
         else:
-            precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            y = precise @ stacked.to(precise.dtype).to(weight.device)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            y = stacked.to(dtype).to(weight.device)
+            y = y if name == CONTEXT else weight.to(dtype) @ y
         for one, part in zip(result, y.split(ranks, dim=1), strict=True):
             one[name] = part.contiguous()
     return result
@@ -76,7 +78,7 @@ def distance(weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, delt
     moved, given = tokens.float() @ delta.down.T, (tokens - target).float()
     before = after = 0.0
     for name, weight in weights.items():
-        gap = given @ weight.detach().float().cpu().T
+        gap = given if name == CONTEXT else given @ weight.detach().float().cpu().T
         before += float(gap.square().sum())
         after += float((gap + moved @ delta.up_factor(name).T).square().sum())
     return (after / before) ** 0.5 if before else 0.0

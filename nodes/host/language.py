@@ -1,0 +1,103 @@
+"""ComfyUI's CLIP as text encoder where it is T5 or a language model: prompts of any length, templates, a model's own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ...sepme.model.encoder_fingerprint import PROBES
+from ...sepme.model.protocols import Encoding
+from ...sepme.plan.vocabulary import shipped_texts
+from .encodings import StoredEncodings, digest
+from .jobs import check_interrupted
+
+PART = 16  # shipped prompts that are stored together, and are not read again once they are
+
+
+def adapts(model: Any) -> bool:
+    """Whether a loaded model (``patcher.model``) makes another context of the text encoder's before the first step, which is what can be
+    edited (Anima)."""
+    return hasattr(getattr(model, "diffusion_model", None), "preprocess_text_embeds")
+
+
+class LanguageEncoder:
+    """Encodes prompts as CLIPTextEncode does, one by one, without weights: parentheses are plain text.
+
+    The ordinary prompts that gates are calibrated on, and the shipped words, are read once and stored in ComfyUI's user folder: on a CPU
+    they take minutes.
+
+    Args:
+        clip: a CLIP; its LoRAs are in effect.
+        model: the MODEL that will read the contexts, where :func:`adapts` is true of it.
+    """
+
+    free_length = True
+    clip_skip = 0
+
+    def __init__(self, clip: Any, model: Any = None) -> None:
+        self.clip, self.model = clip, model
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        """See :class:`~sepme.model.protocols.TextEncoder`."""
+        if len(prompts) >= PART and shipped_texts().issuperset(prompts):
+            return _joined([e for i in range(0, len(prompts), PART) for e in _rows(self._remembered(tuple(prompts[i : i + PART])))])
+        return _joined([self._read(p) for p in prompts])
+
+    def _remembered(self, prompts: tuple[str, ...]) -> Encoding:
+        key = digest(self._identity, *prompts)
+        found = self._store.get(key)
+        if found is None:
+            self._store.put(key, _joined([self._read(p) for p in prompts]))
+            found = self._store.get(key) or _joined([self._read(p) for p in prompts])
+        return found
+
+    @cached_property
+    def _store(self) -> StoredEncodings:
+        return StoredEncodings()
+
+    @cached_property
+    def _identity(self) -> bytes:
+        """Of the encoder with its patches and precision: how it reads a prompt, to the bit."""
+        read = self._read(PROBES[0])
+        return read.context.numpy().tobytes()
+
+    def _read(self, prompt: str) -> Encoding:
+        """One row, on the CPU in float32."""
+        check_interrupted()
+        plain = prompt.replace("(", "\\(").replace(")", "\\)")
+        with torch.inference_mode():
+            facts = self.clip.encode_from_tokens(self.clip.tokenize(plain), return_pooled=True, return_dict=True)
+            context, pooled, mask = (facts.pop(key, None) for key in ("cond", "pooled_output", "attention_mask"))
+            if self.model is not None:
+                context, mask = self._adapted(context, facts), None
+        context = context[:1].to("cpu", torch.float32, copy=True)
+        there = context.ne(0).any(dim=-1)
+        if mask is not None and mask.shape[-1] == context.shape[1]:
+            there &= mask.reshape(1, -1).cpu().bool()
+        return Encoding(context, there, None if pooled is None else pooled[:1].to("cpu", torch.float32, copy=True))
+
+    def _adapted(self, context: Tensor, facts: dict[str, Any]) -> Tensor:
+        """The context as the MODEL's own adapter makes it of the text encoder's."""
+        comfy.model_management.load_models_gpu([self.model])
+        adapted: Tensor = self.model.model.extra_conds(cross_attn=context, device=self.model.load_device, **facts)["c_crossattn"].cond
+        return adapted
+
+
+def _joined(rows: Sequence[Encoding]) -> Encoding:
+    """Encodings of one row each as one, with zeros where a prompt has fewer tokens."""
+    pooled = [r.pooled for r in rows if r.pooled is not None]
+    return Encoding(
+        pad_sequence([r.context[0] for r in rows], batch_first=True),
+        pad_sequence([r.mask[0] for r in rows], batch_first=True),
+        torch.cat(pooled) if pooled else None,
+    )
+
+
+def _rows(encoding: Encoding) -> Iterator[Encoding]:
+    return (encoding.rows([i]) for i in range(len(encoding.context)))
