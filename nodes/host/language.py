@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...sepme.model.encoder_fingerprint import PROBES
+from ...sepme.model.families import encoder_of
 from ...sepme.model.protocols import Encoding
 from ...sepme.plan.gate import ordinary_prompts
 from .encodings import StoredEncodings, digest
@@ -26,6 +27,11 @@ def adapts(model: Any) -> bool:
     return hasattr(getattr(model, "diffusion_model", None), "preprocess_text_embeds")
 
 
+def encoder_name(patcher: Any) -> str:
+    """What makes the context that a MODEL reads, in words; empty where it is of no known family."""
+    return encoder_of({name: tuple(weight.shape) for name, weight in patcher.model.diffusion_model.named_parameters()})
+
+
 class LanguageEncoder:
     """Encodes prompts as CLIPTextEncode does, one by one, without weights: parentheses are plain text.
 
@@ -33,14 +39,15 @@ class LanguageEncoder:
 
     Args:
         clip: a CLIP; its LoRAs are in effect.
-        model: the MODEL that will read the contexts, where :func:`adapts` is true of it.
+        model: the MODEL that will read the contexts, if known; some (:func:`adapts`) make others of them first.
     """
 
     free_length = True
     clip_skip = 0
 
     def __init__(self, clip: Any, model: Any = None) -> None:
-        self.clip, self.model = clip, model
+        self.clip, self.name = clip, "" if model is None else encoder_name(model)
+        self.model = model if model is not None and adapts(model.model) else None
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
