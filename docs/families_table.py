@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family
+from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, FLOW, POOLED, Family
 
 HEAD = """# Families of models
 
@@ -62,7 +62,7 @@ def _names(path: str, diffusers: str) -> str:
 
 
 def picture(path: Path) -> None:
-    """The families as a chart: what can be edited in each."""
+    """The families as a chart: what SepME edits in each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,8 +70,8 @@ def picture(path: Path) -> None:
 
     families = sorted((f for f in FAMILIES if f.label), key=lambda f: (not f.cross_attention, f.label))
     columns = {
-        "edit of the context,\nevery bit of others kept": lambda f: bool(f.texts),
-        "edit of each layer": lambda f: f.cross_attention and any(p.keys_or_values for p in f.projections),
+        "edit of\nthe context": lambda f: bool(f.texts),
+        "edit of\neach layer": lambda f: f.per_layer and f.prediction != FLOW,  # those that hosts have
         "pooled vector\nedited too": lambda f: POOLED in f.texts,
         "more texts,\nnot edited": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
         "as a LoRA": lambda f: _row(f)[-1] == "yes",
@@ -87,7 +87,7 @@ def picture(path: Path) -> None:
         axes.text(len(columns) - 0.4, y, context.encoder if context else "no text encoder", va="center", fontsize=7)
     axes.set_yticks(range(len(families)), [f.label for f in families], fontsize=8)
     axes.set_xticks(range(len(columns)), list(columns), fontsize=7)
-    axes.set(xlim=(-0.5, len(columns) + 3.2), ylim=(len(families) - 0.5, -0.5))
+    axes.set(xlim=(-0.5, len(columns) + 4.6), ylim=(len(families) - 0.5, -0.5))
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -61,7 +61,9 @@ def layers() -> dict[str, Attention]:
 
 def test_one_edit_of_the_context_is_the_closed_form_of_every_layer(layers: dict[str, Attention]) -> None:
     encoder = RandomClip()
-    book = ConceptBook((Concept("van gogh", ("van gogh", "a painting by van gogh"), "a painting"), Concept("monet", ("monet",))), ("a cat",))
+    book = ConceptBook(
+        (Concept("van gogh", ("van gogh", "a painting by van gogh"), "a painting"), Concept("monet", ("monet",))), ("a cat",)
+    )
     planner = Planner(encoder, book, ordinary=("a red car", "two dogs", "a house by the sea", "rain"))
     plan = planner.plan("van gogh")
     tokens, target = planner.prompts.tokens("van gogh")
