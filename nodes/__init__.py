@@ -8,6 +8,7 @@ from . import host, queued
 from .apply import SepMEApply
 from .concepts import SepMEConcept, SepMEConceptBook
 from .deltas import SepMEExport, SepMELoadDelta, SepMESaveDeltas
+from .erase import SepMEErase
 from .models import SepMEDemoModel, SepMELoadCheckpoint
 from .prompt import SepMEConditioningToggles, SepMETextEncode
 from .routes import register
@@ -15,6 +16,7 @@ from .train import SepMETrain
 from .verify import SepMEVerify
 
 NODES: list[type[io.ComfyNode]] = [
+    SepMEErase,
     SepMEDemoModel,
     SepMELoadCheckpoint,
     SepMEConcept,

@@ -1,13 +1,13 @@
 """What becomes of a prompt when it is queued, before ComfyUI looks at it.
 
-ComfyUI hands every queued prompt to extensions (``PromptServer.add_on_prompt_handler``). With SepME Apply in it
+ComfyUI hands every queued prompt to extensions (``PromptServer.add_on_prompt_handler``). With SepME Apply or SepME Erase in it
 
 - core's CLIP Text Encode reads tags as SepME Text Encode does: it becomes one, under its own id, where its text has tags, comes from
   another node, or where it matters which clip skip it was read with;
 - a tag that names none of the prompt's concepts, and one in a text node that cannot read it, is an error of the node at fault, or of
-  SepME Apply. ComfyUI takes no error from here, so the node gets an input :data:`REFUSED` that it raises when it runs, and that makes
-  it run although it ran before.
-- the page is told where the erasure is lost on the way into a file, and what a training found that does not run again.
+  the node that erases. ComfyUI takes no error from here, so the node gets an input :data:`REFUSED` that it raises when it runs, and
+  that makes it run although it ran before.
+- the page is told where the erasure is lost on the way into a file, and what was found by a training or planning that does not run again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ..sepme.errors import SepMEError
 from . import host, workflow
 from .facts import describe
 from .graph import Graph
+from .rows import parse_rows
 
 REFUSED = "refused"
-APPLY, OUR_TEXT, CORE_TEXT, SWITCHES, TRAIN = "SepMEApply", "SepMETextEncode", "CLIPTextEncode", "SepMEConditioningToggles", "SepMETrain"
+APPLY, ERASE, OUR_TEXT, CORE_TEXT = "SepMEApply", "SepMEErase", "SepMETextEncode", "CLIPTextEncode"
+SWITCHES, TRAIN = "SepMEConditioningToggles", "SepMETrain"
 MAX_MADE = 256
 
 log = logging.getLogger("sepme")
@@ -47,7 +49,7 @@ def refuse(hidden: Any) -> None:
 
 
 def remember(hidden: Any, facts: Any) -> None:
-    """Keep what a training made for a page that is loaded later; see :func:`on_prompt`."""
+    """Keep what a training or planning made for a page that is loaded later; see :func:`on_prompt`."""
     if hidden and hidden.prompt and hidden.unique_id in hidden.prompt:
         _made[_signature(Graph(hidden.prompt, host.outputs_of), hidden.unique_id)] = facts
         while len(_made) > MAX_MADE:
@@ -68,7 +70,7 @@ def on_prompt(data: Any) -> Any:
     for node, text in lost(graph).items():
         log.warning("%s: %s", graph.title(node), text)
         host.notice(text, node, data.get("client_id"))
-    for node in graph.of(TRAIN):
+    for node in graph.of(TRAIN, ERASE):
         facts = _made.get(_signature(graph, node))
         if facts is not None:
             host.tell_page("sepme.made", {"node": node, "sepme_made": facts}, data.get("client_id"))
@@ -78,9 +80,9 @@ def on_prompt(data: Any) -> Any:
 def prepare(prompt: Any, extra_pnginfo: Any = None) -> None:
     """Make core's text nodes read tags, and mark what must be refused; see above."""
     graph = Graph(prompt, host.outputs_of)
-    for node in graph.of(APPLY, OUR_TEXT, SWITCHES):
+    for node in graph.of(APPLY, ERASE, OUR_TEXT, SWITCHES):
         graph.inputs(node).pop(REFUSED, None)
-    applied = graph.of(APPLY)
+    applied = graph.of(APPLY, ERASE)
     together = graph.below(applied)
     texts = [n for n in graph.nodes if n not in applied and not together.keys().isdisjoint(graph.below([n]))] if applied else []
     known = concepts(graph, extra_pnginfo) if texts else None
@@ -137,10 +139,10 @@ def unknown(graph: Graph, node: str, known: Sequence[str | Entry]) -> str:
 
 
 def concepts(graph: Graph, extra_pnginfo: Any) -> list[str | Entry] | None:
-    """The concepts whose deltas some SepME Apply puts on a MODEL, or more; None when that shows only when it runs."""
+    """The concepts that some SepME Apply or SepME Erase takes off a MODEL, or more; None when that shows only when it runs."""
     found: list[str | Entry] = []
-    sources = (link[0] for a in graph.of(APPLY) if (link := graph.link(graph.inputs(a).get("deltas"))))
-    for node in reversed(graph.above(sources)):  # as they are chained
+    sources = (link[0] for a in graph.of(APPLY, ERASE) if (link := graph.link(graph.inputs(a).get("deltas"))))
+    for node in dict.fromkeys([*reversed(graph.above(sources)), *graph.of(ERASE)]):  # as they are chained
         more = named(graph, node, extra_pnginfo)
         if more is None:
             return None
@@ -153,6 +155,8 @@ def named(graph: Graph, node: str, extra_pnginfo: Any) -> Sequence[str | Entry] 
     kind, inputs = graph.kind(node), graph.inputs(node)
     if kind == "SepMELoadDelta":
         return loaded(inputs, extra_pnginfo) or None
+    if kind == ERASE:
+        return erased(inputs, extra_pnginfo)
     if kind == "SepMEConcept":
         return [inputs["name"]] if isinstance(inputs.get("name"), str) else None
     if kind == "SepMEConceptBook":
@@ -174,10 +178,22 @@ def loaded(inputs: dict[str, Any], extra_pnginfo: Any) -> list[str | Entry]:
     return [str(record["concept"])] if record and record.get("concept") else []
 
 
+def erased(inputs: dict[str, Any], extra_pnginfo: Any) -> Sequence[str | Entry] | None:
+    """The concepts of SepME Erase's rows; None where a wire brings them, or they cannot be read, which the node says."""
+    try:
+        rows = parse_rows(inputs["concepts"]) if isinstance(inputs.get("concepts"), str) else None
+    except SepMEError:
+        return None
+    if rows is None:
+        return None
+    saved = [e for r in rows if r.saved for e in loaded({"delta": r.file, "content_hash": r.content_hash}, extra_pnginfo)]
+    return [*(r.name for r in rows), *saved]
+
+
 def lost(graph: Graph) -> dict[str, str]:
     """Nodes that keep a MODEL but not its erasure, and what to say there."""
     found = {}
-    on = graph.below(graph.of(APPLY), "MODEL")
+    on = graph.below(graph.of(APPLY, ERASE), "MODEL")
     for node in on:
         kind = graph.kind(node)
         models = {k: link[0] for k, v in graph.inputs(node).items() if (link := graph.link(v)) and graph.runs(link) == "MODEL"}

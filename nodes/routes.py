@@ -7,6 +7,7 @@
 | ``DELETE /sepme/deltas?name=N&content_hash=H`` | deletes N if it is the delta with this hash |
 | ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |
 | ``GET /sepme/deltas/record?name=N&embed=true`` | ``{hash: record}``: what a workflow keeps of a delta, the file itself included if asked |
+| ``GET /sepme/presets`` | ``{"presets": [{"title", "whole", "concepts": [{"name", "prompts", "anchor"}]}]}``: lists to choose from |
 | ``POST /sepme/book`` | ``{"book": text}``: names in a concept book |
 | ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A, "fits": [A, B]}`` of a checkpoint and of deltas that fit it |
 
@@ -23,10 +24,11 @@ from typing import Any
 
 from aiohttp import web
 
-from ..sepme.concepts import MAX_BOOK_BYTES, ConceptBook
+from ..sepme.concepts import MAX_BOOK_BYTES, Concept, ConceptBook
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.format import MAX_FILE
 from ..sepme.errors import SepMEError
+from ..sepme.presets import presets
 from . import host, workflow
 from .library import Absent, Library, Taken, TooLarge
 
@@ -160,6 +162,21 @@ async def book(request: web.Request) -> Any:
 
 
 @route
+async def list_presets(request: web.Request) -> Any:
+    return {
+        "presets": [
+            {"title": p.title, "whole": p.whole, "concepts": [_row(c) for c in p.book.concepts]} for p in await asyncio.to_thread(presets)
+        ]
+    }
+
+
+def _row(concept: Concept) -> dict[str, Any]:
+    """A concept as a row of SepME Erase: prompts only where they are more than its name in the usual phrases."""
+    own = concept.prompts != Concept(concept.name).prompts
+    return {"name": concept.name, "anchor": concept.anchor} | ({"prompts": concept.prompts} if own else {})
+
+
+@route
 async def architecture(request: web.Request) -> Any:
     """``GET``: architectures whose deltas fit ``checkpoint``."""
     found = await asyncio.to_thread(host.architectures_of, request.query.get("checkpoint", ""))
@@ -176,5 +193,6 @@ def register() -> None:
     table.delete("/sepme/deltas")(delete)
     table.post("/sepme/deltas/rename")(rename)
     table.get("/sepme/deltas/record")(record)
+    table.get("/sepme/presets")(list_presets)
     table.post("/sepme/book")(book)
     table.get("/sepme/architecture")(architecture)

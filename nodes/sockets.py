@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 CATEGORY = "SepME"
@@ -9,6 +11,13 @@ CATEGORY = "SepME"
 Concepts = io.Custom("CONCEPTS")  # a ConceptBook
 Deltas = io.Custom("DELTAS")  # a tuple of ConceptDelta
 LossMap = io.Custom("LOSS_MAP")  # {"loss": [float, ...]}, as ComfyUI's LossGraphNode plots it
+
+
+def advanced(given: Any) -> Any:
+    """An input that newer pages show only when asked for all; older ones show it like any other."""
+    given.extra_dict = {**(given.extra_dict or {}), "advanced": True}
+    return given
+
 
 TOGGLES_TIP = (
     'Which concepts are erased, as JSON: {"van gogh": 1.0, "picasso": 0.0}. 1 erases, 0 keeps, values between erase in part. '

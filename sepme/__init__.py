@@ -10,6 +10,7 @@ from .apply.projector import KVProjector
 from .concepts import Concept, ConceptBook
 from .delta.concept_delta import ConceptDelta
 from .errors import Interrupted, SepMEError
+from .hosts.pipeline import Erasure, erase
 from .model.protocols import AttentionLayer, Denoiser, Encoding, ImageEncoder, TextEncoder
 from .model.schedule import Schedule, ScheduledDenoiser
 from .plan.directions import PlanOptions
@@ -24,6 +25,7 @@ __all__ = [
     "ConceptDelta",
     "Denoiser",
     "Encoding",
+    "Erasure",
     "ImageEncoder",
     "Interrupted",
     "KVProjector",
@@ -34,5 +36,6 @@ __all__ = [
     "SepMEError",
     "TextEncoder",
     "TrainOptions",
+    "erase",
     "make_delta",
 ]

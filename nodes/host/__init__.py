@@ -3,7 +3,7 @@
 from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
-from .files import checkpoint_names, delta_library, delta_names, load_checkpoint, lora_folder
+from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
 from .jobs import NodeProgress, check_interrupted, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
@@ -27,6 +27,7 @@ __all__ = [
     "delta_library",
     "delta_names",
     "demo_model",
+    "erasures",
     "load_checkpoint",
     "lora_folder",
     "notice",

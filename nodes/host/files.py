@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from ...sepme.delta.library import DeltaLibrary
 from ...sepme.errors import SepMEError
 from ...sepme.files import refuse_pickle
+from ...sepme.train.erasures import Erasures
 
 FOLDER = "sepme"
 
@@ -27,6 +28,7 @@ def delta_folders() -> list[str]:
 
 
 delta_library = DeltaLibrary(delta_folders)
+erasures = Erasures(lambda: delta_library.folder / ".cache")
 
 
 def delta_names() -> list[str]:

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ...sepme.model.encoder_fingerprint import PROBES
 from ...sepme.model.families import encoder_of
 from ...sepme.model.protocols import Encoding
-from ...sepme.plan.gate import ordinary_prompts
+from ...sepme.plan.vocabulary import shipped_texts
 from .encodings import StoredEncodings, digest
 from .jobs import check_interrupted
 
-PART = 16  # ordinary prompts that are stored together, and are not read again once they are
+PART = 16  # shipped prompts that are stored together, and are not read again once they are
 
 
 def adapts(model: Any) -> bool:
@@ -35,7 +35,8 @@ def encoder_name(patcher: Any) -> str:
 class LanguageEncoder:
     """Encodes prompts as CLIPTextEncode does, one by one, without weights: parentheses are plain text.
 
-    The ordinary prompts that gates are calibrated on are read once and stored in ComfyUI's user folder: on a CPU they take minutes.
+    The ordinary prompts that gates are calibrated on, and the shipped words, are read once and stored in ComfyUI's user folder: on a CPU
+    they take minutes.
 
     Args:
         clip: a CLIP; its LoRAs are in effect.
@@ -51,7 +52,7 @@ class LanguageEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
-        if len(prompts) >= PART and set(ordinary_prompts()).issuperset(prompts):
+        if len(prompts) >= PART and shipped_texts().issuperset(prompts):
             return _joined([e for i in range(0, len(prompts), PART) for e in _rows(self._remembered(tuple(prompts[i : i + PART])))])
         return _joined([self._read(p) for p in prompts])
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from ...sepme.concepts import normalised
 from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.delta.facts import DAMAGE, Facts
+from ...sepme.delta.format import plain_json, read_header
 from ...sepme.delta.library import Entry, resolve
 from ...sepme.errors import SepMEError
+from ...sepme.files import number
 from .infotext import HASH_LENGTH
 
 
@@ -75,6 +79,20 @@ def by_concept(strengths: Mapping[str, float], chosen: Sequence[Entry], entries:
         else:
             idle.append(key)
     return table, idle
+
+
+def grade(entry: Entry) -> str:
+    """The certificate in one word; nothing is read but the header, and that once."""
+    return _grade(entry.path, entry.content_hash)
+
+
+@lru_cache(maxsize=4096)
+def _grade(path: Path, content_hash: str) -> str:
+    try:
+        metadata, _ = read_header(path)
+        return Facts.from_header(metadata).certificate.grade(number(plain_json(metadata["gate"])))
+    except (SepMEError, *DAMAGE):
+        return "unknown"
 
 
 def load(entry: Entry) -> ConceptDelta:

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,8 +16,8 @@ from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
 from ...sepme.model.families import fits
 from . import infotext
-from .files import by_concept, by_hash, find, label_of, labels
-from .host import InputAccordion
+from .files import by_concept, by_hash, find, grade, label_of, labels
+from .host import InputAccordion, missing
 from .settings import Settings
 
 GRADIO_3 = gr.__version__.startswith("3.")
@@ -26,6 +27,9 @@ HELP = (
 )
 GATE = "Gate: prompts that carry no chosen concept stay as they are, bit for bit"
 STRENGTH = "0 keeps, 1 erases, more overshoots, less than 0 amplifies"
+NO_FILES = "There are no delta files yet: make some in the tab SepME, or copy some there."
+LOST = "no such file; refresh, or take it out"
+WORDS = json.loads((Path(__file__).resolve().parents[2] / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["sepme"]
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 
@@ -53,7 +57,7 @@ class Panel:
                     elem_id=elem_id("strengths"), scale=2,
                 )  # fmt: skip
             gr.HTML(f'<p class="sepme-help">{HELP}</p>')
-        for control, api_name in ((concepts, elem_id("rows")), (strengths, False)):
+        for control, api_name in ((concepts, elem_id("rows")), (strengths, False), (enabled, False)):
             control.change(self._rows, [concepts, strengths], [rows], show_progress=False, api_name=api_name)
         refresh.click(self._refresh, [concepts], [concepts], show_progress=False, api_name=elem_id("refresh"))
         self.controls = [enabled, concepts, strengths, gate, backend]
@@ -69,10 +73,11 @@ class Panel:
 
     def _rows(self, chosen: Sequence[str], strengths: str) -> str:
         """A switch and a slider per concept; ``javascript/sepme.js`` writes what they say into the strengths."""
-        entries = self.library.entries()
+        entries, lacking = self.library.entries(), missing()
+        above = f'<p class="sepme-error">{html.escape(lacking)}</p>' if lacking else ""
         if not chosen:
-            hint = "Choose concepts above." if entries else "There are no delta files yet: make some in the tab SepME, or copy some there."
-            return f'<p class="sepme-hint">{hint}</p>'
+            hint = "Choose concepts above." if entries else NO_FILES
+            return f'{above}<p class="sepme-hint">{hint}</p>'
         found = {label: find(label, entries) for label in chosen}
         try:
             settings = Settings.parse(True, list(chosen), strengths)
@@ -80,19 +85,19 @@ class Panel:
             table, _ = by_concept(known, list({e.content_hash: e for files in found.values() for e in files}.values()), entries)
         except SepMEError as error:
             return f'<p class="sepme-error">{html.escape(str(error))}</p>'
-        return "".join(self._row(label, files, {**settings.strengths, **table}) for label, files in found.items())
+        return above + "".join(self._row(label, files, {**settings.strengths, **table}) for label, files in found.items())
 
     @staticmethod
     def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float]) -> str:
         """The row of what is chosen under this label, of no file or (for different checkpoints) of several."""
         name = files[0].concept if files else label
         strength = strengths.get(name, 1.0)
-        facts = "; ".join(f"{e.bytes / 1000:.0f} kB, {fits(e.architecture)}" for e in files) or "no such file; refresh, or take it out"
+        facts = "; ".join(f"{fits(e.architecture)}, {e.bytes / 1000:.0f} kB" for e in files) or LOST
         quoted = html.escape(name, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
             f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
-            f"{html.escape(label)}</label>"
+            f"{html.escape(label)}{''.join(f' {_dot(g)}' for g in sorted({grade(e) for e in files}))}</label>"
             f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" '
             f'aria-label="Strength of {quoted}" title="{STRENGTH}">'
             f'<input type="number" class="sepme-number" min="-100" max="100" step="0.05" value="{strength:g}" '
@@ -124,6 +129,12 @@ class Panel:
 
     def _read_gate(self, params: Mapping[str, str]) -> bool | None:
         return None if infotext.read(params) is None else params.get(infotext.GATE) != "off"
+
+
+def _dot(grade: str) -> str:
+    """A coloured dot that says how separable the concept is, in ComfyUI's words."""
+    text = html.escape(WORDS[f"grade.{grade}"], quote=True)
+    return f'<span class="sepme-dot sepme-{grade}" role="img" title="{text}" aria-label="{text}"></span>'
 
 
 def _warn(text: str) -> None:

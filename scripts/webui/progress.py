@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...sepme.errors import Interrupted, SepMEError, out_of_memory
+from ...sepme.progress import OnProgress
+from . import host
 
 EVERY = 0.5  # seconds
 COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#ea580c", "#0891b2")
@@ -60,6 +62,16 @@ def follow(work: Work, every: float = EVERY) -> Iterator[tuple[str, str]]:
         if thread.is_alive():
             yield bar(progress), plot(dict(progress.losses))
     yield last[0], plot(progress.losses)
+
+
+def shown(progress: TaskStatus) -> OnProgress:
+    """What the library tells of its progress, shown; the user may interrupt there."""
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        host.check_interrupted()
+        progress.show(what, done, total)
+
+    return on_progress
 
 
 def bar(progress: TaskStatus) -> str:

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ...sepme.apply.toggles import parse_json
-from ...sepme.concepts import ConceptBook, file_name
+from ...sepme.concepts import file_name
 from ...sepme.convert import export_checkpoint, export_lora, model_weights
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
-from ...sepme.plan.planner import Planner
-from ...sepme.progress import OnProgress
-from ...sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
-from ...sepme.train.objectives import OBJECTIVES, described
-from ...sepme.train.options import MODES
 from . import host
 from .files import choose, labels, load
 from .panel import delta_choice
-from .progress import TaskStatus, follow, table
+from .progress import TaskStatus, follow, shown, table
+from .training import train_page
 
-BOOK = """concepts:
-  - van gogh          # templates make the prompts
-  - name: striped
-    prompts: [striped style, a striped picture]
-    anchor: a picture  # takes its place
-preserve: [a company logo]  # never changes
-"""
-NULL_SPACES = ("the mode's own", "auto", "exact", "tolerance", "soft")
 LORA, CHECKPOINT = "LoRA", "merged copy of the loaded checkpoint"
 
 
@@ -42,44 +28,12 @@ def make_tab() -> list[tuple[Any, str, str]]:
     """The tab as the host wants it: blocks, title, id."""
     with gr.Blocks(analytics_enabled=False) as blocks, gr.Tabs():
         with gr.Tab("Train"):
-            _train_page()
+            train_page()
         with gr.Tab("Verify"):
             _verify_page()
         with gr.Tab("Export"):
             _export_page()
     return [(blocks, "SepME", "sepme_tab")]
-
-
-def _train_page() -> None:
-    gr.HTML(
-        "<p>Makes one delta file per concept, with the checkpoint that is loaded. Files go to <code>models/sepme</code>; refresh the "
-        "accordion afterwards. Concepts that are to be switched independently belong in one book.</p>"
-    )
-    with gr.Row():
-        book = gr.Textbox(BOOK, label="Concept book (YAML or JSON)", lines=18, elem_id="sepme_book", scale=3)
-        with gr.Column(scale=2):
-            objective = gr.Dropdown(
-                list(OBJECTIVES), value="gcirs", label="Objective", elem_id="sepme_objective", info=described(),
-            )  # fmt: skip
-            mode = gr.Dropdown(
-                list(MODES), value="subspace", label="Mode", elem_id="sepme_mode",
-                info="subspace: small files; paper: as published; unrestricted: never to be restored",
-            )  # fmt: skip
-            null_space = gr.Dropdown(
-                list(NULL_SPACES), value=NULL_SPACES[0], label="Null space", elem_id="sepme_null_space",
-                info="auto: the strictest in which all concepts fit",
-            )  # fmt: skip
-            steps = gr.Slider(1, 1000, value=1000, step=1, label="Steps at most", elem_id="sepme_steps")
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="sepme_seed")
-            prefix = gr.Textbox("", label="Subfolder or prefix of the files", placeholder="sd15/", elem_id="sepme_prefix")
-    with gr.Row():
-        start = gr.Button("Train", variant="primary", elem_id="sepme_train")
-        stop = gr.Button("Interrupt", elem_id="sepme_interrupt")
-    status, curve = gr.HTML(elem_id="sepme_train_status"), gr.HTML(elem_id="sepme_train_plot")
-    start.click(
-        train, [book, objective, mode, null_space, steps, seed, prefix], [status, curve], show_progress=False, api_name="sepme_train"
-    )
-    stop.click(host.interrupt, [], [], queue=False)
 
 
 def _verify_page() -> None:
@@ -113,60 +67,6 @@ def _file_choice(elem_id: str) -> Any:
     return files
 
 
-def train(
-    book: str, objective: str, mode: str, null_space: str, steps: float, seed: float, prefix: str
-) -> Iterator[tuple[str, str]]:  # fmt: skip
-    """Status and loss plot, until every concept of the book has its file."""
-
-    def work(progress: TaskStatus) -> str:
-        concepts = _book(book)
-        options = TrainOptions.for_mode(mode, objective, steps=int(steps), seed=int(seed))
-        plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space)
-        names = [c.name for c in concepts.concepts]
-        todo = each(names, lambda name: host.library.place(f"{prefix}{file_name(name)}.checkpoint.safetensors"))
-        saved: list[tuple[ConceptDelta, Path]] = []
-
-        def on_start(names: Sequence[str]) -> None:
-            progress.show(f"{names[0]}: directions", 0, 1)
-
-        def on_step(step: Progress) -> None:
-            progress.losses.setdefault(step.concept, []).append(step.loss)
-            progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
-            host.check_interrupted()
-
-        with host.job("sepme"), host.loaded_model() as model:
-            planner = Planner(model, concepts, plan, on_progress=_shown(progress))
-            job = Job(planner, model, options, names, todo)
-            train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)
-        notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
-        return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)
-
-    yield from follow(work)
-
-
-def _shown(progress: TaskStatus) -> OnProgress:
-    def on_progress(what: str, done: int, total: int) -> None:
-        host.check_interrupted()
-        progress.show(what, done, total)
-
-    return on_progress
-
-
-def _book(text: str) -> ConceptBook:
-    """The book; its preserve file, if any, lies in the delta folder, since this page may be open to others."""
-    book = ConceptBook.loads(text)
-    return replace(book, preserve_file=str(host.library.place(book.preserve_file))) if book.preserve_file else book
-
-
-def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
-    rows = []
-    for delta, path in saved:
-        certificate = delta.certificate
-        facts = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate, delta.grade)
-        rows.append((delta.concept.name, *facts, path.relative_to(host.library.folder).as_posix()))
-    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "certificate", "file"), rows)
-
-
 def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
     entries, found = host.library.entries(), []
     for label in chosen or []:
@@ -190,7 +90,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             about_encoder = check_encoder(model, deltas)
-            found = verify(model, deltas, on_progress=_shown(progress))
+            found = verify(model, deltas, on_progress=shown(progress))
         made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint

@@ -18,6 +18,7 @@ from ..model.layers import text_layers
 from ..model.protocols import AttentionLayer, Encoding
 from ..model.schedule import TRAJECTORY, Schedule, ScheduledDenoiser
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
+from .pipeline import PipelineEncoder
 
 __all__ = ["DEMO", "DiffusersHost", "LoadOptions"]
 
@@ -33,8 +34,8 @@ class DiffusersHost(ScheduledDenoiser):
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         pipe.scheduler = self.scheduler
         pipe.set_progress_bar_config(disable=True)
-        second = getattr(pipe, "text_encoder_2", None)
-        self.encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, second)] if second is not None else [])
+        self._reader = PipelineEncoder(pipe)
+        self.encoders = self._reader.encoders
         for part in (pipe.unet, pipe.vae, *(encoder for _, encoder in self.encoders)):
             part.requires_grad_(False).eval()
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
@@ -77,22 +78,8 @@ class DiffusersHost(ScheduledDenoiser):
         return self.unet.dtype
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
-        """Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
-
-        ``grad`` keeps the graph, for what is put in place of token embeddings.
-        """
-        states, masks, pooled = [], [], None
-        for tokenizer, encoder in self.encoders:
-            ids = tokenizer(
-                list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-            ).input_ids.to(self.device)
-            ends = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
-            masks.append(torch.arange(ids.shape[1], device=ids.device)[None] <= ends[:, None])
-            with torch.set_grad_enabled(grad):
-                out = encoder(ids, output_hidden_states=True)
-            states.append(out.hidden_states[-2] if len(self.encoders) > 1 else out.last_hidden_state)
-            pooled = getattr(out, "text_embeds", None)
-        return Encoding(torch.cat(states, dim=-1), masks[0], pooled)
+        """See :class:`~.pipeline.PipelineEncoder`."""
+        return self._reader.encode(prompts, grad)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, extra: Any) -> Tensor:
         """What the UNet itself returns, ε or v. SDXL's size conditioning: drawn and wanted at this size, nothing cropped."""

@@ -50,6 +50,8 @@ def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     shutil.copytree(ROOT, pack, ignore=ignore)
     corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
     corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
+    words = pack / "sepme" / "data" / "broader_words.txt"
+    words.write_text("a picture, a painting: van gogh, picasso, monet\nan animal, a picture: dog, cat, horse\n", encoding="utf-8")
     path = base / "models" / "checkpoints" / NAME
     path.parent.mkdir(parents=True)
     save_checkpoint("sd1", path)

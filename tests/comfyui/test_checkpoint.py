@@ -41,7 +41,7 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
     info = server.get("/object_info")
     assert info["SepMELoadDelta"]["input"]["required"]["delta"][1]["options"] == []
     assert not (server.base / "models" / "sepme").exists()
-    (example,) = (ROOT / "example_workflows").glob("*checkpoint*.json")
+    (example,) = (ROOT / "example_workflows").glob("2_*.json")
     prompt = from_workflow(json.loads(example.read_text(encoding="utf-8")), info)
     for node in prompt.values():
         if node["class_type"] == "SepMELoadCheckpoint":
@@ -83,6 +83,33 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
     change = np.abs(np.stack(before.images[shown["touched"][1]]) - pictures[1]).mean()
     assert change > 0
     assert np.abs(pictures[0] - pictures[1]).mean() < 0.1 * change
+
+
+def test_quick_erase(checkpoint_server: Server) -> None:
+    """The first example: a checkpoint and a name; the pair differs, other prompts do not, and the next run plans nothing."""
+    server = checkpoint_server
+    (example,) = (ROOT / "example_workflows").glob("0_*.json")
+    workflow = json.loads(example.read_text(encoding="utf-8"))
+    prompt = from_workflow(workflow, server.get("/object_info"))
+    assert sum(node["class_type"].startswith("SepME") for node in prompt.values()) <= 4
+    kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    kinds["CheckpointLoaderSimple"]["ckpt_name"] = NAME
+    kinds["EmptyLatentImage"] |= {"width": 64, "height": 64}
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 3
+    shown = {n["title"]: str(n["id"]) for n in workflow["nodes"] if n["type"] == "PreviewImage"}
+    assert "No concept is named" in server.run(prompt).message
+    kinds["SepMEErase"]["concepts"] = "van gogh"
+    run = server.run(prompt)
+    assert run.error is None, run.error
+    before, after = (run.images[shown[name]] for name in ("Before", "After"))
+    assert not np.array_equal(before, after)
+    assert len(list((server.base / "models" / "sepme" / ".cache").glob("*.json"))) == 1
+    prompt["3"]["inputs"]["text"] = "picasso"
+    run = server.run(prompt)
+    assert run.error is None, run.error
+    assert np.array_equal(*(run.images[shown[name]] for name in ("Before", "After")))
 
 
 def test_pickles_are_refused(checkpoint_server: Server) -> None:

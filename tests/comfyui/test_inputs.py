@@ -162,12 +162,13 @@ def test_clip_skip_of_a_clip(inside: Inside, layer: int | None, skipped: int) ->
 
 NONSENSE: list[Any] = [None, "nan", float("nan"), 1e308, -1, 10**30, [1, 2], {}, "é" * 3000, "\ud800"]
 KINDS = {  # node: its inputs that are typed in
+    "SepMEErase": ("concepts", "preserve"),
     "SepMEApply": ("toggles", "backend", "gate"),
     "SepMETextEncode": ("text", "toggles"),
     "SepMEConditioningToggles": ("toggles",),
     "SepMEConcept": ("name", "prompts", "anchor"),
     "SepMEConceptBook": ("book",),
-    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size"),
+    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size", "edit"),
     "SepMESaveDeltas": ("filename_prefix", "embed"),
     "SepMELoadDelta": ("delta", "content_hash"),
     "SepMEExport": ("format", "filename_prefix"),
@@ -186,6 +187,10 @@ def everything(kind: str) -> Graph:
         graph.add("PreviewAny", source=graph.add(kind, book="[moon]")[0])
         return graph
     scene = Scene()
+    if kind == "SepMEErase":
+        unet = scene.add(kind, model=scene.model[0], clip=scene.model[1], concepts="star")
+        scene.draw(scene.text(scene.model[1], "a star")[0], unet[0])
+        return scene
     saved = scene.saved(filename_prefix="nonsense/")
     if kind in ("SepMEExport", "SepMELoadDelta"):
         del scene.prompt[saved]
@@ -211,3 +216,25 @@ def test_nonsense_is_a_sentence(server: Server, kind: str) -> None:
             if kinds != "sepme.SepMEError" or "Traceback" in json.dumps(run.error):
                 wrong.append((name, value, kinds, run.message[:300]))
     assert wrong == []
+
+
+HALVES = ("star\ud800", '{"star\ud800": 1}', '{"star\\ud800": 1}', "a <erase:star\ud800>", '["star\\udc00"]')  # lone surrogates
+
+
+def test_half_characters_in_every_text(server: Server) -> None:
+    """A message that cannot be printed would end ComfyUI's queue; each of ours can, whatever input it quotes."""
+    texts = {
+        (kind, name)
+        for kind, node in server.get("/object_info").items()
+        for inputs in node["input"].values()
+        for name, spec in inputs.items()
+        if kind.startswith("SepME") and (isinstance(spec[0], list) or spec[0] in ("STRING", "COMBO"))
+    }
+    assert texts >= {("SepMEConcept", "name"), ("SepMELoadDelta", "content_hash"), ("SepMELoadCheckpoint", "ckpt_name")}
+    for kind, name in sorted(texts):
+        for value in HALVES:
+            graph = everything(kind)
+            graph.prompt[f"{kind}0"]["inputs"][name] = value
+            run = server.run(graph.prompt)
+            run.message.encode()
+            assert (run.error or {}).get("exception_type", "sepme.SepMEError") == "sepme.SepMEError", (kind, name, value, run.message)

@@ -27,13 +27,14 @@ pytestmark = pytest.mark.xdist_group("comfyui")
 
 # The public interface: required and optional inputs, outputs. Workflows of users depend on it.
 INTERFACE = {
+    "SepMEErase": (["model", "clip", "concepts"], ["deltas", "preserve", "gate"], ["MODEL", "DELTAS"]),
     "SepMEDemoModel": ([], [], ["MODEL", "CLIP", "VAE"]),
     "SepMELoadCheckpoint": (["ckpt_name"], [], ["MODEL", "CLIP", "VAE", "STRING"]),
     "SepMEConcept": (["name"], ["prompts", "anchor", "concepts"], ["CONCEPTS"]),
     "SepMEConceptBook": (["book"], ["concepts"], ["CONCEPTS"]),
     "SepMETrain": (
         ["model", "clip", "concepts"],
-        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size"],
+        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size", "edit"],
         ["DELTAS", "LOSS_MAP", "STRING"],
     ),
     "SepMESaveDeltas": (["deltas"], ["filename_prefix", "embed"], ["DELTAS"]),
@@ -139,6 +140,7 @@ def test_minimal_prompts(server: Server) -> None:
     unet = graph.add("SepMEApply", model=model[0], deltas=made[0])
     prompt = graph.add("SepMETextEncode", clip=model[1], text="a cross <keep:triangle>")
     negative = graph.add("SepMEConditioningToggles", conditioning=graph.text(model[1], "")[0], toggles="{}")
+    unet = graph.add("SepMEErase", model=unet[0], clip=model[1], concepts="star, neon")
     shown = graph.show(graph.sample(unet[0], prompt[0], negative[0])[0], model[2])
     run = server.run(graph.prompt)
     assert run.error is None, run.error
@@ -655,7 +657,7 @@ def test_examples(server: Server, path: Path) -> None:
 
 def test_examples_are_among_the_templates(server: Server) -> None:
     assert sorted(server.get("/workflow_templates")["comfyui-sepme"]) == [p.stem for p in EXAMPLES]
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("name", INTERFACE)

@@ -28,7 +28,9 @@ def test_languages_agree(language: str) -> None:
 
 def test_keys_are_those_that_scripts_use() -> None:
     scripts = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "web" / "js").glob("*.js"))
-    quoted = set(re.findall(r'"((?:panel|grade|card|facts|sidebar|install|dialog|repair|completion|tags|training)\.[a-zA-Z]+)"', scripts))
+    quoted = set(
+        re.findall(r'"((?:panel|erase|grade|card|facts|sidebar|install|dialog|repair|completion|tags|training)\.[a-zA-Z]+)"', scripts)
+    )
     assert set(USED.findall(scripts)) | quoted <= set(ENGLISH)
     quoted |= {f"panel.{k}{end}" for k in re.findall(r'button\("(\w+)"', scripts) for end in ("", "Tip")}
     quoted |= {f"facts.{k}" for k in re.findall(r'fact\("(\w+)"', scripts)}

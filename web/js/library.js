@@ -6,6 +6,8 @@ import { same } from "./toggles.js";
 class Library extends EventTarget {
   /** Facts of every delta in models/sepme, as GET /sepme/deltas has them. */
   deltas = [];
+  /** Lists of concepts to choose from, as GET /sepme/presets has them. */
+  presets = [];
   /** Whether the list has been read. */
   ready = false;
 
@@ -17,6 +19,7 @@ class Library extends EventTarget {
   }
 
   async read(turn) {
+    if (!this.presets.length) this.presets = (await request("/sepme/presets")).presets;
     const { deltas } = await request("/sepme/deltas");
     if (turn !== this.asked) return this.newest;
     this.deltas = deltas;

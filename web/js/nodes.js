@@ -2,6 +2,7 @@
 import { api, app, changed, grow, nodes, rootGraph, serverIds, set, toast, widget } from "./host.js";
 import { bytes, el, figure } from "./dom.js";
 import { library } from "./library.js";
+import { ErasePanel, erased } from "./erase.js";
 import { TogglePanel } from "./panel.js";
 import { inheritedBy } from "./runs.js";
 import { markTexts, tags } from "./tags.js";
@@ -10,6 +11,7 @@ import { meant } from "./toggles.js";
 import { architectureOf, deltasAt, deltasBefore, linkOf, loaded } from "./wires.js";
 
 const PANEL = "SEPME_TOGGLES";
+const ROWS = "SEPME_ROWS";
 const INHERITS = ["SepMETextEncode", "SepMEConditioningToggles"];
 const PANELS = ["SepMEApply", ...INHERITS];
 const WIDTH = 320;
@@ -17,6 +19,8 @@ const MARGIN = 6;
 
 /** Give the toggles of a node definition our widget; the input stays a STRING, so that a text can be wired to it. */
 export function definePanel(definition) {
+  const rows = definition.name === "SepMEErase" && definition.input?.required?.concepts;
+  if (rows) rows[1] = { ...rows[1], widgetType: ROWS };
   if (!PANELS.includes(definition.name)) return;
   const spec = definition.input?.optional?.toggles ?? definition.input?.required?.toggles;
   if (spec) spec[1] = { ...spec[1], widgetType: PANEL };
@@ -24,15 +28,21 @@ export function definePanel(definition) {
 
 export const customWidgets = {
   [PANEL](node, name, spec) {
-    const panel = new TogglePanel(INHERITS.includes(node.comfyClass), () => changed());
-    panel.value = spec[1]?.default ?? "{}";
-    node.sepmePanel = panel;
-    return { widget: addPanel(node, name, panel, () => panel.value, (value) => (panel.value = value)), minWidth: WIDTH, minHeight: 1 };
+    return ownPanel(node, name, new TogglePanel(INHERITS.includes(node.comfyClass), () => changed()), spec);
+  },
+  [ROWS](node, name, spec) {
+    return ownPanel(node, name, new ErasePanel(() => (changed(), refresh())), spec);
   },
 };
 
+function ownPanel(node, name, panel, spec) {
+  panel.value = spec[1]?.default ?? panel.value;
+  node.sepmePanel = panel;
+  return { widget: addPanel(node, name, panel, () => panel.value, (value) => (panel.value = value)), minWidth: WIDTH, minHeight: 1 };
+}
+
 const addPanel = (node, name, panel, getValue, setValue) =>
-  node.addDOMWidget(name, PANEL, panel.element, { getValue, setValue, getMinHeight: () => panel.height + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
+  node.addDOMWidget(name, panel instanceof ErasePanel ? ROWS : PANEL, panel.element, { getValue, setValue, getMinHeight: () => panel.height + 2 * MARGIN, hideOnZoom: false, margin: MARGIN });
 
 /**
  * Panels of a subgraph's node in place of promoted toggles. Since front end 1.49 such a node has a value of its own for a promoted widget,
@@ -41,11 +51,12 @@ const addPanel = (node, name, panel, getValue, setValue) =>
 function promotedPanels(node) {
   for (const input of node.inputs ?? []) {
     const held = input._widget;
-    if (!input.widgetId || held?.type !== PANEL || !node._extraWidgets) continue;
+    if (!input.widgetId || ![PANEL, ROWS].includes(held?.type) || !node._extraWidgets) continue;
     if (!held.sepmePanel) {
       const inner = innermost(node, input);
       if (!inner) continue;
-      const panel = new TogglePanel(INHERITS.includes(inner.comfyClass), (text) => ((held.value = text), changed()));
+      const commit = (text) => ((held.value = text), changed(), refresh());
+      const panel = held.type === ROWS ? new ErasePanel(commit) : new TogglePanel(INHERITS.includes(inner.comfyClass), commit);
       const made = addPanel(node, input.name, panel, () => held.value, (value) => (held.value = panel.value = value));
       node._extraWidgets.splice(node._extraWidgets.indexOf(made), 1); // it stands for the input, whose value is sent
       Object.assign(made, { sepmePanel: panel, sepmeInner: inner });
@@ -163,6 +174,7 @@ export function refresh() {
 /** Draw the panel of a node; `shown` is the node that it is on, the node itself or the subgraph's. */
 async function drawPanel(node, panel, shown = node) {
   if (panel.inherits) return drawPromptPanel(node, panel, shown);
+  if (panel instanceof ErasePanel) return drawErasePanel(node, panel, shown);
   const { deltas: found, hidden } = await deltasAt(node);
   const model = await architectureOf(node);
   const notes = [];
@@ -175,6 +187,18 @@ async function drawPanel(node, panel, shown = node) {
   if (hidden && found.length) notes.push(t("panel.more"));
   const earlier = await deltasBefore(node);
   return resize(shown, panel, () => panel.show(found, notes, earlier, hidden));
+}
+
+async function drawErasePanel(node, panel, shown) {
+  panel.made = node.sepmeMade ?? [];
+  const rows = erased(panel.value, panel.made);
+  const model = await architectureOf(node);
+  const notes = [];
+  for (const delta of rows) {
+    if (delta.missing) notes.push(t("panel.missing", { name: delta.concept }));
+    else if (model && delta.architecture && !model.fits.includes(delta.architecture)) notes.push(t("panel.mismatch", { name: delta.concept, is: delta.fits ?? delta.architecture, model: model.architecture }));
+  }
+  return resize(shown, panel, () => panel.show(rows, notes));
 }
 
 async function drawPromptPanel(node, panel, shown) {

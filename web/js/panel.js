@@ -78,18 +78,33 @@ export class TogglePanel {
     return row.delta?.tagged ?? row.strength ?? (this.inherits ? row.delta?.inherited : 1);
   }
 
-  draw() {
+  /** The rows that the value means; null when it cannot be read. */
+  read() {
     const entries = parse(this.text);
+    return entries && rows(entries, this.concepts, this.earlier);
+  }
+
+  /** The value of rows: all of them, so that their order stays; where rows inherit, those that were set. */
+  write(shown) {
+    const set = shown.filter((row) => !this.inherits || row.strength !== undefined);
+    return write(set.map((row) => [row.name, row.strength ?? 1]));
+  }
+
+  get emptyKey() {
+    return this.hidden ? "panel.hidden" : this.inherits ? "panel.emptyPrompt" : "panel.empty";
+  }
+
+  draw() {
+    const entries = this.read();
     const focused = this.rows?.find((row) => this.byName.get(row.name).row.contains(document.activeElement))?.name;
-    this.rows = rows(entries ?? [], this.concepts, this.earlier);
+    this.rows = entries ?? [];
     this.byName = new Map();
     this.list.replaceChildren(...this.rows.map((row) => this.drawRow(row)));
-    const empty = this.hidden ? "panel.hidden" : this.inherits ? "panel.emptyPrompt" : "panel.empty";
-    if (!this.rows.length) this.list.append(el("div.sepme-empty", {}, t(empty)));
+    if (!this.rows.length) this.list.append(el("div.sepme-empty", {}, t(this.emptyKey)));
     const notes = entries === null ? [t("panel.broken")] : this.notes;
     this.note.hidden = !notes.length;
     this.note.replaceChildren(...notes.map((text) => el("div", {}, text)));
-    if (entries === null) this.note.append(el("button.sepme-small", { type: "button", onclick: () => this.commit([]) }, t("panel.reset")));
+    if (entries === null) this.note.append(el("button.sepme-small", { type: "button", onclick: () => this.reset() }, t("panel.reset")));
     this.search.hidden = this.rows.length < SEARCH_FROM;
     if (this.search.hidden) this.search.value = "";
     this.filter();
@@ -191,13 +206,18 @@ export class TogglePanel {
     this.commit();
   }
 
-  /** The rows become the value: all of them, so that their order stays; where rows inherit, those that were set. */
-  commit(entries) {
-    const set = this.rows.filter((row) => !this.inherits || row.strength !== undefined);
-    this.text = write(entries ?? set.map((row) => [row.name, row.strength ?? 1]));
-    if (entries) this.draw();
+  /** The rows become the value. */
+  commit() {
+    this.text = this.write(this.rows);
     this.countRows();
     this.onChange(this.text);
+  }
+
+  /** Throw away a value that cannot be read. */
+  reset() {
+    this.rows = [];
+    this.commit();
+    this.draw();
   }
 
   countRows() {

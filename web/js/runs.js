@@ -1,4 +1,5 @@
 // Which prompts are drawn by which model: what a prompt node inherits, and texts whose tags nobody reads.
+import { acting, parseRows } from "./erase.js";
 import { nodes } from "./host.js";
 import { key, meant, parse } from "./toggles.js";
 import { BYPASSED, MUTED, applies, appliesBefore, deltasAt, isOurs, sentValue, sources } from "./wires.js";
@@ -78,6 +79,7 @@ async function effects(chain) {
 
 /** A node's own toggles; null when a wire brings them. */
 function own(node) {
+  if (isOurs(node, "SepMEErase")) return parseRows(sentValue(node, "concepts"))?.map((row) => [row.name, acting(row)]) ?? null;
   const text = sentValue(node, "toggles");
   return text === undefined && node.inputs?.some((i) => i.name === "toggles" && i.link != null) ? null : parse(text);
 }

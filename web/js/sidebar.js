@@ -124,7 +124,10 @@ function dropped(event) {
   event.stopImmediatePropagation();
   if (shown?.contains(event.target)) return;
   const delta = library.find("", hash);
-  if (delta) addLoader(delta, app.clientPosToCanvasPos([event.clientX, event.clientY]));
+  const at = app.clientPosToCanvasPos([event.clientX, event.clientY]);
+  const under = app.canvas.graph.getNodeOnPos(at[0], at[1]);
+  if (delta && under?.comfyClass === "SepMEErase") addRow(under, delta);
+  else if (delta) addLoader(delta, at);
 }
 
 /** Delta files on the graph are installed and loaded; other .safetensors are the host's, which may find a workflow in them. */
@@ -143,14 +146,19 @@ async function droppedFiles(event) {
   }
 }
 
+/** A row of SepME Erase for a saved delta. */
+const addRow = (node, delta) => node.sepmePanel.add([{ name: delta.concept, file: delta.name, content_hash: delta.content_hash }]);
+
 /**
  * A loader of this delta in the graph that is shown, wired to the one SepMEApply there if there is just one: behind the loaders
  * that it has, so that all of them stay.
  */
 async function addLoader(delta, position) {
   const graph = app.canvas.graph;
-  const node = window.LiteGraph.createNode("SepMELoadDelta");
   const applies = graph.nodes.filter((n) => n.comfyClass === "SepMEApply");
+  const rows = graph.nodes.filter((n) => n.comfyClass === "SepMEErase");
+  if (!position && !applies.length && rows.length === 1) return addRow(rows[0], delta);
+  const node = window.LiteGraph.createNode("SepMELoadDelta");
   node.pos = freePlace(graph, position ?? besides(applies[0]), node.size);
   graph.add(node);
   await remember(node, delta);

@@ -27,14 +27,17 @@ export function trainingNode(node) {
 export function watchTraining() {
   api.addEventListener("sepme.train", ({ detail }) => {
     const node = find(detail.node);
-    if (node) step(node, detail);
+    if (node?.sepmeTraining) step(node, detail);
   });
   api.addEventListener("executed", ({ detail }) => finished(detail?.node, detail?.output?.sepme_made));
   api.addEventListener("sepme.made", ({ detail }) => finished(detail.node, detail.sepme_made)); // of a training that does not run again
 }
 
-/** A training node by the id that the server knows it by. */
-const find = (id) => [...nodes()].find((n) => n.sepmeTraining && serverIds(n).includes(String(id)));
+/** Whether a node makes deltas. */
+const makes = (node) => node.sepmeTraining || node.comfyClass === "SepMEErase";
+
+/** A node that makes deltas by the id that the server knows it by. */
+const find = (id) => [...nodes()].find((n) => makes(n) && serverIds(n).includes(String(id)));
 
 /** What was made in this tab, by workflow and node: undo, other workflows and a reload make the nodes anew, and a cached node tells nobody. */
 const known = new Map(JSON.parse(sessionStorage.getItem(STORE) ?? "[]"));
@@ -44,7 +47,7 @@ const place = (id) => `${rootGraph().id} ${id}`;
 /** After a workflow was loaded: what its nodes showed before. */
 export function restoreTraining() {
   for (const node of nodes()) {
-    const made = node.sepmeTraining && serverIds(node).map((id) => known.get(place(id))).find(Boolean);
+    const made = makes(node) && serverIds(node).map((id) => known.get(place(id))).find(Boolean);
     if (made) show(node, made);
   }
 }
@@ -104,8 +107,9 @@ function finished(id, made) {
 }
 
 function show(node, made) {
-  const { state, result } = node.sepmeTraining;
   node.sepmeMade = made;
+  if (!node.sepmeTraining) return refresh();
+  const { state, result } = node.sepmeTraining;
   state.textContent = t("training.done", { count: made.length });
   result.replaceChildren(...made.map(certificate), ...(made.some((d) => Object.keys(d.leakage_by_name).length) ? [heatMap(made)] : []));
   grow(node);

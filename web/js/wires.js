@@ -1,6 +1,7 @@
 // What is connected to a node: deltas and models upstream, as the graph is sent to the server: through reroutes, bypassed nodes,
 // subgraphs, the wires that other packs hide, and chained loaders.
 import { graphs, nodes, rootGraph, widget } from "./host.js";
+import { erased } from "./erase.js";
 import { library } from "./library.js";
 import { same, splitNames } from "./toggles.js";
 
@@ -83,6 +84,11 @@ export const isOurs = (node, kind) => node.comfyClass === kind || node.type === 
  * `hidden` says that more come from a node that does not say what it hands out.
  */
 export async function deltasAt(node, input = "deltas", found = { deltas: [], hidden: false, seen: new Set() }) {
+  if (isOurs(node, "SepMEErase") && input === "deltas") {
+    const rows = sentValue(node, "concepts");
+    if (rows === undefined) found.hidden = true;
+    found.deltas.push(...erased(rows, node.sepmeMade));
+  }
   for (const { node: source } of sources(node, input)) {
     if (found.seen.has(source)) continue;
     found.seen.add(source);
@@ -144,23 +150,26 @@ async function book(text) {
   return books.get(text);
 }
 
-/** The SepMEApply nodes of the workflow that are in use. */
-export const applies = () => [...nodes()].filter((n) => isOurs(n, "SepMEApply") && n.mode !== MUTED && n.mode !== BYPASSED);
+/** Whether a node takes concepts off a MODEL. */
+export const erases = (node) => isOurs(node, "SepMEApply") || isOurs(node, "SepMEErase");
 
-/** Deltas of every SepMEApply in the workflow. */
+/** The nodes of the workflow that take concepts off a MODEL and are in use. */
+export const applies = () => [...nodes()].filter((n) => erases(n) && n.mode !== MUTED && n.mode !== BYPASSED);
+
+/** Deltas of every such node in the workflow. */
 export async function deltasOfWorkflow() {
   const found = new Map();
   for (const node of applies()) for (const delta of (await deltasAt(node)).deltas) found.set(delta.concept, delta);
   return [...found.values()];
 }
 
-/** The SepMEApply nodes on what comes in at a node's MODEL, nearest first. */
+/** The nodes that take concepts off what comes in at a node's MODEL, nearest first. */
 export function appliesBefore(node) {
   const found = [];
   const seen = new Set([node]);
   for (let at = modelBefore(node); at && !seen.has(at); at = modelBefore(at)) {
     seen.add(at);
-    if (isOurs(at, "SepMEApply")) found.push(at);
+    if (erases(at)) found.push(at);
   }
   return found;
 }

@@ -3,7 +3,7 @@
 Automatic1111 and its Forges differ in where the UNet is, how it is patched and in which order rows come. Everything else is shared.
 """
 
-from .checkpoint import ClipSkip, architectures_of
+from .checkpoint import ClipSkip, architectures_of, missing
 from .hook import Hook
 from .interface import (
     AlwaysVisible,
@@ -45,6 +45,7 @@ __all__ = [
     "library",
     "loaded_model",
     "lora_folder",
+    "missing",
     "on_before_ui",
     "on_cfg_denoiser",
     "on_ui_tabs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modules import shared
+from modules import sd_models, shared
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
@@ -14,6 +14,7 @@ from ....sepme.model.layers import fitting, shapes, text_layers
 from ....sepme.model.protocols import AttentionLayer
 
 CHUNK = 77  # tokens of a prompt's chunk
+NO_FILE = "There is no checkpoint; put one into models/Stable-diffusion and choose it at the top of the page."
 
 
 def is_forge(model: Any) -> bool:
@@ -32,6 +33,32 @@ def unet_of(model: Any) -> nn.Module:
     if not isinstance(unet, nn.Module):
         raise SepMEError("No checkpoint is loaded; choose one at the top of the page first.")
     return unet
+
+
+def chosen_model() -> Any:
+    """The checkpoint chosen at the top of the page; Forge loads it only when a picture is asked for.
+
+    Raises:
+        SepMEError: there is none.
+    """
+    if not sd_models.checkpoints_list:
+        raise SepMEError(NO_FILE)
+    if hasattr(sd_models, "forge_model_reload"):
+        sd_models.forge_model_reload()
+    return shared.sd_model
+
+
+def missing() -> str:
+    """What is missing for deltas, in a sentence, as far as that is known before the checkpoint is loaded."""
+    if not sd_models.checkpoints_list:
+        return NO_FILE
+    model = sd_models.model_data.sd_model  # the host's own property would load it
+    try:
+        if getattr(model, "sd_checkpoint_info", None) is not None:
+            attention_layers(model)
+    except SepMEError as error:
+        return str(error)
+    return ""
 
 
 def attention_layers(model: Any) -> dict[str, AttentionLayer]:

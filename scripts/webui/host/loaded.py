@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from modules import devices, prompt_parser, shared
+from modules import devices, prompt_parser
 from torch import Tensor, nn
 
 from ....sepme.errors import SepMEError
@@ -17,7 +17,7 @@ from ....sepme.model.encoder_fingerprint import EncoderFingerprint
 from ....sepme.model.layers import latent_side, leave_inference_mode
 from ....sepme.model.protocols import AttentionLayer, Encoding
 from ....sepme.model.schedule import Schedule, ScheduledDenoiser
-from .checkpoint import CHUNK, ClipSkip, attention_layers, crossattn, is_forge, load_forge, unet_of, use_clip_skip
+from .checkpoint import CHUNK, ClipSkip, attention_layers, chosen_model, crossattn, is_forge, load_forge, unet_of, use_clip_skip
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
 BATCH = 32  # prompts encoded at once
@@ -172,7 +172,8 @@ def loaded_model() -> Iterator[LoadedModel]:
     Raises:
         SepMEError: see :class:`LoadedModel`.
     """
-    model = shared.sd_model
+    model = chosen_model()
+    attention_layers(model)  # before anything is moved
     if is_forge(model):
         model.forge_objects = model.forge_objects_original.shallow_copy()
         load_forge(model.forge_objects.unet, torch.zeros(4, 4, 128, 128))

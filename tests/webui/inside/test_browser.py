@@ -178,6 +178,7 @@ def test_names_are_text_and_files_come_and_go(panel: Panel, page: SimpleNamespac
 def test_training_shows_its_course_and_stops(tab: Any, page: SimpleNamespace) -> None:
     tab.click(".tab-nav button:text-is('SepME')")
     names = [f"animal {i}" for i in range(20)]  # enough for a while
+    tab.click("#sepme_advanced .label-wrap")
     tab.locator("#sepme_book textarea").fill(f"concepts: {json.dumps(names)}")
     tab.click("#sepme_train")
     tab.wait_for_selector("#sepme_train_status .sepme-progress")
@@ -190,6 +191,30 @@ def test_training_shows_its_course_and_stops(tab: Any, page: SimpleNamespace) ->
     tab.wait_for_selector("#sepme_train_status table")
     assert tab.locator("#sepme_train_status tr").count() == 1 + len(names)
     assert set(names) <= {entry.concept for entry in page.ui.part("scripts.webui.host").library.entries()}
+
+
+def fill_row(tab: Any, row: int, **fields: str) -> None:
+    for name, text in fields.items():
+        tab.locator(f"#sepme_book_{name}_{row}").locator("textarea, input").fill(text)
+
+
+def test_the_book_by_rows(tab: Any, page: SimpleNamespace) -> None:
+    tab.click(".tab-nav button:text-is('SepME')")
+    fill_row(tab, 0, name="sun by rows")
+    tab.click("#sepme_book_more")
+    fill_row(tab, 2, name="house by rows", prompts="a house; a small house", anchor="a tree")
+    tab.locator("#sepme_book_preserve textarea").fill("a star\na moon")
+    tab.click("#sepme_objective input")
+    tab.click("#sepme_objective ul.options li:has-text('closed-form')")
+    tab.click("#sepme_edit input")
+    tab.click("#sepme_edit ul.options li:has-text('context')")
+    tab.click("#sepme_train")
+    tab.wait_for_selector("#sepme_train_status table")
+    made = {e.concept: page.ui.part("scripts.webui.files").load(e) for e in page.ui.part("scripts.webui.host").library.entries()}
+    house = made["house by rows"]
+    assert (house.concept.prompts, house.concept.anchor) == (("a house", "a small house"), "a tree")
+    assert list(house.preserve.prompts)[:2] == ["a star", "a moon"]
+    assert all(made[f"{name} by rows"].edits_context for name in ("sun", "house"))
 
 
 def save_picture(shot: Any, name: str, tmp_path: Path) -> None:
@@ -214,10 +239,10 @@ def test_pictures(panel: Panel, page: SimpleNamespace, tmp_path: Path) -> None:
     panel.settled(star=1, heart=0.7, moon=0)
     save_picture(panel.tab.locator(f"{panel.id}_enabled").screenshot, "webui-panel.png", tmp_path)
     panel.tab.click(".tab-nav button:text-is('SepME')")
-    panel.tab.locator("#sepme_book textarea").fill(
-        "concepts:\n  - sun\n  - name: house\n    prompts: [a house, a small house]\npreserve: [a star]\n"
-    )
+    fill_row(panel.tab, 0, name="sun")
+    fill_row(panel.tab, 1, name="house", prompts="a house; a small house")
+    panel.tab.locator("#sepme_book_preserve textarea").fill("a star")
     panel.tab.locator("#sepme_steps input[type=number]").fill("40")
     panel.tab.click("#sepme_train")
     panel.tab.wait_for_selector("#sepme_train_status table", timeout=120_000)
-    save_picture(panel.tab.locator("#sepme_tab, .tabitem:has(> div #sepme_book)").first.screenshot, "webui-tab.png", tmp_path)
+    save_picture(panel.tab.locator("#sepme_tab, .tabitem:has(> div #sepme_objective)").first.screenshot, "webui-tab.png", tmp_path)

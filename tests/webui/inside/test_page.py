@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import threading
 import time
@@ -12,8 +14,11 @@ from typing import Any
 
 import gradio as gr
 import modules.infotext_utils
+import modules.toy
 import pytest
+import torch
 from gradio_client import Client
+from webui.conftest import ROOT
 
 OLD = gr.__version__.startswith("3.")
 
@@ -73,6 +78,7 @@ def test_rows_and_refresh(page: SimpleNamespace) -> None:
     assert rows.count("sepme-row") == 2
     assert 'data-concept="moon"' in rows
     assert "sepme-off" in rows
+    assert rows.count(f'title="{page.ui.part("scripts.webui.panel").WORDS["grade.good"]}"') == 2
     assert "not JSON" in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "{")
     assert "no such file" in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
     assert "<b>x" not in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
@@ -89,6 +95,32 @@ def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
         controls = panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name).controls
     assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown"]
     assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend"]
+
+
+def _texts(blocks: Any) -> set[str]:
+    """What stands on a page, in the pieces in which the hosts translate it."""
+    found: set[str] = set()
+    for block in blocks.blocks.values():
+        shown = [getattr(block, name, None) for name in ("label", "info", "placeholder")] if getattr(block, "show_label", True) else []
+        shown += [block.value] if isinstance(block, (gr.HTML, gr.Button)) else []
+        for text in filter(None, shown):
+            pieces = re.split(r"<code>.*?</code>|<[^>]*>", text) if isinstance(block, gr.HTML) else [text]
+            found |= {html.unescape(piece).strip() for piece in pieces}
+    return {text for text in found if re.search("[a-z]{3}", text)}
+
+
+def test_all_of_it_is_there_in_chinese(page: SimpleNamespace) -> None:
+    chinese = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding="utf-8"))
+    panel, tab = page.ui.part("scripts.webui.panel"), page.ui.part("scripts.webui.tab")
+    with gr.Blocks() as blocks:
+        panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name)
+        tab.make_tab()[0][0].render()
+    same_in_all = {"LoRA", "sd15/", "van gogh", '{"van gogh": 0.7}', page.ui.part("scripts.webui.training").BOOK.strip()}
+    missing = _texts(blocks) - chinese.keys() - same_in_all
+    assert missing == set()
+    words = json.loads((ROOT / "locales" / "zh" / "main.json").read_text(encoding="utf-8"))["sepme"]
+    for name, text in panel.WORDS.items():
+        assert not name.startswith("grade.") or chinese[text] == words[name]
 
 
 def test_train_verify_export(page: SimpleNamespace) -> None:
@@ -109,6 +141,41 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     assert (page.models / "Lora" / "houses.safetensors").exists()
     assert "already a file" in call(page, "sepme_export", ["house"], "LoRA", "houses", "")[0]
     assert "choose at least one" in call(page, "sepme_export", [], "LoRA", "x", "")[0]
+
+
+def test_what_is_missing_is_one_sentence(page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint at all; one of a family that has no deltas: at the accordion, at training, and of a picture."""
+    import modules.sd_models
+    import modules.shared
+
+    def said() -> tuple[str, str]:
+        status, _ = call(page, "sepme_train", "concepts: [star]", "closed-form", "subspace", "auto", 5, 0, "missing/")
+        return call(page, "script_txt2img_sepme_concepts_rows", ["star"], ""), status
+
+    other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)), sd_checkpoint_info=SimpleNamespace(filename="x"))
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.shared, "sd_model", other)
+        for text in said():
+            assert "The loaded checkpoint is no SD" in text
+            assert text.count(". ") < 2
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.sd_models, "checkpoints_list", {})
+        for text in said():
+            assert "put one into models/Stable-diffusion" in text
+    assert not (page.models / "sepme" / "missing").exists()
+    assert "sepme-error" not in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "")
+
+
+def test_training_before_the_first_picture(page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forge loads the chosen checkpoint when a picture is asked for, or now."""
+    import modules.sd_models
+    import modules.shared
+
+    monkeypatch.setattr(modules.shared, "kind", "forge")
+    monkeypatch.setattr(modules.sd_models, "waiting", modules.toy.Checkpoint())
+    monkeypatch.setattr(modules.shared, "sd_model", SimpleNamespace(cond_stage_model=None))
+    status, _ = call(page, "sepme_train", "concepts: [early]", "closed-form", "subspace", "auto", 5, 0, "early/")
+    assert (page.models / "sepme" / "early" / "early.safetensors").exists(), status
 
 
 def test_training_shows_losses_and_stops(page: SimpleNamespace) -> None:
