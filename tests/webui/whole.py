@@ -1,8 +1,8 @@
 """A whole WebUI as a new user meets it, from the installation on: HTTP and a browser, on a CPU, with a random checkpoint. By hand:
 
 ``SEPME_WEBUI=/path/to/checkout python tests/webui/whole.py [folder]``: the checkout's environment is its ``venv``; the folder (of 5 GB, in
-the system's place for temporary files by default) is kept. Training takes most of the time: it reads 640 prompts. What was installed is HEAD of this repository. Prints a table; exit status 1
-where something did not hold.
+the system's place for temporary files by default) is kept. Training takes most of the time: it reads 640 prompts. What is
+installed is HEAD of this repository. Prints a table; exit status 1 where something did not hold.
 """
 
 # ruff: noqa: E402 (what is imported depends on paths set here)
