@@ -175,7 +175,7 @@ def axes(trial: Trial) -> str:
     labels = [label[0] if isinstance(label, list) else label for label in labels]
     none, x, y = (labels.index(n) for n in ("Nothing", "SepME strength", "SepME concepts"))
     arguments = [a["value"] for a in plot["args"]]
-    arguments[:9] = [x, "0, 1", [], y, "none, van gogh, golf ball", [], none, "", []]
+    arguments[:9] = [x, "0, 1", [], y, "", ["none", "van gogh", "golf ball"], none, "", []]
     named = {a["label"]: i for i, a in enumerate(plot["args"])}
     for label, value in (("Include Sub Images", True), ("Include Sub Grids", False), ("Draw legend", False)):
         arguments[named[label]] = value
