@@ -48,7 +48,7 @@ STOCK: dict[str, dict[str, Any]] = {
     "img2img": {"prompt": BOTH, "path": "img2img"},
     "prompt matrix": {"prompt": f"{BOTH}|night|rain", "script_name": "prompt matrix", "batch_size": 4},
     "AND": {"prompt": f"a golf ball AND {BOTH}"},
-    "prompt editing": {"prompt": "a golf ball in the style of [monet:van gogh:0.5]"},
+    "prompt editing": {"prompt": "a golf ball in the style of [monet:van gogh:0.5]", "steps": 4},  # two steps would be Monet's alone
     "LoRA": {"prompt": f"{BOTH} <lora:small:1>"},
     "LoRA without a concept": {"prompt": f"{OTHER} <lora:small:1>"},
 }
