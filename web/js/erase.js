@@ -43,6 +43,7 @@ export class ErasePanel extends TogglePanel {
       oninput: () => this.offer(), onfocus: () => this.offer(), onblur: () => setTimeout(() => this.closeChoices(), 150), onkeydown: (event) => this.onTyped(event),
     });
     const add = el("button.sepme-small.sepme-add", { type: "button", onclick: () => (this.field.value.trim() ? this.addTyped() : this.field.focus()) }, t("erase.add"));
+    this.element.classList.add("sepme-erase");
     this.element.append(el("div.sepme-foot", {}, this.field, add));
     this.draw();
   }
