@@ -64,7 +64,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "base") as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         for name, vue in (("canvas", False), ("nodes2", True)):
-            page = Page(browser, server, vue, "en", (1400, 900)).clear()
+            page = Page(browser, server, vue, "en", (1400, 900))
+            page.load()
+            page.clear()
             results[name] = measure(page, arguments.concepts, arguments.clicks)
             page.close()
         browser.close()

@@ -54,7 +54,7 @@ class SepMELoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str) -> io.NodeOutput:
-        model, clip, vae = host.load_checkpoint(ckpt_name)
+        model, clip, vae = host.load_checkpoint(str(ckpt_name))
         return io.NodeOutput(model, clip, vae, describe(model))
 
 

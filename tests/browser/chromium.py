@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -25,19 +26,62 @@ def install() -> None:
         subprocess.run(["apt-get", "install", "-qy", "--no-install-recommends", "chromium"], check=False)
 
 
+class Chromium:
+    """The browser, as Playwright drives it: started when it is needed, and once more should it have gone."""
+
+    def __init__(self, playwright: Any, path: str) -> None:
+        self.playwright, self.path, self.starts = playwright, path, 0
+        self.browser: Any = None
+
+    def new_context(self, **options: Any) -> Any:
+        if self.browser is None or not self.browser.is_connected():
+            self.starts += 1
+            if self.starts > 2:
+                raise RuntimeError("Chromium has gone twice.")
+            self.browser = self.playwright.chromium.launch(executable_path=self.path, args=FLAGS)
+        return self.browser.new_context(**options)
+
+    def new_page(self, **options: Any) -> Any:
+        return self.new_context(**options).new_page()
+
+    @contextmanager
+    def watched(self, seconds: float) -> Iterator[None]:
+        """Kill the browser should the block take longer: a page that does not answer would be waited for without end."""
+        timer = threading.Timer(seconds, self._kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill(self) -> None:
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "chrom" in process.name():
+                    process.kill()
+
+    def close(self) -> None:
+        if self.browser is not None:
+            self.browser.close()
+
+
 @contextmanager
-def launched() -> Iterator[Any]:
-    """The browser, as Playwright drives it; where there is none the test is skipped, on CI it fails."""
+def launched() -> Iterator[Chromium]:
+    """A browser; where none is installed the test is skipped, on CI it fails."""
     import pytest
 
     path = chromium()
     if path is None:
         message = "Chromium is not installed; apt-get install chromium, or set SEPME_CHROMIUM to one"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = Chromium(playwright, path)
         yield browser
         browser.close()
 

@@ -11,10 +11,12 @@ import pytest
 from comfyui.conftest import checkpoint_server  # noqa: F401 (a fixture of these tests too)
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
+from playwright.sync_api import Error
 
-from browser.chromium import launched
+from browser.chromium import Chromium, launched
 from browser.page import Page, run_prompt
 
+LIMIT = 240  # seconds of a test; a page that hangs is waited for no longer
 BOOK = """
 concepts:
   - {name: star, prompts: [star, a star, a picture of a star, a drawing of a star]}
@@ -45,20 +47,41 @@ def empty_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="package")
-def chrome() -> Iterator[Any]:
+def chrome() -> Iterator[Chromium]:
     with launched() as browser:
         yield browser
 
 
+@pytest.fixture(autouse=True)
+def _watched(chrome: Chromium) -> Iterator[None]:
+    with chrome.watched(LIMIT):
+        yield
+
+
 @pytest.fixture(scope="package")
-def open_page(chrome: Any) -> Iterator[Callable[..., Page]]:
-    """``open_page(server, vue=False, locale="en", size=(1400, 900))``: the page of a server; the same one for the same arguments."""
+def open_page(chrome: Chromium) -> Iterator[Callable[..., Page]]:
+    """``open_page(server, vue=False, locale="en", size=(1400, 900))``: the page of a server; the same one for the same arguments.
+
+    One that did not come up fails the tests that need it, without being waited for again.
+    """
     pages: dict[Any, Page] = {}
+    failed: dict[Any, str] = {}
 
     def build(server: Server, vue: bool = False, locale: str = "en", size: tuple[int, int] = (1400, 900)) -> Page:
         key = (server.port, vue, locale, size)
+        server.check()
+        if key in pages and not pages[key].answers():
+            pages.pop(key).close()
+        if key in failed:
+            pytest.fail(failed[key])
         if key not in pages:
             pages[key] = Page(chrome, server, vue, locale, size)
+            try:
+                pages[key].load()
+            except Error as error:
+                log = server.log.read_text(errors="replace")[-3000:]
+                failed[key] = "\n".join([f"The page did not come up: {error}", *pages[key].errors[-5:], "The server's log:", log])
+                pytest.fail(failed[key])
         return pages[key].clear()
 
     yield build

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui.server import Run, Server
-from playwright.sync_api import Error, expect
+from playwright.sync_api import Error, TimeoutError, expect
 
 WAIT = 60_000  # milliseconds until something counts as not happening: two cores, a server and a browser on them
 expect.set_options(timeout=WAIT)
@@ -67,7 +67,7 @@ def run_prompt(server: Server, prompt: dict[str, Any]) -> Run:
 
 
 class Page:
-    """The front end of a server, with an empty workflow."""
+    """The front end of a server, once :meth:`load` has opened it."""
 
     def __init__(self, browser: Any, server: Server, vue: bool, locale: str, size: tuple[int, int]) -> None:
         self.server, self.vue, self.locale = server, vue, locale
@@ -78,7 +78,6 @@ class Page:
         self.tab.set_default_timeout(WAIT)
         self.tab.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack or ''}"))
         self.tab.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.load()
 
     def load(self) -> None:
         """Open the page as a user who knows ComfyUI already."""
@@ -103,8 +102,16 @@ class Page:
         self.errors.clear()
         return self
 
+    def answers(self) -> bool:
+        """Whether the tab is there and runs scripts."""
+        with suppress(Error):
+            self.tab.wait_for_function("true", timeout=20_000)
+            return True
+        return False
+
     def close(self) -> None:
-        self.context.close()
+        with suppress(Error):  # it has gone with the browser
+            self.context.close()
 
     def own_errors(self) -> list[str]:
         """Errors that name the pack; the front end's attempts to reach the internet, which the test's server forbids, are none."""
@@ -265,9 +272,17 @@ class Page:
         self.tab.evaluate("sepmeTest.run = null")
         names = ", ".join(f"button:visible:has-text('{name}')" for name in ("Run", "运行"))
         self.tab.locator(f"button[data-testid='queue-button']:visible, {names}").first.click()
-        self.tab.wait_for_function("sepmeTest.run", timeout=5 * WAIT)  # training, on a machine that others use too
-        done: dict[str, Any] = self.tab.evaluate("sepmeTest.run")
-        return done
+        idle = 0
+        for _ in range(60):  # five minutes: training, on a machine that others use too
+            with suppress(TimeoutError):
+                self.tab.wait_for_function("sepmeTest.run", timeout=5000)
+                done: dict[str, Any] = self.tab.evaluate("sepmeTest.run")
+                return done
+            self.server.check()
+            queue = self.server.get("/queue")
+            idle = 0 if any(queue.values()) else idle + 1
+            assert idle < 3, "nothing runs, and the page has not heard how it ended"
+        raise self.server.silent()
 
     def queue(self) -> dict[str, Any]:
         """Run without an error; the outputs by node."""
@@ -277,6 +292,10 @@ class Page:
         self.frames()
         outputs: dict[str, Any] = self.server.get(f"/history/{done['prompt_id']}")[done["prompt_id"]]["outputs"]
         return outputs
+
+    def wait_toast(self, text: str) -> None:
+        """Wait for a toast that says so; front end 1.58 has other ones than those before."""
+        self.tab.locator(".p-toast-message, [role=alert], [data-testid*='toast']").filter(has_text=text).first.wait_for()
 
     # the pack's own places
     def open_concepts(self) -> Any:

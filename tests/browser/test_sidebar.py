@@ -60,7 +60,7 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
     tree, oak = make_random_delta("tree", LAYERS).to_bytes(), make_random_delta("oak", LAYERS, seed=1).to_bytes()
     copy, mine = delta_folder / "copy.safetensors", delta_folder / "styles" / "mine.safetensors"
     page.drop_file("copy.safetensors", (delta_folder / "star.safetensors").read_bytes(), ".sepme-sidebar")
-    page.tab.locator(".p-toast-message:has-text('star.safetensors')").first.wait_for()
+    page.wait_toast("star.safetensors")
     wait_shown(page, "heart", "star", "striped")  # it is there already
     assert not copy.exists()
     page.drop_file("copy.safetensors", tree, ".sepme-sidebar")
@@ -71,13 +71,13 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
         page.answer("Replace the file?", button)
         page.sees(copy.read_bytes, content)
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
-    page.tab.locator(".p-toast-message:has-text('evil.safetensors is not installed')").wait_for()
+    page.wait_toast("evil.safetensors is not installed")
     assert sorted(p.stem for p in delta_folder.iterdir()) == ["copy", "heart", "star", "striped"]
 
     item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
     page.tab.fill("dialog[open] input", "../mine")
     page.answer("Rename", "OK")
-    page.tab.locator(".p-toast-message:has-text('Not renamed')").wait_for()
+    page.wait_toast("Not renamed")
     item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
     page.tab.fill("dialog[open] input", "styles/mine")
     page.tab.keyboard.press("Enter")
@@ -98,7 +98,7 @@ def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
     page.wait_rows(apply, "star")
     assert (delta_folder / "my star.safetensors").read_bytes() == content
     page.drop_file("lora.safetensors", (2).to_bytes(8, "little") + b"{}")
-    page.tab.locator(".p-toast-message, [data-sonner-toast], [role=alert]").filter(has_text="lora.safetensors").first.wait_for()
+    page.wait_toast("lora.safetensors")
     assert sorted(p.name for p in delta_folder.iterdir()) == ["heart.safetensors", "my star.safetensors", "striped.safetensors"]
     assert len(page.ids("SepMELoadDelta")) == 1
 
@@ -151,9 +151,9 @@ def test_chinese(server: Server, open_page: Callable[..., Page]) -> None:
     item(page, "star.safetensors").locator("button:text-is('重命名')").click()
     page.tab.fill("dialog[open] input", "../mine")
     page.tab.click("dialog[open] .sepme-main")
-    page.tab.locator(".p-toast-message:has-text('不允许文件名')").wait_for()  # the server's own sentence
+    page.wait_toast("不允许文件名")  # the server's own sentence
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
-    page.tab.locator(".p-toast-message:has-text('请重新获取')").wait_for()
+    page.wait_toast("请重新获取")
     encode, model = page.add("SepMETextEncode", text="a city <erase:star"), page.add("SepMEDemoModel")
     page.wire(model, 1, encode, "clip")
     page.wire(encode, 1, page.add("PreviewAny"), "source")

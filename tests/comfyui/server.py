@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from comfyui.environment import comfyui
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET = 60  # seconds in which a server that is alive says something while it starts
+SILENCE = 150  # seconds in which a node that runs shows progress
 Prompt = dict[str, dict[str, Any]]
 
 
@@ -60,10 +63,12 @@ class Server:
     Args:
         pack: folder of the custom node, linked. without: packages that this server cannot import.
         paths: what stands in an extra_model_paths.yaml.
+
+    A server that is gone, or that does not answer any more, fails every later call at once, with the end of its log.
     """
 
     def __init__(self, base: Path, pack: Path = ROOT, without: tuple[str, ...] = (), paths: str = "") -> None:
-        self.base, self.port = base, _free_port()
+        self.base, self.port, self.broken = base, _free_port(), ""
         for name in ("models/checkpoints", "models/loras", "models/controlnet", "custom_nodes", "input", "output", "temp", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "comfyui-sepme").symlink_to(pack)
@@ -83,15 +88,37 @@ class Server:
         self._wait()
 
     def _wait(self) -> None:
-        for _ in range(1200):
-            if self.process.poll() is not None:
-                break
+        size, heard = 0, time.monotonic()
+        while self.process.poll() is None and time.monotonic() - heard < QUIET:
+            if (now := self.log.stat().st_size) != size:
+                size, heard = now, time.monotonic()
             with contextlib.suppress(OSError):
-                self.get("/system_stats")
+                self.get("/system_stats", timeout=5)
                 return
             time.sleep(0.1)
         self.stop()
-        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+        raise self._failure("ComfyUI did not start")
+
+    def _failure(self, what: str) -> RuntimeError:
+        self.broken = f"{what}:\n{self.log.read_text(errors='replace')[-4000:]}"
+        return RuntimeError(self.broken)
+
+    def check(self) -> None:
+        """Raise a :class:`RuntimeError` unless the server answers and its queue is worked off."""
+        if self.broken:
+            raise RuntimeError(self.broken)
+        if self.process.poll() is not None:
+            raise self._failure("ComfyUI is gone")
+        if re.search(rb"Exception in thread .*prompt_worker", self.log.read_bytes()):
+            raise self._failure("ComfyUI's queue is not worked off any more")
+        try:
+            self.get("/queue", timeout=30)
+        except OSError:
+            raise self._failure("ComfyUI does not answer") from None
+
+    def silent(self) -> RuntimeError:
+        """What to raise when a prompt has run for minutes without a message."""
+        return self._failure("ComfyUI has not said anything for minutes")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -105,8 +132,8 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+    def get(self, path: str, timeout: float = 60) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as answer:
             data = answer.read()
         return json.loads(data) if "json" in answer.headers.get("Content-Type", "") else data
 
@@ -120,6 +147,7 @@ class Server:
         """Queue a prompt in API format and wait until it is done."""
         import asyncio
 
+        self.check()
         return asyncio.run(self._run(prompt, workflow, on_event))
 
     async def _run(self, prompt: Prompt, workflow: dict[str, Any] | None, on_event: Callable[[dict[str, Any]], None] | None) -> Run:
@@ -135,12 +163,12 @@ class Server:
                     return run
                 run.prompt_id = body["prompt_id"]
             while True:
-                message = await ws.receive(timeout=300)
+                message = await self._message(ws)
                 if message.type == aiohttp.WSMsgType.BINARY:
                     run.previews += 1
                     continue
                 if message.type != aiohttp.WSMsgType.TEXT:
-                    raise RuntimeError(f"the server went away: {self.log.read_text(errors='replace')[-3000:]}")
+                    raise self._failure("ComfyUI went away")
                 event = json.loads(message.data)
                 if event.get("data", {}).get("prompt_id", run.prompt_id) != run.prompt_id:
                     continue
@@ -159,6 +187,15 @@ class Server:
                     break
         self._collect(run)
         return run
+
+    async def _message(self, ws: Any) -> Any:
+        import asyncio
+
+        for _ in range(SILENCE // 5):
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await ws.receive(timeout=5)
+            self.check()
+        raise self.silent()
 
     def _collect(self, run: Run) -> None:
         for _ in range(100):  # the history is written a moment after the last message

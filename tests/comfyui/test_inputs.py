@@ -167,7 +167,7 @@ KINDS = {  # node: its inputs that are typed in
     "SepMEConditioningToggles": ("toggles",),
     "SepMEConcept": ("name", "prompts", "anchor"),
     "SepMEConceptBook": ("book",),
-    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size"),
+    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size", "edit"),
     "SepMESaveDeltas": ("filename_prefix", "embed"),
     "SepMELoadDelta": ("delta", "content_hash"),
     "SepMEExport": ("format", "filename_prefix"),
@@ -211,3 +211,25 @@ def test_nonsense_is_a_sentence(server: Server, kind: str) -> None:
             if kinds != "sepme.SepMEError" or "Traceback" in json.dumps(run.error):
                 wrong.append((name, value, kinds, run.message[:300]))
     assert wrong == []
+
+
+HALVES = ("star\ud800", '{"star\ud800": 1}', '{"star\\ud800": 1}', "a <erase:star\ud800>", '["star\\udc00"]')  # lone surrogates
+
+
+def test_half_characters_in_every_text(server: Server) -> None:
+    """A message that cannot be printed would end ComfyUI's queue; each of ours can, whatever input it quotes."""
+    texts = {
+        (kind, name)
+        for kind, node in server.get("/object_info").items()
+        for inputs in node["input"].values()
+        for name, spec in inputs.items()
+        if kind.startswith("SepME") and (isinstance(spec[0], list) or spec[0] in ("STRING", "COMBO"))
+    }
+    assert texts >= {("SepMEConcept", "name"), ("SepMELoadDelta", "content_hash"), ("SepMELoadCheckpoint", "ckpt_name")}
+    for kind, name in sorted(texts):
+        for value in HALVES:
+            graph = everything(kind)
+            graph.prompt[f"{kind}0"]["inputs"][name] = value
+            run = server.run(graph.prompt)
+            run.message.encode()
+            assert (run.error or {}).get("exception_type", "sepme.SepMEError") == "sepme.SepMEError", (kind, name, value, run.message)

@@ -280,8 +280,9 @@ def test_fuzz(server: Server, folder: Path, make_file: Callable[..., bytes]) -> 
         assert path.is_dir() or path.name.lower().endswith(".safetensors")
         if path.is_file():
             ConceptDelta.load(path)
-    log = server.log.read_text(errors="replace")
-    assert "Error handling request" not in log
+    said = server.log.read_text(errors="replace").split("Error handling request")[1:]
+    # aiohttp itself says so of a body that is not packed as its header tells, where that arrives behind the answer
+    assert [text[:3000] for text in said if "Can not decode content-encoding" not in text] == []
 
 
 def test_book_and_architecture(server: Server) -> None:
