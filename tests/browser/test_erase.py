@@ -88,8 +88,8 @@ def test_saved_concepts_by_search_and_from_the_sidebar(page: Page) -> None:
 
 
 def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
-    erase, model = page.add("SepMEErase", 460, 60, concepts='[{"name": "cross"}]'), page.add("SepMEDemoModel", 60, 60)
-    text, sampler = page.add("CLIPTextEncode", 60, 300, text="a cross <keep:cross>"), page.add("KSampler", 860, 60, steps=1)
+    erase, model = page.add("SepMEErase", 460, 60, concepts='[{"name": "star"}]'), page.add("SepMEDemoModel", 60, 60)
+    text, sampler = page.add("CLIPTextEncode", 60, 300, text="a star <keep:star>"), page.add("KSampler", 860, 60, steps=1)
     empty, latent = page.add("CLIPTextEncode", 60, 500), page.add("EmptyLatentImage", 460, 500, width=64, height=64)
     decoded, shown = page.add("VAEDecode", 860, 500), page.add("PreviewImage", 1120, 60)
     for source, output, target, name in (
@@ -99,9 +99,9 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     ):  # fmt: skip
         page.wire(source, output, target, name)
     page.queue()
-    expect(page.row(erase, "cross")).to_contain_text("→ a picture")
-    expect(page.row(erase, "cross").locator(".sepme-dot")).to_have_class("sepme-dot sepme-good")
-    page.row(erase, "cross").locator(".sepme-drop").click()
+    expect(page.row(erase, "star")).to_contain_text("→ a picture")
+    expect(page.row(erase, "star").locator(".sepme-dot")).to_have_class("sepme-dot sepme-good")
+    page.row(erase, "star").locator(".sepme-drop").click()
     done = page.run()
     assert done["kind"] == "execution_error"
     assert "no concept" in done["exception_message"].lower()
