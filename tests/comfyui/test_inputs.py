@@ -162,6 +162,7 @@ def test_clip_skip_of_a_clip(inside: Inside, layer: int | None, skipped: int) ->
 
 NONSENSE: list[Any] = [None, "nan", float("nan"), 1e308, -1, 10**30, [1, 2], {}, "é" * 3000, "\ud800"]
 KINDS = {  # node: its inputs that are typed in
+    "SepMEErase": ("concepts", "preserve"),
     "SepMEApply": ("toggles", "backend", "gate"),
     "SepMETextEncode": ("text", "toggles"),
     "SepMEConditioningToggles": ("toggles",),
@@ -186,6 +187,10 @@ def everything(kind: str) -> Graph:
         graph.add("PreviewAny", source=graph.add(kind, book="[moon]")[0])
         return graph
     scene = Scene()
+    if kind == "SepMEErase":
+        unet = scene.add(kind, model=scene.model[0], clip=scene.model[1], concepts="star")
+        scene.draw(scene.text(scene.model[1], "a star")[0], unet[0])
+        return scene
     saved = scene.saved(filename_prefix="nonsense/")
     if kind in ("SepMEExport", "SepMELoadDelta"):
         del scene.prompt[saved]
