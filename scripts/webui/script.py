@@ -109,7 +109,7 @@ def _record(p: Any, run: Generation) -> None:
     for name, strength in tags.items():
         with suppress(SepMEError):  # said when the batch is sampled
             named[for_tag(p, name, run.chosen)] = strength
-    by_key = {
+    by_key: dict[str, dict[Entry, float]] = {
         infotext.TAGS: {e: s for e, s in named.items() if e not in run.chosen},
         infotext.CONCEPTS: {e: s for e, s in run.strengths.items() if not isinstance(e, Made)},
         infotext.NAMED: {e: s for e, s in run.strengths.items() if isinstance(e, Made)},

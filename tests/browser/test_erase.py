@@ -87,11 +87,12 @@ def test_saved_concepts_by_search_and_from_the_sidebar(page: Page) -> None:
     assert [(r["file"], len(r["content_hash"])) for r in rows(page, erase)] == [("striped.safetensors", 64), ("heart.safetensors", 64)]
 
 
-def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
+def drawn(page: Page) -> str:
+    """A star that SepME Erase erases and a tag keeps, sampled once; the node's id."""
     erase, model = page.add("SepMEErase", 460, 60, concepts='[{"name": "star"}]'), page.add("SepMEDemoModel", 60, 60)
-    text, sampler = page.add("CLIPTextEncode", 60, 300, text="a star <keep:star>"), page.add("KSampler", 860, 60, steps=1)
+    text, sampler = page.add("CLIPTextEncode", 60, 250, text="a star <keep:star>"), page.add("KSampler", 860, 60, steps=4)
     empty, latent = page.add("CLIPTextEncode", 60, 500), page.add("EmptyLatentImage", 460, 500, width=64, height=64)
-    decoded, shown = page.add("VAEDecode", 860, 500), page.add("PreviewImage", 1120, 60)
+    decoded, shown = page.add("VAEDecode", 860, 500), page.add("PreviewImage", 1180, 60)
     for source, output, target, name in (
         (model, 0, erase, "model"), (model, 1, erase, "clip"), (model, 1, text, "clip"), (model, 1, empty, "clip"),
         (erase, 0, sampler, "model"), (text, 0, sampler, "positive"), (empty, 0, sampler, "negative"), (latent, 0, sampler, "latent_image"),
@@ -99,9 +100,15 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     ):  # fmt: skip
         page.wire(source, output, target, name)
     page.queue()
-    expect(page.row(erase, "star")).to_contain_text("→ a picture")
-    expect(page.row(erase, "star").locator(".sepme-dot")).to_have_class("sepme-dot sepme-good")
-    page.row(erase, "star").locator(".sepme-drop").click()
+    return erase
+
+
+def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
+    erase = drawn(page)
+    row = page.row(erase, "star")
+    expect(row).to_contain_text("→ a picture")
+    expect(row.locator(".sepme-dot")).to_have_class("sepme-dot sepme-good")
+    row.locator(".sepme-drop").click()
     done = page.run()
     assert done["kind"] == "execution_error"
     assert "no concept" in done["exception_message"].lower()
