@@ -17,6 +17,7 @@ from ...sepme.train.objectives import OBJECTIVES, described
 from ...sepme.train.options import EDITS, MODES
 from . import host
 from .book import BookRows, book_of, parse
+from .grades import word
 from .progress import TaskStatus, follow, shown, table
 
 BOOK = """concepts:
@@ -92,7 +93,7 @@ def train(
             progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
             host.check_interrupted()
 
-        with host.job("sepme"), host.loaded_model() as model:
+        with host.job(), host.loaded_model() as model:
             planner = Planner(model, concepts, plan, on_progress=shown(progress))
             job = Job(planner, model, options, names, todo)
             train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)
@@ -106,6 +107,6 @@ def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
     rows: list[tuple[Any, ...]] = []
     for delta, path in saved:
         certificate = delta.certificate
-        facts = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate, delta.grade)
-        rows.append((delta.concept.name, *facts, path.relative_to(host.library.folder).as_posix()))
-    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "certificate", "file"), rows)
+        figures = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate)
+        rows.append((delta.concept.name, word(delta.grade), path.relative_to(host.library.folder).as_posix(), *figures))
+    return table(("concept", "certificate", "file", "rank", "steps", "gate", "worst leakage before the gate", "false touches"), rows)
