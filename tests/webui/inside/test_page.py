@@ -49,11 +49,11 @@ def test_generate_paste_generate(page: SimpleNamespace, tab: str) -> None:
     stock, plain = generate(page, "a star", tab=tab)
     erased, info = generate(page, "a star", True, ["star", "heart"], '{"heart": 0.5}', False, "auto", tab=tab)
     assert erased != stock
-    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", info))
+    enabled, concepts, strengths, gate, _ = (_value(v) for v in call(page, f"{tab}_paste", info))
     assert (enabled, sorted(concepts), json.loads(strengths), gate) == (True, ["heart", "star"], {"star": 1.0, "heart": 0.5}, False)
     assert generate(page, "a star", enabled, concepts, strengths, gate, "auto", tab=tab)[0] == erased
-    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", plain))
-    assert (enabled, concepts, strengths, gate) == (False, [], "", True)
+    enabled, concepts, strengths, gate, named = (_value(v) for v in call(page, f"{tab}_paste", plain))
+    assert (enabled, concepts, strengths, gate, named) == (False, [], "", True, "")
     assert all(_value(v) == "unchanged" for v in call(page, f"{tab}_paste", "only words"))
 
 
@@ -78,7 +78,7 @@ def test_rows_and_refresh(page: SimpleNamespace) -> None:
     assert rows.count("sepme-row") == 2
     assert 'data-concept="moon"' in rows
     assert "sepme-off" in rows
-    assert rows.count(f'title="{page.ui.part("scripts.webui.panel").WORDS["grade.good"]}"') == 2
+    assert rows.count(f'title="{page.ui.part("scripts.webui.grades").sentence("good")}"') == 2
     assert "not JSON" in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "{")
     assert "no such file" in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
     assert "<b>x" not in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
@@ -93,8 +93,8 @@ def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
     panel = page.ui.part("scripts.webui.panel")
     with gr.Blocks():
         controls = panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name).controls
-    assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown"]
-    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend"]
+    assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown", "Textbox"]
+    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend", "Erase what is not a file yet"]
 
 
 def _texts(blocks: Any) -> set[str]:
@@ -115,11 +115,18 @@ def test_all_of_it_is_there_in_chinese(page: SimpleNamespace) -> None:
     with gr.Blocks() as blocks:
         panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name)
         tab.make_tab()[0][0].render()
-    same_in_all = {"LoRA", "sd15/", "van gogh", '{"van gogh": 0.7}', page.ui.part("scripts.webui.training").BOOK.strip()}
+    same_in_all = {
+        "LoRA",
+        "sd15/",
+        "van gogh",
+        "van gogh, picasso",
+        '{"van gogh": 0.7}',
+        page.ui.part("scripts.webui.training").BOOK.strip(),
+    }
     missing = _texts(blocks) - chinese.keys() - same_in_all
     assert missing == set()
     words = json.loads((ROOT / "locales" / "zh" / "main.json").read_text(encoding="utf-8"))["sepme"]
-    for name, text in panel.WORDS.items():
+    for name, text in page.ui.part("scripts.webui.grades").WORDS.items():
         assert not name.startswith("grade.") or chinese[text] == words[name]
 
 
@@ -129,12 +136,13 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     assert status.count("<tr>") == 3, status
     assert (page.models / "sepme" / "new" / "house.safetensors").exists()
     assert generate(page, "a house", True, ["house"], "", True, "auto")[0] != generate(page, "a house")[0]
-    grades = [part for part in ("good", "fair", "poor") if f">{part}<" in status]
+    words = [page.ui.part("scripts.webui.grades").word(grade) for grade in ("good", "fair", "poor")]
+    grades = [word for word in words if f">{word}<" in status]
     assert "certificate" in status
     assert grades
     status, _ = call(page, "sepme_verify", ["house", "tree"])
     assert "certificate" in status
-    assert [part for part in ("good", "fair", "poor") if f">{part}<" in status] == grades  # the one that ComfyUI shows
+    assert [word for word in words if f">{word}<" in status] == grades  # the one that ComfyUI shows
     assert status.count("yes") == 2, status
     status, _ = call(page, "sepme_export", ["house"], "LoRA", "houses", "")
     assert "Wrote" in status
