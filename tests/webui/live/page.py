@@ -37,8 +37,10 @@ class Page:
         self.tab.locator("#tabs_extensions > .tab-nav button", has_text="Install from URL").click()
         self.tab.get_by_label("URL for extension's git repository").fill(address)
         self.tab.locator("#tabs_extensions").get_by_role("button", name="Install", exact=True).last.click()
-        result = self.tab.locator("#extension_install_result")
-        result.get_by_text(re.compile("Installed into|rror|already")).wait_for(timeout=5 * MINUTES)
+        result = self.tab.locator(
+            "#extension_install_result", has_text=re.compile("Installed into|rror|already")
+        ).first  # an id given twice
+        result.wait_for(timeout=5 * MINUTES)
         return str(result.inner_text())
 
     def train(self, book: str, objective: str = "closed-form", edit: str = "layers", prefix: str = "", interrupt: bool = False) -> str:
