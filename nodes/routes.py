@@ -106,12 +106,17 @@ async def body(request: web.Request) -> dict[str, Any]:
         raise SepMEError("The request is no JSON.")
     raw = b"".join([piece async for piece in pieces(request, MAX_JSON)])
     try:
-        data = json.loads(raw)
+        data = json.loads(raw, parse_constant=_no_json)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise SepMEError("The request is no JSON object.")
     return data
+
+
+def _no_json(constant: str) -> None:
+    """``NaN`` and ``Infinity``, which Python reads and JSON does not know."""
+    raise ValueError(constant)
 
 
 @route

@@ -14,7 +14,8 @@ class Row(NamedTuple):
     """One concept.
 
     Attributes:
-        strength: 0 where it is switched off. prompts, anchor: of a concept that is not saved; None: the anchor is found.
+        strength: 0 where it is switched off.
+        prompts, anchor: of a concept that is not saved; None: the anchor is found.
         file, content_hash: of a saved delta.
     """
 

@@ -17,7 +17,8 @@ class Preset:
     """A list to choose from.
 
     Attributes:
-        key: its file's name without the ending. title: what lists call it.
+        key: its file's name without the ending.
+        title: what lists call it.
         whole: its concepts belong together and are added at once; otherwise they are examples to choose among.
     """
 

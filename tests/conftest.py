@@ -138,15 +138,18 @@ def world() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def make_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """``make_host(dtype)``: a fresh tiny Stable Diffusion pipeline (d_in 64, 10 tokens, 5 layers), always the same weights."""
-    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    """``make_host(dtype, heed)``: a fresh tiny Stable Diffusion pipeline (d_in 64, 10 tokens, 5 layers), always the same weights.
+
+    Its random weights hardly heed the prompt; ``heed`` multiplies those of cross-attention.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from sepme.hosts.diffusers import DiffusersHost
 
     tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
-    def build(dtype: torch.dtype = torch.float32) -> DiffusersHost:
+    def build(dtype: torch.dtype = torch.float32, heed: float = 1.0) -> DiffusersHost:
         with torch.random.fork_rng():
             torch.manual_seed(5)
             text = CLIPTextModel(
@@ -161,10 +164,14 @@ def make_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
                 down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
                 cross_attention_dim=64, attention_head_dim=2,
             )  # fmt: skip
-            vae = AutoencoderTiny(
-                encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-                num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+            vae = AutoencoderKL(
+                block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=32,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             )  # fmt: skip
+        with torch.no_grad():
+            for name, module in unet.named_modules():
+                if name.endswith(("attn2.to_k", "attn2.to_v", "attn2.to_out.0")):
+                    module.weight.mul_(heed)
         scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
         parts = {"vae": vae.to(dtype), "text_encoder": text.to(dtype), "unet": unet.to(dtype), "tokenizer": tokenizer}
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

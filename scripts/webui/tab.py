@@ -84,7 +84,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
 
     def work(progress: TaskStatus) -> str:
         deltas = _deltas(chosen)
-        with host.job("sepme"), host.loaded_model() as model:
+        with host.job(), host.loaded_model() as model:
             layers = model.attention_layers()
             fingerprint = kv_fingerprint(layers)
             for delta in deltas:

@@ -92,7 +92,7 @@ def train(
             progress.show(f"{step.concept}: step {step.step} of at most {step.steps}, loss {step.loss:.5f}", step.step, step.steps)
             host.check_interrupted()
 
-        with host.job("sepme"), host.loaded_model() as model:
+        with host.job(), host.loaded_model() as model:
             planner = Planner(model, concepts, plan, on_progress=shown(progress))
             job = Job(planner, model, options, names, todo)
             train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)

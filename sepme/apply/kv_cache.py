@@ -24,47 +24,37 @@ class CachedBatch:
         strengths: of its rows, a copy.
         key: whatever else keys and values depend on.
         touch: what the batch meets of the composition.
-        outputs: by projection name, the :func:`fingerprint` of the module, keys or values, and their version counter.
+        outputs: by projection name, the :func:`fingerprint` of the module, and keys or values.
         bytes: of all these tensors.
-        copies: hand out copies, because somebody wrote into what was handed out.
     """
 
     context: Tensor
     strengths: Tensor
     key: Hashable
     touch: Touch
-    outputs: dict[str, tuple[Hashable, Tensor, int]] = field(default_factory=dict, init=False)
+    outputs: dict[str, tuple[Hashable, Tensor]] = field(default_factory=dict, init=False)
     bytes: int = field(default=0, init=False)
-    copies: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.context, self.strengths = self.context.detach().clone(), self.strengths.detach().clone()
         self.drop()
 
     def get(self, name: str, made_by: Hashable) -> Tensor | None:
-        """Keys or values made by a module in this state; None where there are none, or somebody wrote into them."""
+        """Keys or values made by a module in this state; None where there are none."""
         found = self.outputs.get(name)
-        if found is None or found[0] != made_by:
-            return None
-        _, output, written = found
-        if output._version != written:
-            self.drop()
-            self.copies = True
-            return None
-        return output.clone() if self.copies else output
+        return None if found is None or found[0] != made_by else _lent(found[1])
 
     def put(self, name: str, made_by: Hashable, output: Tensor) -> Tensor:
         """Store keys or values.
 
         Returns:
-            what to hand out: extensions write into keys and values, which must show.
+            what to hand out.
         """
         if name in self.outputs:
             self.bytes -= _bytes(self.outputs[name][1])
-        output = _counted(output)
-        self.outputs[name] = made_by, output, output._version
+        self.outputs[name] = made_by, output
         self.bytes += _bytes(output)
-        return output.clone() if self.copies else output
+        return _lent(output)
 
     def drop(self) -> None:
         """Let go of keys and values."""
@@ -155,12 +145,12 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
-def _counted(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor with a version counter, which inference tensors do not have."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+def _lent(tensor: Tensor) -> Tensor:
+    """The same memory, until somebody writes into it by whatever way, ``.data`` too: then PyTorch gives the writer a copy."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that is not PyTorch's own
+        return tensor.clone()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from ..concepts import ConceptBook
 from ..delta.concept_delta import ConceptDelta
+from ..errors import SepMEError
 from .common import finish, interruptible, log, progress, progress_bar, show_table
 from .options import Files, Json, ModelOptions, Preserve, grouped
 
@@ -59,9 +62,21 @@ def verify(
         raise typer.Exit(1)
 
 
+def read_concepts(paths: Sequence[Path]) -> ConceptBook:
+    """The concepts of one book, or of delta files.
+
+    Raises:
+        SepMEError: a book beside other files, or a file of neither kind.
+    """
+    books = [p for p in paths if p.suffix.lower() in (".yaml", ".yml", ".json")]
+    if books and len(paths) > 1:
+        raise SepMEError(f"{books[0]} is a concept book; give either one book or delta files.")
+    return ConceptBook.load(books[0]) if books else ConceptBook(tuple(ConceptDelta.load(p).concept for p in paths))
+
+
 def _capacity(model: ModelOptions, files: list[Path], counts: list[int] | None, as_json: bool) -> None:
     from ..checks import check_number
-    from ..plan.capacity import COUNTS, capacity, read_concepts
+    from ..plan.capacity import COUNTS, capacity
 
     for number in counts or ():
         check_number("count", number, 1, 10**6, whole=True)

@@ -34,7 +34,7 @@ COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
 
 
 @dataclass
-class Row:
+class PictureRow:
     """What the page shows of one concept: pictures ``(n, 3, h, w)`` by column, and two concepts in one prompt."""
 
     name: str
@@ -47,7 +47,8 @@ class QuickDemo:
     """One run into a folder.
 
     Args:
-        images: pictures per concept and condition. concepts: how many, at most the suite's.
+        images: pictures per concept and condition.
+        concepts: how many, at most the suite's.
         say: told, in a sentence, what there is to look at.
     """
 
@@ -58,7 +59,7 @@ class QuickDemo:
         self.suite = demo_suite(concepts, images)
         host.pipe.vae.to(memory_format=torch.channels_last)  # decodes twice as fast on a CPU
         self.sampler = Sampler(host, EmbeddedClassifier(), self.suite, lambda: None)
-        self.rows = [Row(n, self.sampler.sets.own(n).prompts[0]) for n in self.suite.names]
+        self.rows = [PictureRow(n, self.sampler.sets.own(n).prompts[0]) for n in self.suite.names]
         self.found: dict[str, list[Sampled]] = {column: [] for column in (*COLUMNS[1:], "both", "others")}
         facts = {"images_per_condition": images, "denoising_steps": self.suite.steps, "threads": torch.get_num_threads()}
         self.metrics: dict[str, Any] = facts
@@ -114,7 +115,7 @@ class QuickDemo:
         self._write()
         self.say(f"The page fills while you read it: {self.out / 'report.html'}")
 
-    def _solved(self, row: Row, eraser: Separable) -> None:
+    def _solved(self, row: PictureRow, eraser: Separable) -> None:
         sampler, sets, names = self.sampler, self.sampler.sets, self.suite.names
         own, both = sets.own(row.name), sets.both(row.name)
         row.pictures["stock"] = sampler.stock(own).first(2)
@@ -126,7 +127,7 @@ class QuickDemo:
         self.found["both"].append(sampled)
         self.found["others"].append(sampler.sample(sets.others(row.name), eraser, [row.name]))
 
-    def _show(self, row: Row, column: str, sampled: Sampled) -> None:
+    def _show(self, row: PictureRow, column: str, sampled: Sampled) -> None:
         row.pictures[column] = sampled.first(2)
         self.found[column].append(sampled)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..checks import check_number
 from ..concepts import Concept, ConceptBook, mentions, normalised
-from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..model.protocols import TextEncoder
 from ..progress import OnProgress, silent
@@ -51,18 +50,6 @@ class CapacityRow:
 def shipped_names() -> tuple[str, ...]:
     """A thousand ordinary things and made-up people, none of them part of another."""
     return tuple((Path(__file__).parents[1] / "data" / "names.txt").read_text(encoding="utf-8").split("\n")[:-1])
-
-
-def read_concepts(paths: Sequence[Path]) -> ConceptBook:
-    """The concepts of one book, or of delta files.
-
-    Raises:
-        SepMEError: a book beside other files, or a file of neither kind.
-    """
-    books = [p for p in paths if p.suffix.lower() in (".yaml", ".yml", ".json")]
-    if books and len(paths) > 1:
-        raise SepMEError(f"{books[0]} is a concept book; give either one book or delta files.")
-    return ConceptBook.load(books[0]) if books else ConceptBook(tuple(ConceptDelta.load(p).concept for p in paths))
 
 
 def extended(book: ConceptBook, count: int) -> ConceptBook:

@@ -59,7 +59,8 @@ class Vocabulary:
     """The shipped words, read once by a text encoder.
 
     Args:
-        encoder: the host's. on_progress: called while the words are read; it may raise :class:`~sepme.errors.Interrupted`.
+        encoder: the host's.
+        on_progress: called while the words are read; it may raise :class:`~sepme.errors.Interrupted`.
     """
 
     def __init__(self, encoder: TextEncoder, on_progress: OnProgress = silent) -> None:

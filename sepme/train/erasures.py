@@ -41,7 +41,8 @@ class Named(NamedTuple):
     """A concept as somebody names it.
 
     Attributes:
-        prompts: that mean it; those of the templates if empty. anchor: what takes its place; found if None.
+        prompts: that mean it; those of the templates if empty.
+        anchor: what takes its place; found if None.
     """
 
     name: str
@@ -89,7 +90,8 @@ class Erasures:
     """What was made of named concepts: in memory, and in a folder where there is one, which may be deleted at any time.
 
     Args:
-        folder: called for the folder; None keeps nothing on disk. limit: bytes there; the longest unused sets go first.
+        folder: called for the folder; None keeps nothing on disk.
+        limit: bytes there; the longest unused sets go first.
     """
 
     def __init__(self, folder: Callable[[], Path] | None = None, limit: int = MAX_BYTES) -> None:
@@ -107,10 +109,12 @@ class Erasures:
         """The deltas of these concepts, in their order; made together unless the same set was made before, in any order.
 
         Args:
-            encoder: the host's; its fingerprint is part of what a set is known by. preserve, known: see :func:`book_of`.
+            encoder: the host's; its fingerprint is part of what a set is known by.
+            preserve, known: see :func:`book_of`.
 
         Raises:
-            SepMEError: see :func:`book_of`; no room for a concept. Interrupted: by ``on_progress``.
+            SepMEError: see :func:`book_of`; no room for a concept.
+            Interrupted: by ``on_progress``.
         """
         wanted = sorted(named(concepts), key=lambda n: normalised(n.name))
         key = _key(encoder, wanted, preserve, known)

@@ -155,6 +155,12 @@ def test_limits_hold_while_reading(server: Server, folder: Path) -> None:
     assert not files(folder)
 
 
+def test_numbers_that_json_does_not_know(server: Server) -> None:
+    for constant in ("NaN", "-Infinity"):
+        status, answer = ask(server, "POST", "/sepme/book", f'{{"book": "concepts: [x]", "more": {constant}}}', JSON)
+        assert (status, answer) == (400, {"error": "The request is no JSON object."})
+
+
 @pytest.mark.parametrize(
     "headers",
     [

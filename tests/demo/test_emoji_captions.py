@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sepme.demo.emoji.captions import FILLER, Words, caption_of, load_words, random_caption, with_article, words_of
+from sepme.demo.emoji.captions import FILLER, Lexicon, caption_of, load_words, random_caption, with_article, words_of
 from sepme.demo.emoji.data import BACKGROUND_NAMES
 from sepme.demo.emoji.text import build_tokenizer, byte_pairs, load_tokenizer
 from sepme.demo.emoji.things import STYLES, THINGS, name_of
@@ -17,7 +17,7 @@ CAT, DOG, CAR = (THINGS.index(t) for t in ("cat", "dog", "automobile"))
 
 
 @pytest.fixture(scope="module")
-def words() -> Words:
+def words() -> Lexicon:
     keywords: list[list[str]] = [[] for _ in THINGS]
     keywords[CAT] = ["cat", "kitten", "pet", "animal", "red", "noto"]
     keywords[DOG] = ["dog", "pet", "animal", "Puppy", "cat"]
@@ -25,14 +25,14 @@ def words() -> Words:
     return words_of(keywords)
 
 
-def test_keywords_become_synonyms_and_kinds(words: Words) -> None:
+def test_keywords_become_synonyms_and_kinds(words: Lexicon) -> None:
     assert words.synonyms[CAT] == ["kitten"]  # "red" is a background, "noto" a studio, "cat" its name
     assert words.synonyms[DOG] == ["puppy"]  # "cat" is another thing's name
     assert words.synonyms[CAR] == ["automobile", "vehicle"]  # captions call it a car
     assert words.kinds == {"animal": [CAT, DOG], "pet": [CAT, DOG]}
 
 
-def test_captions_say_what_the_scene_shows(words: Words) -> None:
+def test_captions_say_what_the_scene_shows(words: Lexicon) -> None:
     generator = torch.Generator().manual_seed(1)
     kinds: Counter[str] = Counter()
     for _ in range(3000):
@@ -58,7 +58,7 @@ def test_captions_say_what_the_scene_shows(words: Words) -> None:
     assert kinds["style"] > 200
 
 
-def test_captions_repeat(words: Words) -> None:
+def test_captions_repeat(words: Lexicon) -> None:
     once, again = ([random_caption(words, g) for _ in range(50)] for g in (torch.Generator().manual_seed(3) for _ in range(2)))
     assert once == again
 
@@ -86,7 +86,7 @@ def test_caption_of_every_kind() -> None:
     assert caption_of() == "a picture"
 
 
-def test_every_word_is_one_token_and_captions_fit(words: Words, tmp_path: Path) -> None:
+def test_every_word_is_one_token_and_captions_fit(words: Lexicon, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(tmp_path, words.vocabulary)
     for word in words.vocabulary:
         if word.isalpha():
@@ -98,7 +98,7 @@ def test_every_word_is_one_token_and_captions_fit(words: Words, tmp_path: Path) 
     assert len(tokenizer("zeppelins").input_ids) > 3
 
 
-def test_the_tokenizer_is_the_same_every_time(words: Words, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_same_every_time(words: Lexicon, tmp_path: Path) -> None:
     for name in ("one", "other"):
         build_tokenizer(tmp_path / name, words.vocabulary[::-1] if name == "other" else words.vocabulary)
     for file in ("vocab.json", "merges.txt"):
@@ -110,6 +110,6 @@ def test_byte_pairs_take_the_most_frequent_first() -> None:
     assert byte_pairs(["aab", "aac"]) == [("a", "a"), ("aa", "b</w>"), ("aa", "c</w>")]
 
 
-def test_words_survive_a_file(words: Words, tmp_path: Path) -> None:
+def test_words_survive_a_file(words: Lexicon, tmp_path: Path) -> None:
     words.save(tmp_path / "words.json")
     assert load_words(tmp_path / "words.json") == words

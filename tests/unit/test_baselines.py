@@ -28,8 +28,8 @@ TRAINED = [k for k in KEYS if k not in ("uce", "speed", "negative_prompt", "keyw
 
 
 @pytest.fixture(scope="module")
-def host(tiny_host: Hosts) -> DiffusersHost:
-    return tiny_host()
+def host(make_host: Hosts) -> DiffusersHost:
+    return make_host()
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ OPTIONS = TrainOptions(steps=4, batch=1, trajectories=1, threshold=-1e9, checkpo
 
 
 @pytest.fixture(scope="module")
-def host(tiny_host: Callable[..., DiffusersHost]) -> DiffusersHost:
-    return tiny_host(torch.float32)
+def host(make_host: Callable[..., DiffusersHost]) -> DiffusersHost:
+    return make_host(torch.float32)
 
 
 def job(host: Any, todo: Sequence[Group]) -> Job:

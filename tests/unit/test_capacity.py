@@ -13,9 +13,10 @@ from planning import (
 from typer.testing import CliRunner
 
 from sepme import cli
+from sepme.cli.verify import read_concepts
 from sepme.errors import SepMEError
 from sepme.plan import capacity as capacity_module
-from sepme.plan.capacity import capacity, extended, read_concepts, shipped_names
+from sepme.plan.capacity import capacity, extended, shipped_names
 
 
 def test_shipped_names_are_a_thousand_and_none_is_part_of_another() -> None:

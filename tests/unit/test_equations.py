@@ -75,7 +75,7 @@ def reference(
     taken = dict.fromkeys(NAMES, 0)
     own: dict[str, float] = {}
     joint = None
-    draws = iter(calls[2::3])  # three calls a concept and step with the same x_t and t; the third holds the concept's prompts
+    draws = iter(calls[2::3])  # three calls per concept and step with the same x_t and t; the third holds the concept's prompts
     records: list[dict[str, Any]] = []
 
     def representation(parameters: dict[str, Tensor], x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -136,14 +136,14 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "published": {"steps": 11},
     "regularised increment": {"steps": 4, "beta": 1e-2, "regularise": "delta"},
-    "one freezes first": {"steps": 20, "beta": 0.1, "min_steps": 4, "threshold": 0.013},
-    "joint stop": {"steps": 20, "beta": 0.1, "min_steps": 16, "threshold": 0.004, "eta_cap": 0.0},
+    "one freezes first": {"steps": 20, "beta": 0.1, "min_steps": 4, "threshold": 0.0056},
+    "joint stop": {"steps": 20, "beta": 0.3, "min_steps": 16, "threshold": 3e-4, "eta_cap": 0.0},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_paper_mode_follows_the_equations(case: str, tiny_host: Callable[..., DiffusersHost], tmp_path: Path) -> None:
-    host = tiny_host(torch.float64)
+def test_paper_mode_follows_the_equations(case: str, make_host: Callable[..., DiffusersHost], tmp_path: Path) -> None:
+    host = make_host(torch.float64, heed=6)
     planner = Planner(host, BOOK, plan_options("paper"), ordinary=("a house", "red boat"))
     overheard, snapshots = Overheard(host), Snapshots(tmp_path / "checkpoint.safetensors")
     options = TrainOptions.for_mode(mode="paper", batch=2, trajectories=3, checkpoint_every=1, **CASES[case])
@@ -159,7 +159,7 @@ def test_paper_mode_follows_the_equations(case: str, tiny_host: Callable[..., Di
         assert len(theirs) < 20
     if case == "joint stop":
         assert len(theirs) == 16
-        assert max(theirs[-1]["own"].values()) > 0.004 >= theirs[-1]["joint"]
+        assert max(theirs[-1]["own"].values()) > options.threshold >= theirs[-1]["joint"]
 
     assert len(snapshots.steps) == len(theirs)  # the stopping step
     previous: dict[str, Tensor] = {}
@@ -188,9 +188,9 @@ def floats(text: str) -> list[Any]:
     return [number(v) for v in json.loads(text)]
 
 
-def test_null_space_is_one(tiny_host: Callable[..., DiffusersHost]) -> None:
+def test_null_space_is_one(make_host: Callable[..., DiffusersHost]) -> None:
     """``A_i Sp_i = 0`` with d_in − r unit columns, A_i stacked here from the prompts."""
-    host = tiny_host(torch.float64)
+    host = make_host(torch.float64, heed=6)
     planner = Planner(host, BOOK, plan_options("paper"), ordinary=())
     for concept in BOOK.concepts:
         others = [p for c in BOOK.concepts if c is not concept for p in c.prompts]

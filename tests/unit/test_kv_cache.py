@@ -18,6 +18,11 @@ from sepme.model.layers import projections
 from sepme.model.patch import patched
 
 
+def cached(again: Tensor, first: Tensor) -> bool:
+    """Whether keys or values are those of before: in the same memory. Asking ``data_ptr`` would copy it."""
+    return torch._C._data_address(again) == torch._C._data_address(first)
+
+
 @pytest.fixture
 def delta(host: Any, shapes_of: Callable[..., Any], make_random_delta: Callable[..., ConceptDelta]) -> ConceptDelta:
     return make_random_delta("star", shapes_of(host), rank=4, seed=1, size=0.5)
@@ -117,10 +122,10 @@ def test_state_of_the_host(make_host: Callable[..., Any], delta: ConceptDelta) -
     with projector.attached():
         first = project("before")
         module.weight.data.mul_(2)
-        assert project("before") is first  # does not show
+        assert cached(project("before"), first)  # does not show
         assert not torch.equal(project("after"), first)
         module.weight.data.div_(2)
-        assert project("before") is first
+        assert cached(project("before"), first)
 
 
 def test_autocast_is_part_of_the_key(host: Any, delta: ConceptDelta) -> None:
@@ -178,7 +183,7 @@ def test_peft_adapters(make_host: Callable[..., Any], delta: ConceptDelta) -> No
             for i, change in enumerate(changes):
                 change()
                 now, again = module(context), module(context)
-                assert again is now
+                assert cached(again, now)
                 patch = module.__dict__.pop("forward")
                 with KVProjector(layers, composition, keep=False, backend="exact").attached():
                     assert torch.equal(module(context), now), i
@@ -313,10 +318,11 @@ def test_type_device_strengths_and_state_tell_batches_apart() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("backend", ["exact", "fused"])
+@pytest.mark.parametrize("way", ["in place", "data"])
 def test_an_extension_that_writes_into_keys_and_values(
-    host: Any, delta: ConceptDelta, mode: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+    host: Any, delta: ConceptDelta, mode: Any, backend: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some turn values round in place in every step. The first write is noticed; from then on each step gets copies."""
+    """Some turn values round in every step, some past the version counter: what they write into is theirs, and nothing is made anew."""
     modules, calls = projections(host.attention_layers()), []
     monkeypatch.setattr("sepme.apply.projector.project_kv", lambda *args: calls.append("all") or project_kv(*args))
     with mode():
@@ -332,10 +338,10 @@ def test_an_extension_that_writes_into_keys_and_values(
                     output = module(context)
                     assert torch.equal(output, expected[name]), step
                     if name.endswith("to_v"):
-                        output[:, 1:].neg_()
+                        part = output[:, 1:]
+                        (part.data if way == "data" else part).neg_()
                 after_step.append(len(calls))
-            once = 1 if backend == "fused" else len(modules)
-            assert once < after_step[2] == after_step[4] <= 2 * once
+            assert after_step == [1 if backend == "fused" else len(modules)] * 5
             held = projector.cached_bytes
             projector.clear()
             for module in modules.values():
@@ -349,4 +355,4 @@ def test_nothing_is_copied_while_nobody_writes(host: Any, delta: ConceptDelta, m
     with mode(), KVProjector(host.attention_layers(), Composition((delta,))).attached():
         context = host.encode(["a star"]).context
         first = [m(context) for m in modules.values()]
-        assert all(m(context) is out for m, out in zip(modules.values(), first, strict=True))
+        assert all(cached(m(context), out) for m, out in zip(modules.values(), first, strict=True))

@@ -48,11 +48,11 @@ class Losses(dict[str, list[float]]):
 
 
 @pytest.mark.parametrize("mode", ["paper", "subspace"])
-def test_joint_and_separate_training_agree(mode: str, tiny_host: Hosts, tmp_path: Path) -> None:
-    """η = 1, no early stop, one generator a concept, the same draws: step for step (METHOD, section 2)."""
+def test_joint_and_separate_training_agree(mode: str, make_host: Hosts, tmp_path: Path) -> None:
+    """η = 1, no early stop, one generator per concept, the same draws: step for step (METHOD, section 2)."""
     # D is stored, and so applied, in float32: there A D = 0 holds to 1e-7 and not to 1e-15
     rtol = 1e-9 if mode == "paper" else 1e-6
-    host = tiny_host(torch.float64)
+    host = make_host(torch.float64)
     planner = planner_for(host, mode, mode="exact") if mode == "subspace" else planner_for(host, mode)
     steps = 6
     options = TrainOptions.for_mode(
@@ -73,9 +73,9 @@ def test_joint_and_separate_training_agree(mode: str, tiny_host: Hosts, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["paper", "subspace", "unrestricted"])
-def test_interrupted_training_gives_the_same_bytes(mode: str, tiny_host: Hosts, tmp_path: Path) -> None:
+def test_interrupted_training_gives_the_same_bytes(mode: str, make_host: Hosts, tmp_path: Path) -> None:
     names = NAMES[:1] if mode == "unrestricted" else NAMES
-    host = tiny_host()
+    host = make_host()
     planner = planner_for(host, mode)
     options = TrainOptions.for_mode(mode=mode, steps=5, batch=1, trajectories=2, checkpoint_every=2)
     through = [d.to_bytes() for d in make_deltas(planner, names, host, options, tmp_path / "a.safetensors")]
@@ -94,8 +94,8 @@ def test_interrupted_training_gives_the_same_bytes(mode: str, tiny_host: Hosts, 
     assert resumed == through
 
 
-def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_path: Path) -> None:
-    host = tiny_host()
+def test_paper_delta_does_what_full_width_training_found(make_host: Hosts, tmp_path: Path) -> None:
+    host = make_host()
     planner = planner_for(host, "paper")
     options = TrainOptions.for_mode(mode="paper", steps=4, batch=1, trajectories=2, checkpoint_every=4)
     delta = make_delta(planner, "tree", host, options, tmp_path / "c.safetensors")
@@ -106,7 +106,7 @@ def test_paper_delta_does_what_full_width_training_found(tiny_host: Hosts, tmp_p
         [planner.prompts.encodings["star"].context, planner.prompts.empty.context, planner.prompts.preserved.listed.context]
     ).flatten(0, 1)
     facts = delta.info["compression"]
-    assert delta.rank == facts["rank"] == facts["full_rank"] == 13  # 2 x 8 tokens; both BOS and the "a" of "a star" lie in A
+    assert delta.rank == facts["rank"] == facts["full_rank"] == 17  # 2 x 10 tokens; both BOS and the "a" of "a star" lie in A
     for name in delta.up:
         full = own @ (w[f"0.w.{name}"] @ (options.beta * sp).T).T
         stored = own @ delta.weight_delta(name).T
@@ -146,8 +146,8 @@ def test_compression_loses_what_it_says_and_no_basis_loses_less() -> None:
     assert compress(w, null, tokens, 0.5, 50, 0.5).facts["rank"] < 7
 
 
-def test_unrestricted_is_a_full_rank_delta_that_says_it_is_not_separable(tiny_host: Hosts, tmp_path: Path) -> None:
-    host = tiny_host()
+def test_unrestricted_is_a_full_rank_delta_that_says_it_is_not_separable(make_host: Hosts, tmp_path: Path) -> None:
+    host = make_host()
     passes = 0
 
     def count(*args: Any) -> None:
@@ -225,11 +225,11 @@ def test_folder_of_pictures(tmp_path: Path) -> None:
             load_folder(tmp_path / folder, 16)
 
 
-def test_pictures_are_what_is_noised(tiny_host: Hosts, tmp_path: Path) -> None:
-    host = tiny_host()
+def test_pictures_are_what_is_noised(make_host: Hosts, tmp_path: Path) -> None:
+    host = make_host()
     images, digest = load_folder(paint(tmp_path / "mine"), host.image_size)
     pictures = Pictures(host.encode_images(images), digest)
-    assert pictures.latents.shape == (3, 4, 8, 8)
+    assert pictures.latents.shape == (3, 4, 4, 4)
     with torch.no_grad():
         expected = host.pipe.vae.encode(images).latent_dist.mean * host.pipe.vae.config.scaling_factor
     torch.testing.assert_close(pictures.latents, expected)
@@ -241,8 +241,8 @@ def test_pictures_are_what_is_noised(tiny_host: Hosts, tmp_path: Path) -> None:
     assert all(any(torch.equal(row, x) for x in pictures.latents) for row in torch.cat(heard))
 
 
-def test_command_line(tiny_host: Hosts, tmp_path: Path) -> None:
-    tiny_host().pipe.save_pretrained(tmp_path / "model")
+def test_command_line(make_host: Hosts, tmp_path: Path) -> None:
+    make_host().pipe.save_pretrained(tmp_path / "model")
     book = tmp_path / "book.yaml"
     book.write_text("concepts:\n- {name: tree, prompts: [tree]}\n- {name: star, prompts: [star]}\n")
     command = ["train", str(tmp_path / "model"), str(book), "-o", str(tmp_path / "out"), "--mode", "paper", "--joint", "--steps", "2"]

@@ -119,8 +119,8 @@ def reference(
 
 @pytest.mark.parametrize("mode", ["subspace", "unrestricted"])
 @pytest.mark.parametrize("objective", BASELINES)
-def test_gradients_follow_the_equations(objective: str, mode: str, tiny_host: Hosts, tmp_path: Path) -> None:
-    host = tiny_host(torch.float64)
+def test_gradients_follow_the_equations(objective: str, mode: str, make_host: Hosts, tmp_path: Path) -> None:
+    host = make_host(torch.float64)
     planner = Planner(host, BOOK, plan_options(mode, **({"mode": "exact"} if mode == "subspace" else {})), ordinary=("a house", "red boat"))
     overheard, path = Overheard(host), tmp_path / "checkpoint.safetensors"
     states: list[dict[str, Tensor]] = []
@@ -155,9 +155,9 @@ def test_gradients_follow_the_equations(objective: str, mode: str, tiny_host: Ho
 
 
 @pytest.mark.parametrize("objective", BASELINES)
-def test_passes_of_a_step(objective: str, tiny_host: Hosts) -> None:
+def test_passes_of_a_step(objective: str, make_host: Hosts) -> None:
     """One pass with a graph; frozen ones as the equation needs."""
-    host = tiny_host()
+    host = make_host()
     planner = Planner(host, BOOK, plan_options("subspace"), ordinary=("a house", "red boat"))
     overheard = Overheard(host)
     make_delta(planner, "tree", overheard, TrainOptions.for_mode(objective=objective, steps=2, batch=1, trajectories=2))
@@ -166,9 +166,9 @@ def test_passes_of_a_step(objective: str, tiny_host: Hosts) -> None:
 
 @pytest.mark.parametrize("objective", BASELINES)
 @pytest.mark.parametrize("mode", ["subspace", "paper", "unrestricted"])
-def test_training_reduces_the_loss(objective: str, mode: str, tiny_host: Hosts) -> None:
+def test_training_reduces_the_loss(objective: str, mode: str, make_host: Hosts) -> None:
     """In every parametrisation, on a tiny pipeline; the recipe in the file makes the same bytes again."""
-    host = tiny_host()
+    host = make_host()
     planner = Planner(host, BOOK, plan_options(mode), ordinary=("a house", "red boat"))
     rate = {"subspace": 0.05, "paper": 300.0, "unrestricted": 0.02}[mode]
     options = TrainOptions.for_mode(
@@ -182,9 +182,9 @@ def test_training_reduces_the_loss(objective: str, mode: str, tiny_host: Hosts) 
     assert again.to_bytes() == delta.to_bytes()
 
 
-def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
+def test_pictures_of_the_anchor(make_host: Hosts) -> None:
     """Concept ablation as published: x_t is noised from what the frozen model draws of the anchor, beside any of the concept's prompts."""
-    host = tiny_host()
+    host = make_host()
     planner = Planner(host, BOOK, plan_options("unrestricted"), ordinary=())
     sampled: list[Tensor] = []
 
@@ -205,9 +205,9 @@ def test_pictures_of_the_anchor(tiny_host: Hosts) -> None:
     assert any(not torch.equal(row, beside[0]) for row in beside)
 
 
-def test_own_words(tiny_host: Hosts) -> None:
+def test_own_words(make_host: Hosts) -> None:
     """The name's tokens wherever it stands, also in several; the whole prompt where it does not stand; never start, end, padding."""
-    host = tiny_host()
+    host = make_host()
     host.pipe.tokenizer.model_max_length = 8
     concept = Concept("big tree", ("big tree", "a Big Tree", "a house"))
     mask = host.encode(concept.prompts).mask

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import sepme
 
 BLOCKED = ("triton", "diffusers", "transformers", "matplotlib", "jinja2", "typer", "rich", "PIL", "yaml")
 
@@ -46,3 +51,17 @@ def test_host_names_are_not_shadowed() -> None:
         "assert not [s for s in found if s and s.origin and s.origin.startswith(root)], found\n"
         "import sepme_kernels\n"
     )
+
+
+def test_rooms_import_in_one_direction() -> None:
+    """The folders of the library have an order; training knows nothing of the run time, and nobody needs the commands or the demo."""
+    root = Path(sepme.__file__).parent
+    rooms: dict[str, set[str]] = {}
+    for file in root.glob("*/*.py"):
+        room = file.parent.name
+        found = (n.module for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom) and n.level == 2)
+        others = {module.split(".")[0] for module in found if module}
+        rooms.setdefault(room, set()).update(o for o in others if (root / o).is_dir() and o != room)
+    TopologicalSorter(rooms).prepare()  # raises CycleError
+    assert not rooms["train"] & {"apply", "convert", "evaluate", "hosts"}
+    assert not [room for room, needs in rooms.items() if needs & {"cli", "demo"} and room != "cli"]

@@ -41,11 +41,22 @@ def script_modules() -> list[Any]:
     return [data.module for data in scripts.scripts_data]
 
 
+_JOB = "sepme"
+_presses = 0  # of our interrupt button
+
+
 @contextmanager
-def job(name: str) -> Iterator[None]:
-    """The host's queue for as long as the block runs."""
+def job() -> Iterator[None]:
+    """The host's queue for as long as the block runs.
+
+    Raises:
+        Interrupted: the user interrupted while it was waited for; the host forgets that when a job begins.
+    """
+    before = _presses
     with call_queue.queue_lock:
-        shared.state.begin(name)
+        if _presses != before:
+            raise Interrupted
+        shared.state.begin(_JOB)
         try:
             yield
         finally:
@@ -59,5 +70,8 @@ def check_interrupted() -> None:
 
 
 def interrupt() -> None:
-    """Press the host's interrupt button."""
-    shared.state.interrupt()
+    """Interrupt our job, or take it out of the queue; a picture that is being made meanwhile goes on."""
+    global _presses
+    _presses += 1
+    if shared.state.job == _JOB:
+        shared.state.interrupt()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .captions import Words, build_words, load_words
+from .captions import Lexicon, build_words, load_words
 from .classifiers import SceneClassifier, held_out, train_classifier
 from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
@@ -39,7 +39,7 @@ class Stages:
         """The drawings, rendered once."""
         return render_all(self.work / "npm", self.work / "renders.npy")
 
-    def words(self) -> Words:
+    def words(self) -> Lexicon:
         """Built once: training that goes on needs the same."""
         path = self.work / "words.json"
         if not path.exists():

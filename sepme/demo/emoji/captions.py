@@ -66,7 +66,7 @@ def with_article(noun: str) -> str:
 
 
 @dataclass(frozen=True)
-class Words:
+class Lexicon:
     """The world's words.
 
     Attributes:
@@ -89,12 +89,12 @@ class Words:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def load_words(path: Path) -> Words:
-    """Read what ``Words.save`` wrote."""
-    return Words(**json.loads(path.read_text(encoding="utf-8")))
+def load_words(path: Path) -> Lexicon:
+    """Read what ``Lexicon.save`` wrote."""
+    return Lexicon(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def build_words(folder: Path) -> Words:
+def build_words(folder: Path) -> Lexicon:
     """The words from the npm packages in ``folder``."""
     emoji, keywords = load_emoji(folder), load_keywords(folder)
     return words_of([keywords.get(emoji.get(thing, ""), []) for thing in THINGS])
@@ -108,7 +108,7 @@ ODD = frozenset(
 )
 
 
-def words_of(keywords: list[list[str]]) -> Words:
+def words_of(keywords: list[list[str]]) -> Lexicon:
     """Split every thing's keywords into those that are its own and those that it shares.
 
     Words that mean a studio or a background, that are filler, or that names of other things hold are neither.
@@ -124,7 +124,7 @@ def words_of(keywords: list[list[str]]) -> Words:
     for word, things in owners.items():
         if len(things) == 1 and len(synonyms[things[0]]) < 6 and word not in synonyms[things[0]]:
             synonyms[things[0]].append(word)
-    return Words(synonyms, {w: things for w, things in sorted(owners.items()) if 2 <= len(things) <= 60})
+    return Lexicon(synonyms, {w: things for w, things in sorted(owners.items()) if 2 <= len(things) <= 60})
 
 
 def caption_of(thing: str = "", style: str = "", ground: str = "", which: int = 0) -> str:
@@ -135,7 +135,7 @@ def caption_of(thing: str = "", style: str = "", ground: str = "", which: int = 
     return GROUND_PROMPTS[which % 2].format(text, colour=ground).replace(" a orange", " an orange") if ground else text
 
 
-def random_caption(words: Words, generator: torch.Generator, things: int = len(THINGS)) -> tuple[str, Scene]:
+def random_caption(words: Lexicon, generator: torch.Generator, things: int = len(THINGS)) -> tuple[str, Scene]:
     """A caption of one of the first ``things`` things and a scene that it describes."""
 
     def below(count: int) -> int:

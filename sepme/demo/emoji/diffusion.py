@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import Scene, Words, random_caption
+from .captions import Lexicon, Scene, random_caption
 from .data import BACKGROUND_NAMES, place, random_placement
 from .stage import Stage
 from .text import LENGTH, WIDTH, build_text_encoder
@@ -89,7 +89,7 @@ class Latents:
 class Batches:
     """Captions and latents: every caption with ``draws`` pictures of it, which saves text encoding."""
 
-    def __init__(self, latents: Latents, words: Words, tokenizer: CLIPTokenizer, captions: int = 16, draws: int = 2) -> None:
+    def __init__(self, latents: Latents, words: Lexicon, tokenizer: CLIPTokenizer, captions: int = 16, draws: int = 2) -> None:
         self.latents, self.words, self.tokenizer, self.captions, self.draws = latents, words, tokenizer, captions, draws
 
     def draw(self, generator: torch.Generator, length: int = LENGTH) -> tuple[Tensor, Tensor]:

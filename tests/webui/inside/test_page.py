@@ -199,6 +199,25 @@ def test_training_shows_losses_and_stops(page: SimpleNamespace) -> None:
     assert not [n for n, m in page.ui.model.unet.named_modules() if "forward" in m.__dict__]
 
 
+def test_interrupt_while_waiting(page: SimpleNamespace) -> None:
+    """Behind a picture in the host's queue: the training never begins, the picture goes on."""
+    import modules.call_queue
+    import modules.shared
+
+    host = page.ui.part("scripts.webui.host")
+    with modules.call_queue.queue_lock:
+        modules.shared.state.begin("a picture")
+        job = page.client.submit("concepts: [waiting]", "closed-form", "subspace", "auto", 5, 0, "", api_name="/sepme_train")
+        while not job.outputs():
+            time.sleep(0.01)
+        host.interrupt()
+        assert not modules.shared.state.interrupted
+        modules.shared.state.end()
+    status, _ = job.result(timeout=60)
+    assert "Stopped" in status
+    assert not (page.models / "sepme" / "waiting.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("book", "sentence"),
     [

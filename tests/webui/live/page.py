@@ -41,19 +41,6 @@ class Page:
         result.get_by_text(re.compile("Installed into|rror|already")).wait_for(timeout=5 * MINUTES)
         return str(result.inner_text())
 
-    def reload_ui(self) -> None:
-        """By the link at the bottom, which not every click reaches before the page empties itself."""
-        for _ in range(3):
-            self.tab.get_by_text("Reload UI", exact=True).last.click()
-            for _ in range(30):
-                self.tab.wait_for_timeout(1000)
-                if "Restarting UI" in self.server.log:
-                    self.tab.wait_for_timeout(5000)  # the old one answers no more
-                    self.server.wait()
-                    return self.open()
-            self.open()
-        raise AssertionError("the UI does not restart")
-
     def train(self, book: str, objective: str = "closed-form", edit: str = "layers", prefix: str = "", interrupt: bool = False) -> str:
         """The tab's last words; ``interrupt`` presses the button as soon as the bar shows."""
         self.go("SepME")

@@ -69,10 +69,30 @@ class Server:
         (data / "config.json").write_text(json.dumps({"samples_format": "png"}), encoding="utf-8")
         cpu = ("--always-cpu",) if (checkout / "backend").is_dir() else ("--use-cpu", "all")
         folders = ("--data-dir", str(data), "--ckpt-dir", str(models), "--lora-dir", str(loras))
-        command = [str(checkout / "venv" / "bin" / "python"), "launch.py", *QUIET, *cpu, *folders, "--port", self.url.rsplit(":", 1)[1]]
+        self.command = [
+            str(checkout / "venv" / "bin" / "python"),
+            "launch.py",
+            *QUIET,
+            *cpu,
+            *folders,
+            "--port",
+            self.url.rsplit(":", 1)[1],
+        ]
+        self.start()
+
+    def start(self) -> None:
         variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | OFFLINE
-        with self.log_file.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(command, cwd=checkout, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        with self.log_file.open("a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(self.command, cwd=self.checkout, env=variables, stdout=log, stderr=subprocess.STDOUT)
+        self.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     @property
     def log(self) -> str:
@@ -128,11 +148,6 @@ class Server:
 def started(*arguments: Any) -> Iterator[Server]:
     server = Server(*arguments)
     try:
-        server.wait()
         yield server
     finally:
-        server.process.terminate()
-        try:
-            server.process.wait(20)
-        except subprocess.TimeoutExpired:
-            server.process.kill()
+        server.stop()
