@@ -1,10 +1,10 @@
-"""Writes docs/families.md from sepme/model/families: ``python docs/families_table.py``. A test compares."""
+"""Writes docs/families.md and its picture from sepme/model/families: ``python docs/families_table.py``. A test compares the page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family
+from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, FLOW, POOLED, Family
 
 HEAD = """# Families of models
 
@@ -18,6 +18,9 @@ Where each family reads text, from the data in `sepme/model/families/` (one file
 (after an embedding of the text where the table says so). **context**: text is mixed with the picture behind the layer that reads it; the
 context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
 **LoRA**: whether an edit of the context can be written as a change of the weights that read it; it cannot where a norm stands between.
+How text encoders that are not CLIP are read: [text encoders](text-encoders.md).
+
+![Families of models: what can be edited in each](images/families.png)
 
 | family | edits | reads the context in (single file; diffusers) | context | other texts | predicts | LoRA |
 |---|---|---|---|---|---|---|
@@ -58,5 +61,40 @@ def _names(path: str, diffusers: str) -> str:
     return f"`{path}`" if path == diffusers else f"`{path}`; `{diffusers}`"
 
 
+def picture(path: Path) -> None:
+    """The families as a chart: what SepME edits in each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    families = sorted((f for f in FAMILIES if f.label), key=lambda f: (not f.cross_attention, f.label))
+    columns = {
+        "edit of\nthe context": lambda f: bool(f.texts),
+        "edit of\neach layer": lambda f: f.per_layer and f.prediction != FLOW,  # those that hosts have
+        "pooled vector\nedited too": lambda f: POOLED in f.texts,
+        "more texts,\nnot edited": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
+        "as a LoRA": lambda f: _row(f)[-1] == "yes",
+    }
+    figure, axes = plt.subplots(figsize=(9, 0.27 * len(families) + 1))
+    for y, family in enumerate(families):
+        if y % 2:
+            axes.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", zorder=0)
+        for x, (name, holds) in enumerate(columns.items()):
+            if holds(family):
+                axes.scatter(x, y, s=70, color="#c0392b" if "not" in name else "#2c7fb8")
+        context = family.texts.get(CONTEXT)
+        axes.text(len(columns) - 0.4, y, context.encoder if context else "no text encoder", va="center", fontsize=7)
+    axes.set_yticks(range(len(families)), [f.label for f in families], fontsize=8)
+    axes.set_xticks(range(len(columns)), list(columns), fontsize=7)
+    axes.set(xlim=(-0.5, len(columns) + 4.6), ylim=(len(families) - 0.5, -0.5))
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("families.md").write_text(table(), encoding="utf-8")
+    here = Path(__file__).parent
+    (here / "families.md").write_text(table(), encoding="utf-8")
+    picture(here / "images" / "families.png")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...sepme.model.encoder_fingerprint import PROBES
+from ...sepme.model.families import encoder_of
 from ...sepme.model.protocols import Encoding
 from ...sepme.plan.vocabulary import shipped_texts
 from .encodings import StoredEncodings, digest
@@ -26,6 +27,11 @@ def adapts(model: Any) -> bool:
     return hasattr(getattr(model, "diffusion_model", None), "preprocess_text_embeds")
 
 
+def encoder_name(patcher: Any) -> str:
+    """What makes the context that a MODEL reads, in words; empty where it is of no known family."""
+    return encoder_of({name: tuple(weight.shape) for name, weight in patcher.model.diffusion_model.named_parameters()})
+
+
 class LanguageEncoder:
     """Encodes prompts as CLIPTextEncode does, one by one, without weights: parentheses are plain text.
 
@@ -34,14 +40,15 @@ class LanguageEncoder:
 
     Args:
         clip: a CLIP; its LoRAs are in effect.
-        model: the MODEL that will read the contexts, where :func:`adapts` is true of it.
+        model: the MODEL that will read the contexts, if known; some (:func:`adapts`) make others of them first.
     """
 
     free_length = True
     clip_skip = 0
 
     def __init__(self, clip: Any, model: Any = None) -> None:
-        self.clip, self.model = clip, model
+        self.clip, self.name = clip, "" if model is None else encoder_name(model)
+        self.model = model if model is not None and adapts(model.model) else None
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
@@ -53,8 +60,9 @@ class LanguageEncoder:
         key = digest(self._identity, *prompts)
         found = self._store.get(key)
         if found is None:
-            self._store.put(key, _joined([self._read(p) for p in prompts]))
-            found = self._store.get(key) or _joined([self._read(p) for p in prompts])
+            read = _joined([self._read(p) for p in prompts])
+            self._store.put(key, read)
+            found = self._store.get(key) or read  # as it will be read the next time
         return found
 
     @cached_property
@@ -75,18 +83,19 @@ class LanguageEncoder:
             facts = self.clip.encode_from_tokens(self.clip.tokenize(plain), return_pooled=True, return_dict=True)
             context, pooled, mask = (facts.pop(key, None) for key in ("cond", "pooled_output", "attention_mask"))
             if self.model is not None:
-                context, mask = self._adapted(context, facts), None
+                context, mask = _adapted(self.model, context, facts), None
         context = context[:1].to("cpu", torch.float32, copy=True)
         there = context.ne(0).any(dim=-1)
         if mask is not None and mask.shape[-1] == context.shape[1]:
             there &= mask.reshape(1, -1).cpu().bool()
         return Encoding(context, there, None if pooled is None else pooled[:1].to("cpu", torch.float32, copy=True))
 
-    def _adapted(self, context: Tensor, facts: dict[str, Any]) -> Tensor:
-        """The context as the MODEL's own adapter makes it of the text encoder's."""
-        comfy.model_management.load_models_gpu([self.model])
-        adapted: Tensor = self.model.model.extra_conds(cross_attn=context, device=self.model.load_device, **facts)["c_crossattn"].cond
-        return adapted
+
+def _adapted(patcher: Any, context: Tensor, facts: dict[str, Any]) -> Tensor:
+    """The context as a MODEL's own adapter makes it of the text encoder's."""
+    comfy.model_management.load_models_gpu([patcher])
+    adapted: Tensor = patcher.model.extra_conds(cross_attn=context, device=patcher.load_device, **facts)["c_crossattn"].cond
+    return adapted
 
 
 def _joined(rows: Sequence[Encoding]) -> Encoding:

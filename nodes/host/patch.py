@@ -20,10 +20,10 @@ from ...sepme.apply.projector import KVProjector
 from ...sepme.apply.row_strengths import row_strengths
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
-from ...sepme.delta.verify import encoder_warnings
+from ...sepme.delta.verify import check_named_encoder, encoder_warnings
 from ...sepme.model.layers import projections
 from .denoiser import attention_layers
-from .language import adapts
+from .language import adapts, encoder_name
 from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
@@ -200,8 +200,8 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     """A clone of a MODEL with deltas on it; those that it carries already stay, with their toggles where the new ones say nothing.
 
     Raises:
-        SepMEError: deltas for another model, two of one concept, toggles of unknown concepts; per-layer deltas and no Stable Diffusion
-            UNet.
+        SepMEError: deltas for another model or text encoder, two of one concept, toggles of unknown concepts; per-layer deltas and no
+            Stable Diffusion UNet.
     """
     clone = patcher.clone()
     before: Applied | None = patcher.get_attachment(KEY)
@@ -210,6 +210,8 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     if not deltas:
         return clone
     composition = Composition(tuple(deltas))
+    if any(delta.edits_context for delta in deltas):
+        check_named_encoder(deltas, encoder_name(patcher))
     modules: dict[str, Any] = projections(attention_layers(patcher.model)) if composition.columns else {}
     for delta in deltas if modules else ():
         delta.check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")

@@ -15,7 +15,7 @@ from ...sepme.model.encoder_fingerprint import PROBES
 from ...sepme.model.protocols import Encoding
 from ...sepme.plan.gate import ordinary_prompts
 from .jobs import check_interrupted
-from .language import LanguageEncoder, adapts
+from .language import LanguageEncoder, encoder_name
 
 BATCH = 8  # prompts encoded between two looks at the interrupt button; a CPU is no faster with more
 
@@ -45,7 +45,7 @@ def text_encoder(clip: Any, model: Any = None) -> ClipEncoder | LanguageEncoder:
     """A CLIP as text encoder.
 
     Args:
-        model: the MODEL that will read its contexts; some make others of them first.
+        model: the MODEL that will read its contexts, if known; its family names the encoder, and some make other contexts of them first.
 
     Raises:
         SepMEError: there is none; or it makes no text that can be edited.
@@ -53,8 +53,8 @@ def text_encoder(clip: Any, model: Any = None) -> ClipEncoder | LanguageEncoder:
     if clip is None:
         raise SepMEError(NO_ENCODER)
     if set(clip.tokenize("")) <= CLIPS:
-        return ClipEncoder(clip)
-    return LanguageEncoder(clip, model if model is not None and adapts(model.model) else None)
+        return ClipEncoder(clip, "" if model is None else encoder_name(model))
+    return LanguageEncoder(clip, model)
 
 
 class ClipEncoder:
@@ -62,15 +62,16 @@ class ClipEncoder:
 
     Args:
         clip: a CLIP of SD1.x, SD2.x or SDXL; its LoRAs and clip skip are in effect.
+        name: of the text encoder, as the table of families calls it.
 
     Raises:
         SepMEError: there is none.
     """
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: Any, name: str = "") -> None:
         if clip is None:
             raise SepMEError(NO_ENCODER)
-        self.clip = clip
+        self.clip, self.name = clip, name
         self.has_pooled = "g" in self._tokens("")  # SDXL; other UNets do not read the pooled vector
 
     @property

@@ -6,7 +6,6 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,6 +16,7 @@ from ...sepme.errors import SepMEError
 from ...sepme.model.families import fits
 from . import infotext
 from .files import by_concept, by_hash, find, grade, label_of, labels
+from .grades import dot
 from .host import InputAccordion, missing
 from .settings import Settings
 
@@ -29,7 +29,6 @@ GATE = "Gate: prompts that carry no chosen concept stay as they are, bit for bit
 STRENGTH = "0 keeps, 1 erases, more overshoots, less than 0 amplifies"
 NO_FILES = "There are no delta files yet: make some in the tab SepME, or copy some there."
 LOST = "no such file; refresh, or take it out"
-WORDS = json.loads((Path(__file__).resolve().parents[2] / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["sepme"]
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 
@@ -97,7 +96,7 @@ class Panel:
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
             f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
-            f"{html.escape(label)}{''.join(f' {_dot(g)}' for g in sorted({grade(e) for e in files}))}</label>"
+            f"{html.escape(label)}{''.join(f' {dot(g)}' for g in sorted({grade(e) for e in files}))}</label>"
             f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" '
             f'aria-label="Strength of {quoted}" title="{STRENGTH}">'
             f'<input type="number" class="sepme-number" min="-100" max="100" step="0.05" value="{strength:g}" '
@@ -129,12 +128,6 @@ class Panel:
 
     def _read_gate(self, params: Mapping[str, str]) -> bool | None:
         return None if infotext.read(params) is None else params.get(infotext.GATE) != "off"
-
-
-def _dot(grade: str) -> str:
-    """A coloured dot that says how separable the concept is, in ComfyUI's words."""
-    text = html.escape(WORDS[f"grade.{grade}"], quote=True)
-    return f'<span class="sepme-dot sepme-{grade}" role="img" title="{text}" aria-label="{text}"></span>'
 
 
 def _warn(text: str) -> None:

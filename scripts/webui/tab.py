@@ -17,6 +17,7 @@ from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
 from . import host
 from .files import choose, labels, load
+from .grades import word
 from .panel import delta_choice
 from .progress import TaskStatus, follow, shown, table
 from .training import train_page
@@ -99,7 +100,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
         heads = ("concept", "gate", "own prompts pass", *leakage, "false touches", "certificate", "holds")
         rows = [
             (c.concept, c.gate, f"{c.own_touched:.0%}", max(c.leakage_linear.values()), max(c.leakage_gated.values()), c.false_touch_rate,
-             delta.grade, "yes" if c.holds else "NO")
+             word(delta.grade), "yes" if c.holds else "NO")
             for c, delta in zip(found.checks, deltas, strict=True)
         ]  # fmt: skip
         return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *about_encoder, *found.warnings))

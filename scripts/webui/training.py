@@ -17,6 +17,7 @@ from ...sepme.train.objectives import OBJECTIVES, described
 from ...sepme.train.options import EDITS, MODES
 from . import host
 from .book import BookRows, book_of, parse
+from .grades import word
 from .progress import TaskStatus, follow, shown, table
 
 BOOK = """concepts:
@@ -106,6 +107,6 @@ def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
     rows: list[tuple[Any, ...]] = []
     for delta, path in saved:
         certificate = delta.certificate
-        facts = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate, delta.grade)
-        rows.append((delta.concept.name, *facts, path.relative_to(host.library.folder).as_posix()))
-    return table(("concept", "rank", "steps", "gate", "worst leakage before the gate", "false touches", "certificate", "file"), rows)
+        figures = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate)
+        rows.append((delta.concept.name, word(delta.grade), path.relative_to(host.library.folder).as_posix(), *figures))
+    return table(("concept", "certificate", "file", "rank", "steps", "gate", "worst leakage before the gate", "false touches"), rows)

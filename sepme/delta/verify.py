@@ -145,6 +145,24 @@ def encoder_warnings(deltas: Sequence[ConceptDelta], skipped: int, fingerprint: 
     return warnings
 
 
+def check_named_encoder(deltas: Sequence[ConceptDelta], reads: str) -> None:
+    """Refuse edits of the context that another text encoder made than a model reads, where both are known by name.
+
+    Args:
+        reads: of the model, by :func:`~sepme.model.families.encoder_of`.
+
+    Raises:
+        SepMEError: there is one.
+    """
+    for delta in deltas:
+        made = delta.facts.text_encoder
+        if delta.edits_context and reads and made is not None and made.name not in ("", reads):
+            raise SepMEError(
+                f"The delta of {delta.concept.name!r} was made with the text encoder {made.name}, and this model reads {reads}; train the "
+                "concept with this model's."
+            )
+
+
 def _worst(encoding: Encoding, delta: ConceptDelta) -> float:
     return float(ratios(encoding.context, delta.down).max())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import text
 from .protocols import Encoding, TextEncoder
 
 PROBES = ("a photo of a cat", "an oil painting of a house by the sea", "two people talk about the weather")
@@ -27,11 +28,12 @@ class EncoderFingerprint:
 
     width: int
     figures: tuple[float, ...]
+    name: str = ""
 
     @staticmethod
     def of(encoder: TextEncoder) -> EncoderFingerprint:
         """Read the probe prompts."""
-        return EncoderFingerprint.from_encoding(encoder.encode(list(PROBES)))
+        return replace(EncoderFingerprint.from_encoding(encoder.encode(list(PROBES))), name=str(getattr(encoder, "name", "")))
 
     @staticmethod
     def from_encoding(encoding: Encoding) -> EncoderFingerprint:
@@ -54,11 +56,11 @@ class EncoderFingerprint:
         figures = tuple(float(v) for v in data["figures"])
         if len(figures) != FIGURES * len(PROBES):
             raise ValueError("text_encoder")
-        return EncoderFingerprint(int(data["width"]), figures)
+        return EncoderFingerprint(int(data["width"]), figures, text(data.get("name", "")))
 
     def to_json(self) -> dict[str, Any]:
         """What a file's header stores; :meth:`from_json` reads it."""
-        return {"width": self.width, "figures": list(self.figures)}
+        return {"width": self.width, "figures": list(self.figures)} | ({"name": self.name} if self.name else {})
 
     def distance(self, other: EncoderFingerprint) -> float:
         """0 for one encoder, about 1.4 for unrelated ones, infinite for other widths."""

@@ -63,7 +63,7 @@ def aligned(own: Tensor, anchor: Tensor) -> Tensor:
     """The anchor's tokens ``(prompts, tokens, d_in)`` in the places of those of prompts ``(prompts, tokens, d_in)`` of any length.
 
     They stand in their order from the left, the last one in all further places: of the ways that were measured
-    (docs/families.md) this leaves least of a concept.
+    (docs/text-encoders.md) this leaves least of a concept.
 
     Args:
         anchor: ``(1, tokens, d_in)``.

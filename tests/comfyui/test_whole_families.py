@@ -62,7 +62,18 @@ def test_load_train_erase_restore(checkpoint_server: Server, family: str) -> Non
     assert run.error is None, run.message
     found = {p.stem.split("_0")[0]: load_file(p)["latent_tensor"] for p in (Path(server.base) / "output" / family).glob("*.latent")}
     assert found["stock"].isfinite().all()
-    assert (found["erased"] - found["stock"]).abs().max() > 0.05 * found["stock"].abs().max()
+    effect = (found["stock of another"] - found["stock"]).abs().max()
+    assert (found["erased"] - found["stock"]).abs().max() > 0.05 * effect
     assert torch.equal(found["restored"], found["stock"])
     assert torch.equal(found["spared"], found["stock of another"])
     assert not torch.equal(found["spared"], found["stock"])
+
+
+def test_a_delta_of_another_text_encoder_is_refused_by_name(checkpoint_server: Server) -> None:
+    """T5 of Flux and umT5 of Wan have equally many channels."""
+    scene, other = Scene("flux"), Scene("wan")
+    other.prompt = scene.prompt = scene.prompt | {f"other {k}": v for k, v in other.prompt.items()}
+    model = scene.add("SepMEApply", model=["other TinyFamily0", 0], deltas=scene.train()[0])
+    scene.latents(model[0], scene.text(scene.model[1], ERASED)[0], "refused")
+    run = checkpoint_server.run(scene.prompt)
+    assert "was made with the text encoder T5-XXL, and this model reads umT5-XXL" in run.message

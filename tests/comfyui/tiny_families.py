@@ -89,10 +89,11 @@ def build(name: str) -> tuple[Any, Any]:
     _seed(model.diffusion_model, 1)
     device = comfy.model_management.get_torch_device()
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(model, load_device=device, offload_device=torch.device("cpu")), _clip(family)
+    return patcher(model, load_device=device, offload_device=torch.device("cpu")), clip(family)
 
 
-def _clip(family: Family) -> Any:
+def clip(family: Family) -> Any:
+    """CLIP."""
     module = import_module(f"comfy.text_encoders.{family.module}")
     make: Callable[[], Any] = getattr(module, family.encoder)
     target = comfy.supported_models_base.ClipTarget(getattr(module, family.tokenizer), make())
@@ -103,9 +104,9 @@ def _clip(family: Family) -> Any:
         with open(str(folder).replace("aura_t5.py", "t5_pile_tokenizer/tokenizer.model"), "rb") as file:
             data["spiece_model"] = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
         sizes[f"{name}_model_config"] = sizes[f"{name}_model_config"] | {"vocab_size": 40000}
-    clip = comfy.sd.CLIP(target, tokenizer_data=data, parameters=1000, model_options={"dtype": torch.float32} | sizes)
-    _seed(clip.cond_stage_model, 2)
-    return clip
+    made = comfy.sd.CLIP(target, tokenizer_data=data, parameters=1000, model_options={"dtype": torch.float32} | sizes)
+    _seed(made.cond_stage_model, 2)
+    return made
 
 
 def _seed(model: torch.nn.Module, seed: int) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "Text",
     "V",
     "context_architecture",
+    "encoder_of",
     "ends",
     "family_of",
     "find",
@@ -52,6 +53,13 @@ def recognise(weights: Mapping[str, Sequence[int]]) -> Family | None:
         return marked
     found = {site: bare[name] for site, name in find(bare).items()}
     return family_of({site: (shape[0], shape[1]) for site, shape in found.items()}) if found else None
+
+
+def encoder_of(weights: Mapping[str, Sequence[int]]) -> str:
+    """What makes the context that a whole model reads, in words; empty if it is of no known family. See :func:`recognise`."""
+    family = recognise(weights)
+    context = None if family is None else family.texts.get(CONTEXT)
+    return "" if context is None else context.encoder
 
 
 def _bare(name: str) -> str:

@@ -78,7 +78,7 @@ def test_rows_and_refresh(page: SimpleNamespace) -> None:
     assert rows.count("sepme-row") == 2
     assert 'data-concept="moon"' in rows
     assert "sepme-off" in rows
-    assert rows.count(f'title="{page.ui.part("scripts.webui.panel").WORDS["grade.good"]}"') == 2
+    assert rows.count(f'title="{page.ui.part("scripts.webui.grades").sentence("good")}"') == 2
     assert "not JSON" in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "{")
     assert "no such file" in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
     assert "<b>x" not in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
@@ -119,7 +119,7 @@ def test_all_of_it_is_there_in_chinese(page: SimpleNamespace) -> None:
     missing = _texts(blocks) - chinese.keys() - same_in_all
     assert missing == set()
     words = json.loads((ROOT / "locales" / "zh" / "main.json").read_text(encoding="utf-8"))["sepme"]
-    for name, text in panel.WORDS.items():
+    for name, text in page.ui.part("scripts.webui.grades").WORDS.items():
         assert not name.startswith("grade.") or chinese[text] == words[name]
 
 
@@ -129,12 +129,13 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     assert status.count("<tr>") == 3, status
     assert (page.models / "sepme" / "new" / "house.safetensors").exists()
     assert generate(page, "a house", True, ["house"], "", True, "auto")[0] != generate(page, "a house")[0]
-    grades = [part for part in ("good", "fair", "poor") if f">{part}<" in status]
+    words = [page.ui.part("scripts.webui.grades").word(grade) for grade in ("good", "fair", "poor")]
+    grades = [word for word in words if f">{word}<" in status]
     assert "certificate" in status
     assert grades
     status, _ = call(page, "sepme_verify", ["house", "tree"])
     assert "certificate" in status
-    assert [part for part in ("good", "fair", "poor") if f">{part}<" in status] == grades  # the one that ComfyUI shows
+    assert [word for word in words if f">{word}<" in status] == grades  # the one that ComfyUI shows
     assert status.count("yes") == 2, status
     status, _ = call(page, "sepme_export", ["house"], "LoRA", "houses", "")
     assert "Wrote" in status
