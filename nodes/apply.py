@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..sepme.apply.toggles import parse_json
 from ..sepme.delta.concept_delta import ConceptDelta
 from . import host, queued
-from .sockets import CATEGORY, TOGGLES_TIP, Deltas
+from .sockets import CATEGORY, TOGGLES_TIP, Deltas, folded
 
 
 class SepMEApply(io.ComfyNode):
@@ -26,7 +26,7 @@ class SepMEApply(io.ComfyNode):
             "the concept keep every bit. Works before or after LoRA loaders. A prompt's own <erase:...> and <keep:...> tags go "
             "before these toggles. Model Save and merges take weights only, so the erasure is not in their files: share deltas, or "
             "a LoRA of them by SepME Export.",
-            inputs=[
+            inputs=folded([
                 io.Model.Input("model", tooltip="The model that the deltas were made for, or one of the same architecture."),
                 Deltas.Input("deltas", tooltip="From SepME Load Delta, SepME Train, or a chain of them."),
                 io.String.Input("toggles", default="{}", optional=True, tooltip=f"{TOGGLES_TIP}erased."),
@@ -40,7 +40,7 @@ class SepMEApply(io.ComfyNode):
                     tooltip="On: a delta acts only on prompts that carry its concept, all others stay bit-identical. "
                     "Off: on every prompt, as a LoRA would.",
                 ),
-            ],
+            ], "backend", "gate"),
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip

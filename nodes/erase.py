@@ -17,7 +17,7 @@ from .concepts import lines
 from .deltas import find
 from .facts import facts_of_delta
 from .rows import Row, parse_rows
-from .sockets import CATEGORY, Deltas, advanced
+from .sockets import CATEGORY, Deltas, folded
 
 ALIASES = ["erase", "remove", "unlearn", "forget", "censor", "ban", "block", "concept"]
 
@@ -32,20 +32,20 @@ class SepMEErase(io.ComfyNode):
             category=CATEGORY,
             description="Erase (remove, unlearn, block) concepts: type what must not be in the pictures, press Run. Styles, characters, "
             "objects, brands; each row is a switch with a strength. Everything else stays as it is.",
-            inputs=[
+            inputs=folded([
                 io.Model.Input("model", tooltip="The model that draws; its weights stay as they are."),
                 io.Clip.Input("clip", tooltip="The text encoder that reads your prompts: the erasure is worked out from it."),
                 io.String.Input("concepts", default="[]", tooltip="What must not be in the pictures: rows, or names with commas between."),
                 Deltas.Input("deltas", optional=True, tooltip="Erasures made or loaded elsewhere, used along with these rows."),
-                advanced(io.String.Input(
+                io.String.Input(
                     "preserve", multiline=True, default="", optional=True,
                     tooltip="Words and prompts that must not change at all, one per line; more of them leave less room for the concepts.",
-                )),
-                advanced(io.Boolean.Input(
+                ),
+                io.Boolean.Input(
                     "gate", default=True, optional=True,
                     tooltip="On: only prompts that carry a concept change. Off: every prompt may change a little.",
-                )),
-            ],
+                ),
+            ], "preserve", "gate"),
             outputs=[
                 io.Model.Output(),
                 Deltas.Output("deltas_out", display_name="DELTAS", tooltip="The erasures as files-to-be: save, verify or export them."),

@@ -13,10 +13,12 @@ Deltas = io.Custom("DELTAS")  # a tuple of ConceptDelta
 LossMap = io.Custom("LOSS_MAP")  # {"loss": [float, ...]}, as ComfyUI's LossGraphNode plots it
 
 
-def advanced(given: Any) -> Any:
-    """An input that newer pages show only when asked for all; older ones show it like any other."""
-    given.extra_dict = {**(given.extra_dict or {}), "advanced": True}
-    return given
+def folded(inputs: list[Any], *names: str) -> list[Any]:
+    """Inputs of which newer pages show these only when asked for all; older ones show them like any other."""
+    for given in inputs:
+        if given.id in names:
+            given.extra_dict = {**(given.extra_dict or {}), "advanced": True}
+    return inputs
 
 
 TOGGLES_TIP = (

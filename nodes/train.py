@@ -22,7 +22,7 @@ from . import host, queued
 from .concepts import join, lines
 from .facts import facts_of_delta
 from .live import Live
-from .sockets import CATEGORY, Concepts, Deltas, LossMap
+from .sockets import CATEGORY, Concepts, Deltas, LossMap, folded
 
 RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken from, with guidance
 
@@ -38,7 +38,7 @@ class SepMETrain(io.ComfyNode):
             category=CATEGORY,
             description="Make one delta for every concept that is to be erased. Training runs on the MODEL as it is, LoRAs included; "
             "the MODEL itself is not changed. Interrupt works at any step.",
-            inputs=[
+            inputs=folded([
                 io.Model.Input("model", tooltip="SD1.x, SD2.x, SDXL or the demo model."),
                 io.Clip.Input("clip", tooltip="The text encoder that your prompts will use, with its clip skip."),
                 Concepts.Input("concepts", tooltip="All known concepts; each delta leaves the others' prompts alone."),
@@ -79,7 +79,7 @@ class SepMETrain(io.ComfyNode):
                     "edit", options=list(EDITS), default="layers", optional=True,
                     tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items()),
                 ),
-            ],
+            ], "objective", "mode", "learning_rate", "max_rank", "size", "edit"),
             outputs=[
                 Deltas.Output("deltas_out", display_name="DELTAS"),
                 LossMap.Output(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -95,13 +96,24 @@ def _grade(path: Path, content_hash: str) -> str:
         return "unknown"
 
 
+@dataclass(frozen=True, eq=False)
+class Made(Entry):
+    """A delta that is no file: of a concept that was only named."""
+
+    delta: ConceptDelta
+
+    @staticmethod
+    def of(delta: ConceptDelta) -> Made:
+        return Made("", Path(), 0, delta.concept.name, delta.content_hash(), delta.architecture, "", delta)
+
+
 def load(entry: Entry) -> ConceptDelta:
     """The delta; small files are read once, until they change.
 
     Raises:
         SepMEError: damaged.
     """
-    return _load(str(entry.path), entry.content_hash)
+    return entry.delta if isinstance(entry, Made) else _load(str(entry.path), entry.content_hash)
 
 
 @lru_cache(maxsize=64)

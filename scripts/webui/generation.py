@@ -144,7 +144,7 @@ def for_tag(p: Any, name: str, chosen: Sequence[Entry]) -> Entry:
         SepMEError: there is none, or several; or one of a concept of which another file is chosen.
     """
     entries, fitting = host.library.entries(), host.architectures_of(p.sd_model)
-    meant = {e.content_hash for e in find(name, entries)}
+    meant = {e.content_hash for e in find(name, [*entries, *chosen])}
     if len(own := [e for e in chosen if e.content_hash in meant]) == 1:
         return own[0]
     entry = choose(name, [e for e in entries if e.architecture in fitting], fitting)

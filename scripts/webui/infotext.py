@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-KEYS = CONCEPTS, GATE, TAGS, NOTE = "SepME concepts", "SepME gate", "SepME tags", "SepME note"
+KEYS = CONCEPTS, GATE, TAGS, NOTE, NAMED = "SepME concepts", "SepME gate", "SepME tags", "SepME note", "SepME erase"
 HASH_LENGTH = 10
 _END = rf" \(([0-9a-f]{{{HASH_LENGTH}}})\): (-?[0-9.]+(?:e[-+]?[0-9]+)?)(?:, |$)"
 _RECORD = re.compile(rf'(?:"((?:[^"]|"")*)"|(.+?)){_END}', re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ...sepme.apply.projector import BACKENDS
+from ...sepme.concepts import split_names
 from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
 from ...sepme.model.families import fits
@@ -28,6 +30,7 @@ HELP = (
 GATE = "Gate: prompts that carry no chosen concept stay as they are, bit for bit"
 STRENGTH = "0 keeps, 1 erases, more overshoots, less than 0 amplifies"
 NO_FILES = "There are no delta files yet: make some in the tab SepME, or copy some there."
+NAMED = "by its name"
 LOST = "no such file; refresh, or take it out"
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
@@ -47,6 +50,10 @@ class Panel:
             with gr.Row(elem_classes=["sepme-choice"]):
                 concepts = delta_choice(library, "Concepts to erase", elem_id("concepts"))
                 refresh = gr.Button("\u21bb", elem_id=elem_id("refresh"), elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+            named = gr.Textbox(
+                "", label="Erase what is not a file yet", info="names with commas between; worked out with the first picture",
+                placeholder="van gogh, picasso", lines=1, max_lines=1, elem_id=elem_id("named"),
+            )  # fmt: skip
             rows = gr.HTML(self._rows([], ""), elem_id=elem_id("rows"))
             gate = gr.Checkbox(True, label=GATE, elem_id=elem_id("gate"))
             with gr.Accordion("Backend, strengths as text", open=False), gr.Row():
@@ -56,42 +63,49 @@ class Panel:
                     elem_id=elem_id("strengths"), scale=2,
                 )  # fmt: skip
             gr.HTML(f'<p class="sepme-help">{HELP}</p>')
-        for control, api_name in ((concepts, elem_id("rows")), (strengths, False), (enabled, False)):
-            control.change(self._rows, [concepts, strengths], [rows], show_progress=False, api_name=api_name)
+        for control, api_name in ((concepts, elem_id("rows")), (strengths, False), (enabled, False), (named, False)):
+            control.change(self._rows, [concepts, strengths, named], [rows], show_progress=False, api_name=api_name)
         refresh.click(self._refresh, [concepts], [concepts], show_progress=False, api_name=elem_id("refresh"))
-        self.controls = [enabled, concepts, strengths, gate, backend]
+        self.controls = [enabled, concepts, strengths, gate, backend, named]
         self.infotext_fields = [
             (enabled, self._read_enabled),
             (concepts, self._read_concepts),
             (strengths, self._read_strengths),
             (gate, self._read_gate),
+            (named, self._read_named),
         ]
 
     def _refresh(self, chosen: Sequence[str]) -> Any:
         return gr.update(choices=list(labels(self.library.entries())), value=list(chosen or []))
 
-    def _rows(self, chosen: Sequence[str], strengths: str) -> str:
+    def _rows(self, chosen: Sequence[str], strengths: str, named: str = "") -> str:
         """A switch and a slider per concept; ``javascript/sepme.js`` writes what they say into the strengths."""
         entries, lacking = self.library.entries(), missing()
         above = f'<p class="sepme-error">{html.escape(lacking)}</p>' if lacking else ""
-        if not chosen:
+        try:
+            typed = dict.fromkeys(split_names(named))
+        except SepMEError as error:
+            return f'<p class="sepme-error">{html.escape(str(error))}</p>'
+        if not chosen and not typed:
             hint = "Choose concepts above." if entries else NO_FILES
             return f'{above}<p class="sepme-hint">{hint}</p>'
-        found = {label: find(label, entries) for label in chosen}
+        found = {label: find(label, entries) for label in chosen or ()}
         try:
-            settings = Settings.parse(True, list(chosen), strengths)
-            known = {key: s for key, s in settings.strengths.items() if found.get(key) != []}  # files come and go
+            settings = Settings.parse(True, list(chosen or []), strengths)
+            known = {key: s for key, s in settings.strengths.items() if found.get(key) != [] and key not in typed}  # files come and go
             table, _ = by_concept(known, list({e.content_hash: e for files in found.values() for e in files}.values()), entries)
         except SepMEError as error:
             return f'<p class="sepme-error">{html.escape(str(error))}</p>'
-        return above + "".join(self._row(label, files, {**settings.strengths, **table}) for label, files in found.items())
+        table = {**settings.strengths, **table}
+        rows = [self._row(label, files, table) for label, files in found.items()]
+        return above + "".join(rows + [self._row(name, [], table, NAMED) for name in typed])
 
     @staticmethod
-    def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float]) -> str:
+    def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float], without: str = LOST) -> str:
         """The row of what is chosen under this label, of no file or (for different checkpoints) of several."""
         name = files[0].concept if files else label
         strength = strengths.get(name, 1.0)
-        facts = "; ".join(f"{fits(e.architecture)}, {e.bytes / 1000:.0f} kB" for e in files) or LOST
+        facts = "; ".join(f"{fits(e.architecture)}, {e.bytes / 1000:.0f} kB" for e in files) or without
         quoted = html.escape(name, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
@@ -106,7 +120,7 @@ class Panel:
 
     def _read_enabled(self, params: Mapping[str, str]) -> bool | None:
         records, entries = infotext.read(params), self.library.entries()
-        return None if records is None else any(by_hash(r.hash, entries) for r in records)
+        return None if records is None else bool(infotext.read(params, infotext.NAMED)) or any(by_hash(r.hash, entries) for r in records)
 
     def _read_concepts(self, params: Mapping[str, str]) -> list[str] | None:
         """Labels of the files with these hashes; a hash that is not there is said, and changes nothing else."""
@@ -123,11 +137,23 @@ class Panel:
         return None if infotext.read(params) is None else found
 
     def _read_strengths(self, params: Mapping[str, str]) -> str | None:
-        records = infotext.read(params)
-        return None if records is None else json.dumps({r.name: r.strength for r in records}) if records else ""
+        read = [infotext.read(params, key) for key in (infotext.CONCEPTS, infotext.NAMED)]
+        if all(records is None for records in read):
+            return None
+        strengths = {r.name: r.strength for records in read for r in records or ()}
+        return json.dumps(strengths) if strengths else ""
+
+    def _read_named(self, params: Mapping[str, str]) -> str | None:
+        records = infotext.read(params, infotext.NAMED)
+        return None if records is None else ", ".join(_listed(r.name) for r in records)
 
     def _read_gate(self, params: Mapping[str, str]) -> bool | None:
         return None if infotext.read(params) is None else params.get(infotext.GATE) != "off"
+
+
+def _listed(name: str) -> str:
+    """A name as a list takes it: in quotes, its own doubled, where it holds what separates names."""
+    return '"{}"'.format(name.replace('"', '""')) if re.search('[,\\n"“]', name) else name
 
 
 def _warn(text: str) -> None:

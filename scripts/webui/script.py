@@ -14,7 +14,7 @@ from ...sepme.delta.library import Entry
 from ...sepme.errors import SepMEError
 from . import host, infotext
 from .axes import means_none
-from .files import by_concept, choose, load
+from .files import Made, by_concept, choose, load
 from .generation import BatchTags, Generation, attach, check_encoder, for_tag, release, say
 from .panel import Panel
 from .settings import Settings, Tags, take_tags
@@ -47,8 +47,10 @@ class SepMEScript(host.Script):
             entries = host.library.entries()
             settings = _override(p, Settings.parse(*args), entries)
             chosen = _panel_entries(p, settings, entries)
+            made = _named(p, settings, chosen)
+            chosen += made
             if settings.enabled:
-                strengths, idle = by_concept(settings.strengths, chosen, entries)
+                strengths, idle = by_concept(settings.strengths, chosen, [*entries, *made])
                 settings = replace(settings, strengths=strengths)
                 if idle and getattr(p, "is_api", False):  # the page keeps strengths of concepts that are chosen again later
                     say(p, f"the strength of {', '.join(idle)[:200]} has no effect, since it is not chosen.")
@@ -107,7 +109,12 @@ def _record(p: Any, run: Generation) -> None:
     for name, strength in tags.items():
         with suppress(SepMEError):  # said when the batch is sampled
             named[for_tag(p, name, run.chosen)] = strength
-    for key, strengths in ((infotext.TAGS, {e: s for e, s in named.items() if e not in run.chosen}), (infotext.CONCEPTS, run.strengths)):
+    by_key: dict[str, dict[Entry, float]] = {
+        infotext.TAGS: {e: s for e, s in named.items() if e not in run.chosen},
+        infotext.CONCEPTS: {e: s for e, s in run.strengths.items() if not isinstance(e, Made)},
+        infotext.NAMED: {e: s for e, s in run.strengths.items() if isinstance(e, Made)},
+    }
+    for key, strengths in by_key.items():
         if strengths:
             p.extra_generation_params[key] = infotext.write([infotext.Record(e.concept, e.content_hash, s) for e, s in strengths.items()])
     odd = sorted({e.concept for e, s in (*named.items(), *run.strengths.items()) if not 0 <= s <= 1})
@@ -151,6 +158,21 @@ def _panel_entries(p: Any, settings: Settings, entries: Sequence[Entry]) -> list
     if len({normalised(e.concept) for e in chosen.values()}) < len(chosen):
         raise SepMEError("Two of the chosen files erase the same concept; choose one of them.")
     return list(chosen.values())
+
+
+def _named(p: Any, settings: Settings, chosen: Sequence[Entry]) -> list[Entry]:
+    """What is erased by its name alone, beside the files that are chosen.
+
+    Raises:
+        SepMEError: a name that is none, or one of a file that is chosen too.
+    """
+    names = settings.named if settings.enabled else ()
+    taken = {normalised(e.concept) for e in chosen}
+    for name in names:
+        if normalised(name) in taken:
+            raise SepMEError(f"{name[:60]!r} is typed and chosen as a file; leave it out of one of them.")
+    known = sorted((load(e).concept for e in chosen), key=lambda c: c.name) if names else []
+    return [Made.of(delta) for delta in host.erased(p.sd_model, names, known)] if names else []
 
 
 def _taken(p: Any, prompts: Sequence[str]) -> tuple[list[str], list[Tags]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...sepme.apply.composition import Composition
 from ...sepme.apply.projector import BACKENDS
 from ...sepme.apply.toggles import merge, parse_json, parse_tags, strengths
-from ...sepme.concepts import normalised
+from ...sepme.concepts import normalised, split_names
 from ...sepme.errors import SepMEError
 
 Tags = dict[str, float]
@@ -28,6 +28,7 @@ class Settings:
         enabled: whether the panel's concepts are on; prompt tags work either way.
         concepts: names, labels, files or hashes of deltas.
         strengths: by the same, 1 where not given; ``overall`` goes before them.
+        named: concepts that are no files: erased by their names alone.
     """
 
     enabled: bool = False
@@ -35,6 +36,7 @@ class Settings:
     strengths: Mapping[str, float] = field(default_factory=dict)
     gate: bool = True
     backend: str = "auto"
+    named: tuple[str, ...] = ()
     overall: float | None = None
 
     @staticmethod
@@ -44,7 +46,7 @@ class Settings:
         Raises:
             SepMEError: a value that no control would give.
         """
-        given = dict(zip(("enabled", "concepts", "strengths", "gate", "backend"), args, strict=False))
+        given = dict(zip(("enabled", "concepts", "strengths", "gate", "backend", "named"), args, strict=False))
         enabled, gate = _switch(given.get("enabled"), False, "first"), _switch(given.get("gate"), True, "fourth")
         concepts, table, backend = given.get("concepts") or (), given.get("strengths") or "", given.get("backend") or "auto"
         if isinstance(concepts, str):
@@ -54,7 +56,10 @@ class Settings:
         table = parse_json(table if isinstance(table, str) else json.dumps(table, default=str))
         if backend not in BACKENDS:
             raise SepMEError(f"SepME has no backend {str(backend)[:40]!r}; choose one of {', '.join(BACKENDS)}.")
-        return Settings(enabled, tuple(dict.fromkeys(concepts)), table, gate, backend)
+        named = given.get("named") or ""
+        if not isinstance(named, str):
+            raise SepMEError("SepME's sixth argument is names with commas between, like 'van gogh, picasso'.")
+        return Settings(enabled, tuple(dict.fromkeys(concepts)), table, gate, backend, tuple(dict.fromkeys(split_names(named))))
 
     def strength(self, concept: str) -> float:
         """Of a concept chosen in the panel; strengths are by concept here."""

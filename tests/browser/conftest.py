@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.conftest import checkpoint_server  # noqa: F401 (a fixture of these tests too)
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
 from playwright.sync_api import Error

@@ -11,6 +11,7 @@ from comfyui.server import Server
 from PIL import Image
 
 from browser.page import Page
+from browser.test_erase import drawn, field
 from browser.test_first_use import build
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -54,6 +55,19 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     )
     page.picture(folder / "comfyui-page.png")
     check_picture(folder / "comfyui-page.png")
+
+
+def test_erase(server: Server, open_page: Callable[..., Page], folder: Path) -> None:
+    page = open_page(server)
+    erase = drawn(page)
+    field(page, erase).click()
+    page.tab.keyboard.type("heart, neon")
+    page.tab.keyboard.press("Enter")
+    field(page, erase).click()
+    page.tab.locator(".sepme-choices li").first.wait_for()
+    page.picture(folder / "comfyui-erase.png")
+    check_picture(folder / "comfyui-erase.png")
+    page.tab.keyboard.press("Escape")
 
 
 def test_repair(server: Server, open_page: Callable[..., Page], folder: Path) -> None:

@@ -125,6 +125,9 @@ def test_interface(server: Server) -> None:
         assert info[name]["description"]
         for kind in ("required", "optional"):
             assert all(spec[1].get("tooltip") for spec in info[name]["input"].get(kind, {}).values()), name
+    every = {(name, given) for name in info for given, spec in info[name]["input"].get("optional", {}).items() if spec[1].get("advanced")}
+    assert {n for _, n in every} == {"objective", "mode", "learning_rate", "max_rank", "size", "edit", "backend", "gate", "preserve"}
+    assert ("SepMETrain", "preserve") not in every
 
 
 def test_minimal_prompts(server: Server) -> None:

@@ -40,9 +40,10 @@ export class ErasePanel extends TogglePanel {
     this.made = []; // facts of what the server made of the rows
     this.field = el("input.sepme-search", {
       type: "text", placeholder: t("erase.placeholder"), "aria-label": t("erase.placeholder"), autocomplete: "off", role: "combobox", "aria-expanded": "false",
-      oninput: () => this.offer(), onfocus: () => this.offer(), onblur: () => setTimeout(() => this.closeChoices(), 150), onkeydown: (event) => this.onTyped(event),
+      oninput: () => this.offer(), onfocus: () => this.offer(), onclick: () => this.menu || this.offer(), onblur: () => setTimeout(() => this.closeChoices(), 150), onkeydown: (event) => this.onTyped(event),
     });
     const add = el("button.sepme-small.sepme-add", { type: "button", onclick: () => (this.field.value.trim() ? this.addTyped() : this.field.focus()) }, t("erase.add"));
+    this.element.classList.add("sepme-erase");
     this.element.append(el("div.sepme-foot", {}, this.field, add));
     this.draw();
   }

@@ -23,7 +23,7 @@ from .interface import (
     register_extra_network,
     script_modules,
 )
-from .loaded import LoadedModel, encoder_fingerprint, loaded_model
+from .loaded import LoadedModel, encoder_fingerprint, erased, loaded_model
 from .patch import ModelPatch
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "checkpoint_file",
     "checkpoint_folder",
     "encoder_fingerprint",
+    "erased",
     "interrupt",
     "job",
     "library",

@@ -11,6 +11,7 @@ from modules import call_queue, extra_networks, paths, script_callbacks, scripts
 
 from ....sepme.delta.library import DeltaLibrary
 from ....sepme.errors import Interrupted
+from ....sepme.train.erasures import Erasures
 
 Script, AlwaysVisible = scripts.Script, scripts.AlwaysVisible
 InputAccordion = ui_components.InputAccordion
@@ -19,6 +20,7 @@ on_before_ui, on_cfg_denoiser = script_callbacks.on_before_ui, script_callbacks.
 on_ui_tabs = script_callbacks.on_ui_tabs
 
 library = DeltaLibrary(lambda: [Path(paths.models_path) / "sepme"])
+erasures = Erasures(lambda: library.folder / ".cache")
 
 
 def lora_folder() -> Path:

@@ -12,12 +12,15 @@ import torch
 from modules import devices, prompt_parser
 from torch import Tensor, nn
 
+from ....sepme.concepts import Concept
+from ....sepme.delta.concept_delta import ConceptDelta
 from ....sepme.errors import SepMEError
 from ....sepme.model.encoder_fingerprint import EncoderFingerprint
 from ....sepme.model.layers import latent_side, leave_inference_mode
 from ....sepme.model.protocols import AttentionLayer, Encoding
 from ....sepme.model.schedule import Schedule, ScheduledDenoiser
 from .checkpoint import CHUNK, ClipSkip, attention_layers, chosen_model, crossattn, is_forge, load_forge, unet_of, use_clip_skip
+from .interface import erasures
 
 SIZES = 6 * 256  # what SDXL's vector holds behind the pooled text: six sizes
 BATCH = 32  # prompts encoded at once
@@ -163,6 +166,22 @@ def encoder_fingerprint(model: Any) -> EncoderFingerprint:
             use_clip_skip(model)
         known = _fingerprints[model] = state, EncoderFingerprint.of(loaded)
     return known[1]
+
+
+def erased(model: Any, names: Sequence[str], known: Sequence[Concept]) -> tuple[ConceptDelta, ...]:
+    """Deltas of concepts that are only named, made with the text encoder of the checkpoint in the UI on first use.
+
+    Args:
+        known: concepts that others erase already.
+
+    Raises:
+        SepMEError: see :class:`LoadedModel` and :meth:`~sepme.train.erasures.Erasures.get`.
+    """
+    loaded = LoadedModel(model)
+    if is_forge(model):
+        use_clip_skip(model)
+    with torch.no_grad():
+        return erasures.get(loaded, names, known=known)
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def test_cells_of_a_plot_share_what_the_infotext_is_made_of(webui: Any) -> None:
 
 
 def test_only_text_files_of_the_delta_folder_are_read(webui: Any) -> None:
-    tab = webui.part("scripts.webui.tab")
+    book = webui.part("scripts.webui.book")
     with pytest.raises(ValueError, match="leads out of"):
-        tab._book("concepts: [star]\npreserve_file: /etc/passwd")
+        book.parse("concepts: [star]\npreserve_file: /etc/passwd")
     with pytest.raises(ValueError, match="leads out of"):
-        tab._book("concepts: [star]\npreserve_file: ../../config.json")
-    assert tab._book("concepts: [star]\npreserve_file: keep.txt").preserve_file == str(webui.folder / "keep.txt")
+        book.parse("concepts: [star]\npreserve_file: ../../config.json")
+    assert book.parse("concepts: [star]\npreserve_file: keep.txt").preserve_file == str(webui.folder / "keep.txt")
 
 
 def test_our_packages_are_not_found_by_others(webui: Any) -> None:

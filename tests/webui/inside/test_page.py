@@ -49,11 +49,11 @@ def test_generate_paste_generate(page: SimpleNamespace, tab: str) -> None:
     stock, plain = generate(page, "a star", tab=tab)
     erased, info = generate(page, "a star", True, ["star", "heart"], '{"heart": 0.5}', False, "auto", tab=tab)
     assert erased != stock
-    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", info))
+    enabled, concepts, strengths, gate, _ = (_value(v) for v in call(page, f"{tab}_paste", info))
     assert (enabled, sorted(concepts), json.loads(strengths), gate) == (True, ["heart", "star"], {"star": 1.0, "heart": 0.5}, False)
     assert generate(page, "a star", enabled, concepts, strengths, gate, "auto", tab=tab)[0] == erased
-    enabled, concepts, strengths, gate = (_value(v) for v in call(page, f"{tab}_paste", plain))
-    assert (enabled, concepts, strengths, gate) == (False, [], "", True)
+    enabled, concepts, strengths, gate, named = (_value(v) for v in call(page, f"{tab}_paste", plain))
+    assert (enabled, concepts, strengths, gate, named) == (False, [], "", True, "")
     assert all(_value(v) == "unchanged" for v in call(page, f"{tab}_paste", "only words"))
 
 
@@ -93,8 +93,8 @@ def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
     panel = page.ui.part("scripts.webui.panel")
     with gr.Blocks():
         controls = panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name).controls
-    assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown"]
-    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend"]
+    assert [type(c).__name__ for c in controls] == ["InputAccordionImpl", "Dropdown", "Textbox", "Checkbox", "Dropdown", "Textbox"]
+    assert [c.label for c in controls[1:]] == ["Concepts to erase", "Strengths", panel.GATE, "Backend", "Erase what is not a file yet"]
 
 
 def _texts(blocks: Any) -> set[str]:
@@ -115,7 +115,14 @@ def test_all_of_it_is_there_in_chinese(page: SimpleNamespace) -> None:
     with gr.Blocks() as blocks:
         panel.Panel(page.ui.part("scripts.webui.host").library, lambda name: name)
         tab.make_tab()[0][0].render()
-    same_in_all = {"LoRA", "sd15/", "van gogh", '{"van gogh": 0.7}', page.ui.part("scripts.webui.training").BOOK.strip()}
+    same_in_all = {
+        "LoRA",
+        "sd15/",
+        "van gogh",
+        "van gogh, picasso",
+        '{"van gogh": 0.7}',
+        page.ui.part("scripts.webui.training").BOOK.strip(),
+    }
     missing = _texts(blocks) - chinese.keys() - same_in_all
     assert missing == set()
     words = json.loads((ROOT / "locales" / "zh" / "main.json").read_text(encoding="utf-8"))["sepme"]
