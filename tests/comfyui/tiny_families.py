@@ -85,6 +85,8 @@ def build(name: str) -> tuple[Any, Any]:
     config = getattr(comfy.supported_models, family.config)({"image_model": name} | family.unet)
     config.set_inference_dtype(torch.float32, None)
     del config.unet_config["image_model"]
+    if name == "flux" and "txt_ids_dims" in import_module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__:  # of later versions
+        config.unet_config["txt_ids_dims"] = []
     model = config.get_model({}, "")
     _seed(model.diffusion_model, 1)
     device = comfy.model_management.get_torch_device()

@@ -1,13 +1,14 @@
 """A whole WebUI as a new user meets it, from the installation on: HTTP and a browser, on a CPU, with a random checkpoint. By hand:
 
 ``SEPME_WEBUI=/path/to/checkout python tests/webui/whole.py [folder]``: the checkout's environment is its ``venv``; the folder (of 5 GB, in
-the system's place for temporary files by default) is kept. What was installed is HEAD of this repository. Prints a table; exit status 1
-where something did not hold.
+the system's place for temporary files by default) is kept. Training takes most of the time: it reads 640 prompts. What is
+installed is HEAD of this repository. Prints a table; exit status 1 where something did not hold.
 """
 
 # ruff: noqa: E402 (what is imported depends on paths set here)
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ STOCK: dict[str, dict[str, Any]] = {
     "img2img": {"prompt": BOTH, "path": "img2img"},
     "prompt matrix": {"prompt": f"{BOTH}|night|rain", "script_name": "prompt matrix", "batch_size": 4},
     "AND": {"prompt": f"a golf ball AND {BOTH}"},
-    "prompt editing": {"prompt": "a golf ball in the style of [monet:van gogh:0.5]"},
+    "prompt editing": {"prompt": "a golf ball in the style of [monet:van gogh:0.5]", "steps": 4},  # two steps would be Monet's alone
     "LoRA": {"prompt": f"{BOTH} <lora:small:1>"},
     "LoRA without a concept": {"prompt": f"{OTHER} <lora:small:1>"},
 }
@@ -174,7 +175,7 @@ def axes(trial: Trial) -> str:
     labels = [label[0] if isinstance(label, list) else label for label in labels]
     none, x, y = (labels.index(n) for n in ("Nothing", "SepME strength", "SepME concepts"))
     arguments = [a["value"] for a in plot["args"]]
-    arguments[:9] = [x, "0, 1", [], y, "none, van gogh, golf ball", [], none, "", []]
+    arguments[:9] = [x, "0, 1", [], y, "", ["none", "van gogh", "golf ball"], none, "", []]
     named = {a["label"]: i for i, a in enumerate(plot["args"])}
     for label, value in (("Include Sub Images", True), ("Include Sub Grids", False), ("Draw legend", False)):
         arguments[named[label]] = value
@@ -219,7 +220,12 @@ def quiet(trial: Trial) -> str:
     return "no traceback of ours"
 
 
-def run(checkout: Path, folder: Path) -> bool:
+def given_deltas(trial: Trial, source: Path) -> str:
+    shutil.copytree(source, trial.server.data / "models" / "sepme")
+    return "deltas of another host"
+
+
+def run(checkout: Path, folder: Path, deltas: Path | None) -> bool:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
     models, known = folder / "models", folder / f"stock-{checkout.name}-{commit}.json"
     files.relative(models / "b.safetensors", files.checkpoint(models / "a.safetensors", 0), 1)
@@ -230,7 +236,7 @@ def run(checkout: Path, folder: Path) -> bool:
         trial = Trial(server, Page(browser, server))
         trial.check("stock pictures", lambda: trial.draw_stock(known))
         trial.check("installed", lambda: install(trial, f"file://{ROOT}"))
-        trial.check("training", lambda: train(trial))
+        trial.check("training", lambda: train(trial) if deltas is None else given_deltas(trial, deltas))
         for name, test in (
             ("panel on, off, strength 0, gate", switches),
             ("two prompts of different tags in one batch (prompt matrix)", batch_of_tags),
@@ -260,8 +266,11 @@ def run(checkout: Path, folder: Path) -> bool:
 def main() -> None:
     if not CHECKOUTS:
         sys.exit("SEPME_WEBUI names no checkout")
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir()) / "sepme-whole"
-    held = [run(checkout, folder) for checkout in CHECKOUTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "sepme-whole")
+    parser.add_argument("--deltas", type=Path, help="a folder that another host's run has made, in place of training")
+    given = parser.parse_args()
+    held = [run(checkout, given.folder, given.deltas) for checkout in CHECKOUTS]
     sys.exit(not all(held))
 
 

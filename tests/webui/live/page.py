@@ -29,7 +29,7 @@ class Page:
         self.tab.wait_for_timeout(3000)  # its own scripts run
 
     def go(self, name: str) -> None:
-        self.tab.locator("#tabs > .tab-nav button", has_text=re.compile(f"^\\s*{re.escape(name)}\\s*$")).click()
+        self.tab.locator("#tabs > .tab-nav button", has_text=re.compile(f"^\\s*{re.escape(name)}\\s*$", re.IGNORECASE)).click()
 
     def install(self, address: str) -> str:
         """What the page says of it."""
