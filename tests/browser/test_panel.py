@@ -80,7 +80,7 @@ def test_certificates_by_colour_and_shape(page: Page, delta_folder: Path, make_r
         dot = page.row(apply, grade).locator(".sepme-dot")
         looks.add(dot.evaluate("(e) => `${getComputedStyle(e).backgroundColor} ${getComputedStyle(e, '::before').content}`"))
         assert f"sepme-{grade}" in dot.get_attribute("class")
-        assert ("leakage into known prompts 0.020" in dot.get_attribute("title")) == (grade != "unknown")
+        assert ("leakage 0.020" in dot.get_attribute("title")) == (grade != "unknown")
     assert len(looks) == 4
 
 
@@ -112,7 +112,7 @@ def test_keyboard_and_screen_readers(page: Page) -> None:
         - button "Invert"
         - list:
           - listitem:
-            - img /^Separable/
+            - img /^Safe/
             - switch "Erase heart" [checked]
             - text: heart
             - slider "Strength of heart"
@@ -144,7 +144,8 @@ def test_undo_redo(page: Page) -> None:
     page.wait_rows(apply, "star")
     page.switch(apply, "star")
     page.wait_toggles(apply, {"star": 0})
-    page.row(apply, "star").locator(".sepme-switch").press("Control+z")  # right from the switch, as one does
+    page.row(apply, "star").locator(".sepme-switch").focus()  # right from the switch, as one does
+    page.tab.keyboard.press("Control+z")
     page.wait_toggles(apply, {})
     page.wait_rows(apply, "star")
     page.tab.mouse.click(300, 600)

@@ -27,7 +27,7 @@ def test_curve_picture_certificates(page: Page) -> None:
     ):  # fmt: skip
         page.wire(source, output, target, name)
     page.wait_rows(apply, "circle")
-    assert "Not trained yet" in page.row(apply, "circle").locator(".sepme-dot").get_attribute("title")
+    assert "Not made yet" in page.row(apply, "circle").locator(".sepme-dot").get_attribute("title")
     steps = page.tab.evaluate_handle(
         "() => { const seen = []; app.api.addEventListener('sepme.train', ({ detail }) => seen.push(detail)); return seen; }"
     )
@@ -42,7 +42,7 @@ def test_curve_picture_certificates(page: Page) -> None:
     cells = shown.locator(".sepme-heat td[title]")
     assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
     certificate = page.row(apply, "circle").locator(".sepme-dot")
-    expect(certificate).to_have_attribute("title", re.compile("leakage into known prompts"))
+    expect(certificate).to_have_attribute("title", re.compile("leakage 0"))
     page.sees(lambda: shown.locator(".sepme-result").evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)
     page.sees(lambda: shown.evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)  # nothing is cut off
     ends = shown.locator(".sepme-result .sepme-line").evaluate_all("(es) => es.map((e) => e.getBoundingClientRect().bottom)")
@@ -63,4 +63,4 @@ def test_curve_picture_certificates(page: Page) -> None:
     expect(again).to_contain_text("Deltas made: 1")
     cells = again.locator(".sepme-heat td[title]")
     assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
-    expect(page.row(apply, "circle").locator(".sepme-dot")).to_have_attribute("title", re.compile("leakage into known prompts"))
+    expect(page.row(apply, "circle").locator(".sepme-dot")).to_have_attribute("title", re.compile("leakage 0"))

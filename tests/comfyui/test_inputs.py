@@ -194,7 +194,7 @@ def everything(kind: str) -> Graph:
     saved = scene.saved(filename_prefix="nonsense/")
     if kind in ("SepMEExport", "SepMELoadDelta"):
         del scene.prompt[saved]
-        loaded = scene.add("SepMELoadDelta", delta="nonsense/star.safetensors")
+        loaded = scene.made if kind == "SepMEExport" else scene.add(kind, delta="nonsense/star.safetensors")
         scene.add("SepMEExport", deltas=loaded[0], filename_prefix="nonsense/")
     if kind in ("SepMEApply", "SepMETextEncode", "SepMEConditioningToggles"):
         unet = scene.add("SepMEApply", model=scene.model[0], deltas=scene.made[0])

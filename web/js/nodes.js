@@ -51,15 +51,17 @@ const addPanel = (node, name, panel, getValue, setValue) =>
 function promotedPanels(node) {
   for (const input of node.inputs ?? []) {
     const held = input._widget;
-    if (!input.widgetId || ![PANEL, ROWS].includes(held?.type) || !node._extraWidgets) continue;
-    if (!held.sepmePanel) {
+    if (!input.widgetId || !node._extraWidgets) continue;
+    if (!held?.sepmePanel) {
+      if (![PANEL, ROWS].includes(held?.type)) continue;
       const inner = innermost(node, input);
       if (!inner) continue;
       const commit = (text) => ((held.value = text), changed(), refresh());
       const panel = held.type === ROWS ? new ErasePanel(commit) : new TogglePanel(INHERITS.includes(inner.comfyClass), commit);
       const made = addPanel(node, input.name, panel, () => held.value, (value) => (held.value = panel.value = value));
       node._extraWidgets.splice(node._extraWidgets.indexOf(made), 1); // it stands for the input, whose value is sent
-      Object.assign(made, { sepmePanel: panel, sepmeInner: inner });
+      // another type, or Nodes 2.0 of front end 1.49 would keep what it drew for the widget before: nothing
+      Object.assign(made, { sepmePanel: panel, sepmeInner: inner, type: `${held.type}_PROMOTED` });
       input._widget = made;
       node._setConcreteSlots?.();
       if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]]);
