@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from browser.chromium import launched
+import pytest
 
+from browser.chromium import Chromium
+
+pytestmark = pytest.mark.xdist_group("browser")
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
-def test_no_wider_than_the_window() -> None:
+def test_no_wider_than_the_window(chrome: Chromium) -> None:
     pages = sorted(RESULTS.rglob("*.html"))
     assert pages
-    with launched() as browser:
-        for width in (400, 1000):
-            tab = browser.new_page(viewport={"width": width, "height": 800})
-            for page in pages:
-                tab.goto(page.as_uri())
-                assert tab.evaluate("document.documentElement.scrollWidth") <= width, page
-            tab.close()
+    for width in (400, 1000):
+        tab = chrome.new_page(viewport={"width": width, "height": 800})
+        for page in pages:
+            tab.goto(page.as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, page
+        tab.close()

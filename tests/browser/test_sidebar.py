@@ -72,7 +72,7 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
         page.sees(copy.read_bytes, content)
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
     page.wait_toast("evil.safetensors is not installed")
-    assert sorted(p.stem for p in delta_folder.iterdir()) == ["copy", "heart", "star", "striped"]
+    assert sorted(p.stem for p in delta_folder.iterdir() if p.is_file()) == ["copy", "heart", "star", "striped"]
 
     item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
     page.tab.fill("dialog[open] input", "../mine")
@@ -99,7 +99,11 @@ def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
     assert (delta_folder / "my star.safetensors").read_bytes() == content
     page.drop_file("lora.safetensors", (2).to_bytes(8, "little") + b"{}")
     page.wait_toast("lora.safetensors")
-    assert sorted(p.name for p in delta_folder.iterdir()) == ["heart.safetensors", "my star.safetensors", "striped.safetensors"]
+    assert sorted(p.name for p in delta_folder.iterdir() if p.is_file()) == [
+        "heart.safetensors",
+        "my star.safetensors",
+        "striped.safetensors",
+    ]
     assert len(page.ids("SepMELoadDelta")) == 1
 
 
@@ -118,7 +122,7 @@ def test_a_copy_of_a_file_is_found_by_its_own_name(page: Page, delta_folder: Pat
 
 def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
     """A page of another origin, in the same browser: what it sends is refused, what it would read stays hidden."""
-    before = {p.name: p.read_bytes() for p in delta_folder.iterdir()}
+    before = {p.name: p.read_bytes() for p in delta_folder.iterdir() if p.is_file()}
     stranger = page.context.new_page()
     stranger.set_content("<h1>Somebody else's</h1>")
     answers = stranger.evaluate(
@@ -135,7 +139,7 @@ def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
         page.server.url,
     )
     assert answers == ["TypeError", "opaque 0", "TypeError", "TypeError"]
-    assert {p.name: p.read_bytes() for p in delta_folder.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in delta_folder.iterdir() if p.is_file()} == before
     stranger.close()
 
 

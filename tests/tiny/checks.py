@@ -137,13 +137,18 @@ def check_lora(name: str, tiny: Tiny) -> None:
         expected = tiny.predict({**texts, group: change[group]})
         with merged([modules[path] for path in paths], 0.7 * delta.up_factor(CONTEXT) @ delta.down):
             found = tiny.predict(texts)
+            for (
+                path
+            ) in paths:  # what a unit in the last place of the weights does: a class that computes in float32 has rounding of its own
+                modules[path].weight.data = torch.nextafter(modules[path].weight.data, torch.tensor(torch.inf).to(modules[path].weight))
+            rounding = float((tiny.predict(texts) - found).abs().max() / expected.abs().max())
         error = float((found - expected).abs().max() / expected.abs().max())
         effect = float((expected - tiny.predict(texts)).abs().max() / expected.abs().max())
         assert effect > 1e-3
         if not all(p.lora for p in readers.values()):
             assert error > 1e-2 * effect, "nothing stands between"
         else:
-            assert error < 1e-6
+            assert error < max(1e-6, 4 * rounding), (error, rounding)
 
 
 @contextmanager

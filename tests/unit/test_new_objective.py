@@ -58,7 +58,7 @@ print(json.dumps([[c[-1] if isinstance(c, (tuple, list)) else c for c in boxes[0
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree with the two files."""
     root = tmp_path_factory.mktemp("copy")
-    for name in ("sepme", "kernels", "nodes", "scripts", "tests/webui/host"):
+    for name in ("sepme", "kernels", "nodes", "scripts", "locales", "tests/webui/host"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "__init__.py", root)
     folder = root / "sepme/train/objectives"
