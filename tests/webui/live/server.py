@@ -69,6 +69,7 @@ class Server:
         (data / "config.json").write_text(json.dumps({"samples_format": "png"}), encoding="utf-8")
         cpu = ("--always-cpu",) if (checkout / "backend").is_dir() else ("--use-cpu", "all")
         folders = ("--data-dir", str(data), "--ckpt-dir", str(models), "--lora-dir", str(loras))
+        folders += ("--gradio-allowed-path", str(checkout))  # Forge's page gets its own scripts only from there
         self.command = [
             str(checkout / "venv" / "bin" / "python"),
             "launch.py",
