@@ -40,8 +40,13 @@ def call(page: SimpleNamespace, name: str, *args: Any) -> Any:
 
 
 def generate(page: SimpleNamespace, prompt: str, *args: Any, tab: str = "txt2img") -> tuple[float, str]:
-    result, info = call(page, f"{tab}_generate", prompt, *(args or (False, [], "", True, "auto")))
+    given = args or (False, [], "", True, "auto")
+    result, info = call(page, f"{tab}_generate", prompt, *given, *[""] * (6 - len(given)))  # gradio 3's client wants them all
     return json.loads(result)["sum"], info
+
+
+def rows_of(page: SimpleNamespace, chosen: list[str], strengths: str) -> str:
+    return str(call(page, "script_txt2img_sepme_concepts_rows", chosen, strengths, ""))
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
@@ -74,14 +79,14 @@ def test_unknown_hash_warns_and_changes_nothing_else(page: SimpleNamespace, caps
 
 
 def test_rows_and_refresh(page: SimpleNamespace) -> None:
-    rows = call(page, "script_txt2img_sepme_concepts_rows", ["star", "moon"], '{"moon": 0}')
+    rows = rows_of(page, ["star", "moon"], '{"moon": 0}')
     assert rows.count("sepme-row") == 2
     assert 'data-concept="moon"' in rows
     assert "sepme-off" in rows
     assert rows.count(f'title="{page.ui.part("scripts.webui.grades").sentence("good")}"') == 2
-    assert "not JSON" in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "{")
-    assert "no such file" in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
-    assert "<b>x" not in call(page, "script_txt2img_sepme_concepts_rows", ["<b>x</b>"], "")
+    assert "not JSON" in rows_of(page, ["star"], "{")
+    assert "no such file" in rows_of(page, ["<b>x</b>"], "")
+    assert "<b>x" not in rows_of(page, ["<b>x</b>"], "")
     source = next((page.models / "sepme").glob("star*.safetensors"))
     shutil.copy(source, page.models / "sepme" / "copy.safetensors")
     update = call(page, "script_txt2img_sepme_concepts_refresh", ["star"])
@@ -158,7 +163,7 @@ def test_what_is_missing_is_one_sentence(page: SimpleNamespace, monkeypatch: pyt
 
     def said() -> tuple[str, str]:
         status, _ = call(page, "sepme_train", "concepts: [star]", "closed-form", "subspace", "auto", 5, 0, "missing/")
-        return call(page, "script_txt2img_sepme_concepts_rows", ["star"], ""), status
+        return rows_of(page, ["star"], ""), status
 
     other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)), sd_checkpoint_info=SimpleNamespace(filename="x"))
     with monkeypatch.context() as patch:
@@ -171,7 +176,7 @@ def test_what_is_missing_is_one_sentence(page: SimpleNamespace, monkeypatch: pyt
         for text in said():
             assert "put one into models/Stable-diffusion" in text
     assert not (page.models / "sepme" / "missing").exists()
-    assert "sepme-error" not in call(page, "script_txt2img_sepme_concepts_rows", ["star"], "")
+    assert "sepme-error" not in rows_of(page, ["star"], "")
 
 
 def test_training_before_the_first_picture(page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
