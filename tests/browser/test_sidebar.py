@@ -122,7 +122,7 @@ def test_a_copy_of_a_file_is_found_by_its_own_name(page: Page, delta_folder: Pat
 
 def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
     """A page of another origin, in the same browser: what it sends is refused, what it would read stays hidden."""
-    before = {p.name: p.read_bytes() for p in delta_folder.iterdir() if p.is_file()}
+    before = {p.name: p.read_bytes() for p in delta_folder.rglob("*") if p.is_file()}
     stranger = page.context.new_page()
     stranger.set_content("<h1>Somebody else's</h1>")
     answers = stranger.evaluate(
@@ -139,7 +139,7 @@ def test_other_sites_may_do_nothing(page: Page, delta_folder: Path) -> None:
         page.server.url,
     )
     assert answers == ["TypeError", "opaque 0", "TypeError", "TypeError"]
-    assert {p.name: p.read_bytes() for p in delta_folder.iterdir() if p.is_file()} == before
+    assert {p.name: p.read_bytes() for p in delta_folder.rglob("*") if p.is_file()} == before
     stranger.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .probe import ROWS, Texts, Tiny, seen, text_projections
 RANK, GATE = 2, 0.99
 NAMED = {f.kind.replace("-", "_"): f for f in FAMILIES if f.kind != "unet"}
 NEVER_CALLED = {f"time_extra_emb.pooler.{p}_proj" for p in "qkvc"}  # diffusers hands their weights to one function
+ROUNDS = {"kandinsky5"}  # diffusers' rotary embedding there ends in bfloat16: what reads the text is compared, not the prediction behind it
 
 
 def family_named(name: str) -> Family:
@@ -134,21 +136,29 @@ def check_lora(name: str, tiny: Tiny) -> None:
         if not paths:
             assert family.kind in ("krea2", "hunyuan-dit"), f"nothing reads {group}"
             continue
-        expected = tiny.predict({**texts, group: change[group]})
+        outcome = partial(read, tiny, [modules[p] for p in paths]) if name in ROUNDS else tiny.predict
+        expected = outcome({**texts, group: change[group]})
         with merged([modules[path] for path in paths], 0.7 * delta.up_factor(CONTEXT) @ delta.down):
-            found = tiny.predict(texts)
-            for (
-                path
-            ) in paths:  # what a unit in the last place of the weights does: a class that computes in float32 has rounding of its own
-                modules[path].weight.data = torch.nextafter(modules[path].weight.data, torch.tensor(torch.inf).to(modules[path].weight))
-            rounding = float((tiny.predict(texts) - found).abs().max() / expected.abs().max())
+            found = outcome(texts)
         error = float((found - expected).abs().max() / expected.abs().max())
-        effect = float((expected - tiny.predict(texts)).abs().max() / expected.abs().max())
+        effect = float((expected - outcome(texts)).abs().max() / expected.abs().max())
         assert effect > 1e-3
         if not all(p.lora for p in readers.values()):
             assert error > 1e-2 * effect, "nothing stands between"
         else:
-            assert error < max(1e-6, 4 * rounding), (error, rounding)
+            assert error < 1e-6
+
+
+def read(tiny: Tiny, layers: list[nn.Module], texts: Texts) -> Tensor:
+    """What the layers make of the texts, flat and side by side."""
+    outputs: list[Tensor] = []
+    handles = [layer.register_forward_hook(lambda module, given, out: outputs.append(out.flatten())) for layer in layers]
+    try:
+        tiny.predict(texts)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(outputs)
 
 
 @contextmanager
