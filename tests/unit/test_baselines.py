@@ -139,7 +139,7 @@ def test_published_forms_add_up(maker: MethodMaker) -> None:
 
 def test_nothing_is_made_twice(maker: MethodMaker, host: DiffusersHost) -> None:
     """A second one on the same folder trains nothing, also under other settings for another method; other settings train again."""
-    first = maker.make("esd_wd")
+    first, *_ = [maker.make(method) for method in ("esd_wd", "esd", "lora_sum")]
     passes: list[int] = []
     handle = host.unet.register_forward_pre_hook(lambda *_: passes.append(1))
     try:

@@ -300,11 +300,14 @@ def test_values_only_leaves_keys(planner: Planner, host: Any, quick: tuple[Conce
 
 
 def test_beta_is_folded_in(planner: Planner, host: Any) -> None:
-    """Adam's first step on w has size lr whatever β is (where gradients are well above its ε), so Y is β lr."""
+    """Adam's first step on w is lr g / (g + ε) whatever β is, and g is proportional to β; Y is β times that."""
+    rate, epsilon, gradient = 0.5, 1e-8, None
     for beta in (1.0, 0.25):
-        delta = make_delta(planner, "star", host, TrainOptions(**QUICK | {"steps": 1, "beta": beta, "learning_rate": 0.5}))
-        sizes = torch.cat([delta.up_factor(n).abs().flatten() for n in delta.up])
-        assert float(sizes.max()) == pytest.approx(0.5 * beta, rel=1e-2)
+        delta = make_delta(planner, "star", host, TrainOptions(**QUICK | {"steps": 1, "beta": beta, "learning_rate": rate}))
+        step = max(float(delta.up_factor(n).abs().max()) for n in delta.up) / beta
+        gradient = gradient or epsilon * step / (rate - step)
+        assert gradient > 100 * epsilon
+        assert step == pytest.approx(rate * beta * gradient / (beta * gradient + epsilon), rel=1e-4)
         assert delta.info["objective"]["beta"] == beta
 
 
