@@ -70,4 +70,6 @@ def _facts(concept: str, content_hash: str, architecture: str, rank: int, prompt
         "leakage_gated": certificate.worst_leakage_gated,
         "leakage_by_name": certificate.leakage_linear,
         "grade": certificate.grade(gate),
+        "verdict": certificate.verdict(gate),
+        "changed": [] if certificate.collateral is None else list(certificate.collateral.worst),
     }

@@ -12,6 +12,7 @@ from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError
 from ..sepme.model.layers import shapes, weights
+from ..sepme.plan.nearby import COUNT
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ..sepme.train.increment import context_site
@@ -79,7 +80,11 @@ class SepMETrain(io.ComfyNode):
                     "edit", options=list(EDITS), default="layers", optional=True,
                     tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items()),
                 ),
-            ], "objective", "mode", "learning_rate", "max_rank", "size", "edit"),
+                io.Int.Input(
+                    "nearby", default=COUNT, min=0, max=4096, optional=True,
+                    tooltip="Words near the concepts that must not change either, of the text encoder's own; 0: none.",
+                ),
+            ], "objective", "mode", "learning_rate", "max_rank", "size", "edit", "nearby"),
             outputs=[
                 Deltas.Output("deltas_out", display_name="DELTAS"),
                 LossMap.Output(
@@ -96,10 +101,11 @@ class SepMETrain(io.ComfyNode):
         cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
         mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
         deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers",
+        nearby: int = COUNT,
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
         options = TrainOptions.for_mode(mode, objective, steps=steps, learning_rate=learning_rate or None, seed=seed, edit=edit)
-        plan = plan_options(mode, max_rank=max_rank or None)
+        plan = plan_options(mode, max_rank=max_rank or None, nearby=nearby)
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
         losses: dict[str, list[float]] = {name: [] for name in names}

@@ -11,6 +11,7 @@ from ..sepme.apply.composition import Composition
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.verify import Verification, check_encoder, verify
 from ..sepme.errors import SepMEError
+from ..sepme.plan.nearby import COUNT
 from . import host
 from .pictures import heat_map
 from .sockets import CATEGORY, Deltas
@@ -47,7 +48,7 @@ class SepMEVerify(io.ComfyNode):
         job = host.NodeProgress(1)
         encoder = host.text_encoder(clip)
         warnings = check_encoder(encoder, deltas)
-        result = verify(encoder, deltas, on_progress=job.stage)
+        result = verify(encoder, deltas, on_progress=job.stage, nearby=COUNT)
         job.next()
         image = heat_map(result.matrix, composition.names, composition.names, composition.gates.tolist())
         text = "\n".join([report(result), *warnings])
@@ -61,6 +62,7 @@ def report(result: Verification) -> str:
         worst = max(check.leakage_linear, key=lambda name: check.leakage_linear[name])
         lines += [
             f"{check.concept}: {'holds' if check.holds else 'DOES NOT HOLD'}",
+            f"  {check.verdict}",
             f"  own prompts touched {check.own_touched:.0%}, smallest statistic {check.own_min:.4f}, gate {check.gate:.4f}",
             f"  worst that must not change: {worst}, {check.leakage_linear[worst]:.4f}, behind the gate {check.leakage_gated[worst]:.4f}",
             f"  ordinary prompts touched: {check.false_touch_rate:.2%}",

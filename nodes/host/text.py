@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...sepme.errors import SepMEError
 from ...sepme.model.encoder_fingerprint import PROBES
 from ...sepme.model.protocols import Encoding
+from ...sepme.model.words import WordTable, clip_words
 from ...sepme.plan.gate import ordinary_prompts
 from .jobs import check_interrupted
 from .language import LanguageEncoder, encoder_name
@@ -24,9 +26,10 @@ NO_ENCODER = "There is no text encoder here; load a checkpoint that has one, or 
 
 Tokens = dict[str, list[list[tuple[Any, ...]]]]  # by encoder: 77-token chunks of (id, weight)
 
-# Ordinary prompts, and those of its fingerprint, as a text encoder reads them with these patches and this clip skip, for as long as it
-# lives: every training and every verification needs them, and a CPU takes a minute.
-_ORDINARY: WeakKeyDictionary[Any, tuple[Any, dict[tuple[str, ...], Encoding]]] = WeakKeyDictionary()
+# Long lists of prompts (ordinary ones, nearby words) and those of its fingerprint, as a text encoder reads them with these patches and this
+# clip skip, for as long as it lives: every training and every verification needs them, and a CPU takes a minute.
+_ORDINARY: WeakKeyDictionary[Any, tuple[Any, OrderedDict[tuple[str, ...], Encoding]]] = WeakKeyDictionary()
+LONG, MOST = 64, 1 << 28  # prompts of a list that is remembered; numbers of all that are, beside the ordinary prompts
 
 
 def clip_skip(clip: Any) -> int:
@@ -88,17 +91,31 @@ class ClipEncoder:
         cache, asked = self._cache(), tuple(prompts)
         if asked not in cache:
             encoding = self._read(asked)
-            if asked != PROBES and not set(ordinary_prompts()).issuperset(asked):
+            if asked != PROBES and len(asked) < LONG and not set(ordinary_prompts()).issuperset(asked):
                 return encoding
             cache[asked] = encoding
+            others = [key for key in cache if key != PROBES and not set(ordinary_prompts()).issuperset(key)]
+            while sum(cache[key].context.numel() for key in others) > MOST:
+                del cache[others.pop(0)]
+            return encoding
+        cache.move_to_end(asked)
         return cache[asked]
 
-    def _cache(self) -> dict[tuple[str, ...], Encoding]:
+    def words(self) -> WordTable | None:
+        """The words of CLIP-L's tokenizer, or of the one that there is; see :func:`~sepme.model.words.word_table`."""
+        for name in ("l", "h", "g"):
+            tokenizer = getattr(getattr(self.clip.tokenizer, f"clip_{name}", None), "tokenizer", None)
+            encoder = getattr(self.clip.cond_stage_model, f"clip_{name}", None)
+            if tokenizer is not None and encoder is not None and hasattr(tokenizer, "get_vocab"):
+                return clip_words(tokenizer, encoder.transformer.get_input_embeddings().weight)
+        return None
+
+    def _cache(self) -> OrderedDict[tuple[str, ...], Encoding]:
         """By whole lists: a row's last bits depend on the rows that it is read with."""
         state = (self.clip.patcher.patches_uuid, self.clip.layer_idx)
         known = _ORDINARY.get(self.clip.cond_stage_model)
         if known is None or known[0] != state:
-            known = _ORDINARY[self.clip.cond_stage_model] = (state, {})
+            known = _ORDINARY[self.clip.cond_stage_model] = (state, OrderedDict())
         return known[1]
 
     def _read(self, prompts: tuple[str, ...]) -> Encoding:

@@ -11,6 +11,7 @@ import gradio as gr
 
 from ...sepme.concepts import file_name
 from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.plan.nearby import COUNT
 from ...sepme.plan.planner import Planner
 from ...sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ...sepme.train.objectives import OBJECTIVES, described
@@ -60,6 +61,9 @@ def train_page() -> None:
                 info="auto: the strictest in which all concepts fit",
             )  # fmt: skip
             seed = gr.Number(0, label="Seed", precision=0, elem_id="sepme_seed")
+            nearby = gr.Number(
+                COUNT, label="Nearby words", precision=0, elem_id="sepme_nearby", info="must not change either; 0: none",
+            )  # fmt: skip
     with gr.Row():
         start = gr.Button("Train", variant="primary", elem_id="sepme_train")
         stop = gr.Button("Interrupt", elem_id="sepme_interrupt")
@@ -67,20 +71,26 @@ def train_page() -> None:
     with gr.Accordion("Loss by step", open=False):
         curve = gr.HTML(elem_id="sepme_train_plot")
     options, outputs = [book, objective, mode, null_space, steps, seed, prefix], [status, curve]
-    start.click(train, [*options, edit, *rows.fields], outputs, show_progress=False, api_name="sepme_train_book")
+    start.click(train, [*options, edit, *rows.fields, nearby], outputs, show_progress=False, api_name="sepme_train_book")
     gr.Button(visible=False).click(train, options, outputs, show_progress=False, api_name="sepme_train")  # for programs: the text alone
     stop.click(host.interrupt, [], [], queue=False)
 
 
 def train(
-    book: str, objective: str, mode: str, null_space: str, steps: float, seed: float, prefix: str, edit: str = "layers", *rows: str
+    book: str, objective: str, mode: str, null_space: str, steps: float, seed: float, prefix: str, edit: str = "layers",
+    *more: str | float
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
-    """Status and loss plot, until every concept of the book has its file; the book is the text if there is any, or what the rows say."""
+    """Status and loss plot, until every concept of the book has its file; the book is the text if there is any, or what the rows say.
+
+    ``more``: the rows' texts, and how many nearby words there are to be.
+    """
+    rows = [text for text in more if isinstance(text, str)]
+    nearby = next((int(value) for value in more if isinstance(value, (int, float))), COUNT)
 
     def work(progress: TaskStatus) -> str:
         concepts = parse(book if book.strip() or not rows else book_of(rows))
         options = TrainOptions.for_mode(mode, objective, steps=int(steps), seed=int(seed), edit=edit)
-        plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space)
+        plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space, nearby=nearby)
         names = [c.name for c in concepts.concepts]
         todo = each(names, lambda name: host.library.place(f"{prefix}{file_name(name)}.checkpoint.safetensors"))
         saved: list[tuple[ConceptDelta, Path]] = []

@@ -31,6 +31,10 @@ def inspect(files: Files, as_json: Json = False) -> None:
         for d in data:
             print(f"{d['concept']}: {d['edits']}")
             print(f"{d['concept']}: prompts {', '.join(map(repr, d['prompts']))}; separable from {', '.join(d['known']) or 'nothing else'}")
+            near = d["info"].get("nearby")
+            if near:
+                alike = ", ".join(near["synonyms"])
+                print(f"{d['concept']}: {near['words']} nearby words preserved{f'; taken to mean the same: {alike}' if alike else ''}")
             if d["pooled"] is not None:
                 print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
 
@@ -41,7 +45,7 @@ def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
     """A delta file's figures, one flat dictionary."""
     certificate, objective = delta.certificate, delta.facts.objective
     figures = certificate.to_json()
-    keys = ("kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
+    keys = ("collateral", "misses", "kept_energy", "gate_low", "gate_high", "gate_overlap", "false_touch_rate", "null_dims", "pooled")
     return {
         "concept": delta.concept.name,
         "file": str(path),
@@ -54,6 +58,8 @@ def summary(delta: ConceptDelta, path: Path) -> dict[str, Any]:
         "steps": objective.steps,
         "gate": delta.gate,
         "content_hash": delta.content_hash(),
+        "grade": delta.grade,
+        "verdict": delta.verdict,
         "leakage_linear_max": certificate.worst_leakage,
         "leakage_gated_max": certificate.worst_leakage_gated,
         **{k: figures[k] for k in keys},
@@ -71,3 +77,5 @@ def show_summaries(rows: list[dict[str, Any]]) -> None:
             f"{r['leakage_gated_max']:.4f}", f"{r['gate']:.3f}", margin, r["file"],
         )  # fmt: skip
     show_table(table, 120)
+    for r in rows:
+        print(f"{r['concept']}: {r['verdict']}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from ..errors import SepMEError, out_of_memory
+from ..plan.nearby import COUNT
 from ..train.objectives import described
 from ..train.options import EDITS, TrainOptions, plan_options
 from .common import register_kernels
@@ -24,6 +25,10 @@ Files = Annotated[list[Path], typer.Argument(help="Delta files.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the delta files.")]
 Preserve = Annotated[Path | None, typer.Option(help="Text file of prompts that must not change, one per line; a delta knows its digest.")]
 Size = Annotated[int | None, typer.Option(help="Pixels of an image's side; the model's own if not given.")]
+
+NearbyWords = Annotated[
+    int, typer.Option(help="How many words near a concept, of the tokenizer's own, must not change either and are measured; 0 for none.")
+]
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,10 +105,12 @@ class NullSpace:
     null_space: Annotated[str | None, typer.Option(help="exact, tolerance (the default), soft, or auto: the strictest that fits.")] = None
     tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None
     max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta (8).")] = None
+    nearby: NearbyWords = COUNT
 
     def plan(self, mode: str = "subspace", **more: Any) -> PlanOptions:
         """How directions are planned for a training mode; what is not given is the mode's own."""
-        return plan_options(mode, mode=self.null_space, tolerance=self.tolerance, max_rank=self.max_rank, **more)
+        chosen = {"mode": self.null_space, "tolerance": self.tolerance, "max_rank": self.max_rank, "nearby": self.nearby}
+        return plan_options(mode, **chosen | more)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..concepts import ConceptBook
+from ..concepts import ConceptBook, file_name
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import check_replaceable
 from ..errors import SepMEError
+from ..files import check_writable, remove_leftovers
+from ..plan.nearby import COUNT
 from .common import finish, interruptible, log, progress, progress_bar, show_table
-from .options import Files, Json, ModelOptions, Preserve, grouped
+from .inspect import summary
+from .options import Files, Json, ModelOptions, NearbyWords, Preserve, grouped
 
 
 @grouped
@@ -23,9 +27,15 @@ def verify(
     capacity: Annotated[bool, typer.Option("--capacity", help="Report how many concepts fit instead; a book will do.")] = False,
     count: Annotated[list[int] | None, typer.Option(help="Number of concepts for --capacity (repeatable): 10, 30, 100, 1000.")] = None,
     preserve: Preserve = None,
+    nearby: NearbyWords = COUNT,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Make deltas that change nearby words again, with the worst of them on the preserve list.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what --fix makes.")] = Path("fixed"),
+    draw: Annotated[Path | None, typer.Option(help="Folder for pictures of the five nearby prompts that change most.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute certificates with the model's own text encoder: leakage matrix, gate margins, false touches."""
+    """Recompute certificates with the model's own text encoder: leakage, gate margins, nearby words, false touches."""
     if capacity:
         return _capacity(model, files, count, as_json)
     from ..delta.verify import check_encoder
@@ -33,6 +43,11 @@ def verify(
     from ..model.layers import kv_fingerprint, shapes
 
     deltas = [ConceptDelta.load(path) for path in files]
+    paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
+    if fix:
+        for delta, path in zip(deltas, paths, strict=True):
+            check_replaceable(path, delta.concept.name, files)
+        check_writable(out)
     host = model.load()
     layers = host.attention_layers()
     for delta in deltas:
@@ -41,7 +56,7 @@ def verify(
     about_encoder = check_encoder(host, deltas)
     made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
     with interruptible() as check, progress_bar() as bar:
-        result = measure(host, deltas, preserve, progress(bar, check))
+        result = measure(host, deltas, preserve, progress(bar, check), nearby)
     warnings = [f"{n!r} was made on K/V weights {f}, this model has {fingerprint}." for n, f in made.items() if f != fingerprint]
     warnings += [*about_encoder, *result.warnings]
 
@@ -56,10 +71,44 @@ def verify(
             figures = (f"{worst:.4f}", f"{c.gate:.4f}", f"{c.own_touched:.0%}", f"{c.false_touch_rate:.2%}", "yes" if c.holds else "NO")
             table.add_row(c.concept, *(f"{v:.3f}" for v in line), *figures)
         show_table(table, 60 + 12 * len(deltas))
+        for c in result.checks:
+            print(f"{c.concept}: {c.verdict}")
 
-    finish(result.to_json() | {"warnings": warnings}, as_json, show)
+    facts: dict[str, Any] = {}
+    if draw is not None:
+        facts["drawn"] = [str(_drawn(host, d, c.examples, draw)) for d, c in zip(deltas, result.checks, strict=True) if c.examples]
+    if fix:
+        rows = zip(deltas, result.checks, paths, strict=True)
+        facts["fixed"] = [_fixed(host, d, c.collateral.worst, path) for d, c, path in rows if c.collateral and c.collateral.count]
+    finish(result.to_json() | {"warnings": warnings} | facts, as_json, show)
+    if not as_json:
+        for name, rows_ in facts.items():
+            log.print("\n".join(f"{name}: {row if isinstance(row, str) else row['file'] + ': ' + row['verdict']}" for row in rows_))
     if not result.holds:
         raise typer.Exit(1)
+
+
+def _fixed(host: Any, delta: ConceptDelta, words: Sequence[str], path: Path) -> dict[str, Any]:
+    """A delta made again with these words preserved, saved; what is said of it."""
+    from ..train.again import made_again
+
+    with interruptible() as check, progress_bar() as bar:
+        new = made_again(host, host, delta, words, progress(bar, check), lambda step: check(), check)
+    remove_leftovers(path)
+    new.save(path)
+    return summary(new, path) | {"added": list(words)}
+
+
+def _drawn(host: Any, delta: ConceptDelta, prompts: Sequence[str], folder: Path) -> Path:
+    """The prompts without the delta (above) and with it, as one picture."""
+    import torch
+
+    from ..apply.composition import Composition
+    from ..images import save_grid
+
+    seeds = list(range(len(prompts)))
+    rows = [host.generate(prompts, seeds, composition, steps=25) for composition in (None, Composition((delta,)))]
+    return save_grid(torch.cat(rows), folder / f"{file_name(delta.concept.name)}-nearby.png", columns=len(prompts))
 
 
 def read_concepts(paths: Sequence[Path]) -> ConceptBook:

@@ -135,6 +135,11 @@ class ConceptDelta:
         return self.certificate.grade(self.gate)
 
     @property
+    def verdict(self) -> str:
+        """The certificate in a sentence."""
+        return self.certificate.verdict(self.gate)
+
+    @property
     def known(self) -> tuple[Concept, ...]:
         """The other concepts that it was made to leave alone."""
         return self.facts.known

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..concepts import mentions
+from ..concepts import ConceptBook, mentions
 from ..errors import SepMEError
 from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder, clip_skip
-from ..plan.gate import affordable, leakage_matrix, ratios
+from ..plan.gate import affordable, leakage_matrix, ratios, side_by_side
+from ..plan.nearby import Nearby, misses, nearby_values
 from ..plan.pooled import residual
 from ..plan.preserved import PreserveFile
+from ..plan.tally import Tally
 from ..plan.tokens import encode
 from ..progress import OnProgress, silent
 from .concept_delta import ConceptDelta, check_apart
@@ -34,6 +36,9 @@ class Check:
         false_touch_rate: share of ordinary prompts that pass the gate.
         pooled: what becomes of the pooled vector along the concept, and the share that is left; None without one.
         holds: the gate opens for all of its own prompts and for none that must not change.
+        collateral, misses: of nearby words and of its own prompts, see :class:`~sepme.plan.gate.Certificate`; None if not measured.
+        examples: prompts of the nearby words that change most.
+        verdict: the certificate as measured now, in a sentence.
     """
 
     concept: str
@@ -45,6 +50,10 @@ class Check:
     false_touch_rate: float
     pooled: dict[str, Any] | None
     holds: bool
+    collateral: Tally | None = None
+    misses: Tally | None = None
+    examples: tuple[str, ...] = ()
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,17 @@ class Verification:
 
 
 def verify(
-    encoder: TextEncoder, deltas: Sequence[ConceptDelta], preserve: str | Path | None = None, on_progress: OnProgress = silent
+    encoder: TextEncoder,
+    deltas: Sequence[ConceptDelta],
+    preserve: str | Path | None = None,
+    on_progress: OnProgress = silent,
+    nearby: int = 0,
 ) -> Verification:
     """Measure gates and leakage of deltas on their own, known, preserved and ordinary prompts.
 
     Args:
         preserve: text file of prompts that must not change; deltas hold only the digest of a long list.
+        nearby: how many words near each concept are measured too.
 
     Raises:
         SepMEError: two deltas of one concept; the preserve file cannot be read.
@@ -96,7 +110,7 @@ def verify(
         leakage = {n: _worst(encode(encoder, p), delta) for n, p in prompts.items() if p}
         leakage |= {"(empty prompt)": _worst(empty, delta)} | ({"(preserved prompts)": worst[name]} if name in worst else {})
         foreign = ratios(ordinary, delta.down)[[not mentions(p, name) for p in strangers]]
-        checks.append(
+        check = (
             Check(
                 name, delta.gate, float(statistic.min()), float((statistic > delta.gate).float().mean()),
                 leakage, {n: v if v > delta.gate else 0.0 for n, v in leakage.items()}, float((foreign > delta.gate).float().mean()),
@@ -104,8 +118,24 @@ def verify(
                 bool((statistic > delta.gate).all()) and all(v <= delta.gate for v in leakage.values()),
             )
         )  # fmt: skip
+        checks.append(_with_nearby(check, encoder, delta, nearby, on_progress))
     matrix = leakage_matrix({d.concept.name: d.down for d in deltas}, {n: e.context for n, e in own.items()})
     return Verification(tuple(checks), matrix, tuple(warnings))
+
+
+def _with_nearby(check: Check, encoder: TextEncoder, delta: ConceptDelta, nearby: int, on_progress: OnProgress) -> Check:
+    """A check with what becomes of nearby words, and the verdict."""
+    certificate = replace(delta.certificate, leakage_gated=check.leakage_gated, false_touch_rate=check.false_touch_rate)
+    preserve = tuple(p for p in delta.preserve.prompts)
+    found = Nearby.of(encoder, ConceptBook((delta.concept, *delta.known), preserve), nearby, on_progress)
+    if not found.words:
+        return replace(check, verdict=certificate.verdict(delta.gate))
+    values = nearby_values(encoder, found, side_by_side([delta.down]), True, on_progress)
+    excess = {p: float(v[0]) - delta.gate for prompts in values.values() for p, v in prompts.items()}
+    collateral = Tally.above({word: max(excess[p] for p in prompts) for word, prompts in values.items()})
+    missed = misses(encoder, found, delta.concept.name, delta.down, delta.gate, True)
+    verdict = replace(certificate, collateral=collateral, misses=missed).verdict(delta.gate)
+    return replace(check, collateral=collateral, misses=missed, examples=Tally.above(excess).worst, verdict=verdict)
 
 
 def check_encoder(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> list[str]:

@@ -17,6 +17,7 @@ from ..errors import SepMEError
 from ..model.layers import text_layers
 from ..model.protocols import AttentionLayer, Encoding
 from ..model.schedule import TRAJECTORY, Schedule, ScheduledDenoiser
+from ..model.words import WordTable
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 from .pipeline import PipelineEncoder
 
@@ -76,6 +77,10 @@ class DiffusersHost(ScheduledDenoiser):
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
+
+    def words(self) -> WordTable:
+        """See :func:`~sepme.model.words.word_table`."""
+        return self._reader.words()
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """See :class:`~.pipeline.PipelineEncoder`."""

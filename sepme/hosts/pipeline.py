@@ -14,6 +14,7 @@ from ..apply.toggles import strengths
 from ..concepts import Concept
 from ..errors import SepMEError
 from ..model.protocols import Encoding
+from ..model.words import WordTable, clip_words
 from ..progress import OnProgress, silent
 from ..train.erasures import Erasures
 
@@ -31,6 +32,11 @@ class PipelineEncoder:
         self.pipe = pipe
         second = getattr(pipe, "text_encoder_2", None)
         self.encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, second)] if second is not None else [])
+
+    def words(self) -> WordTable:
+        """The first tokenizer's words."""
+        tokenizer, encoder = self.encoders[0]
+        return clip_words(tokenizer, encoder.get_input_embeddings().weight)
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`; ``grad`` keeps the graph, for what is put in place of token embeddings."""

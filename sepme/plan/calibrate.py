@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..concepts import mentions
 from .encoded_book import EncodedBook
 from .gate import Certificate, certify, extremes, side_by_side
+from .nearby import Beside, least, misses, nearby_values
+from .tally import Tally
 from .tokens import CHUNK, encode
 
 MANY = 128  # concepts from which on gates bound what half precision does instead of measuring it
@@ -26,9 +29,12 @@ def calibrate(
     """
     downs = [basis.T.float().contiguous() for basis, _, _ in found]
     abreast, measured = side_by_side(downs), len(book.names) <= MANY
-    worst, least = _extremes_by_concept(book, abreast, measured)
+    worst, least_own = _extremes_by_concept(book, abreast, measured)
     table = {n: v.tolist() for n, v in worst.items()}
     halves = [(half, _ordinary(book, half, abreast, measured)) for half in book.ordinary]
+    found_words, encoder = book.nearby.found, book.encoder
+    near = [extremes(e.context, abreast, measured)[0].amax(dim=0) for e in book.nearby.encodings]
+    held_words = nearby_values(encoder, found_words, abreast, measured, book.on_progress)
     result = []
     for i, (name, down, (_, energy, null_dims)) in enumerate(zip(names, downs, found, strict=True)):
         leakage = {n: v[i] for n, v in table.items() if n != name}
@@ -40,7 +46,13 @@ def calibrate(
             [value for prompt, value in zip(half, values[i], strict=True) if not mentions(prompt, name)] if half else []
             for half, values in halves
         )
-        result.append(certify(leakage, float(least[name][i]), calibration, held_out, energy, len(down), null_dims, mode, gate))
+        beside = least(encoder, found_words.beside.get(name, Beside()).calibration, down, measured)
+        figures = float(least_own[name][i]), [*calibration, *(float(v[i]) for v in near)], held_out
+        found_gate, certificate = certify(leakage, *figures, energy, len(down), null_dims, mode, gate, list(beside.values()))
+        if found_words.words:
+            collateral = Tally.above({word: max(v[i].item() for v in values.values()) - found_gate for word, values in held_words.items()})
+            certificate = replace(certificate, collateral=collateral, misses=misses(encoder, found_words, name, down, found_gate, measured))
+        result.append((found_gate, certificate))
     return result
 
 

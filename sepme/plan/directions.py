@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_rank": (1, 1 << 15),
     "energy": (1e-9, 1),
     "min_kept_energy": (0, 1),
+    "nearby": (0, 1 << 14),
 }
 
 
@@ -45,6 +46,7 @@ class PlanOptions:
         min_kept_energy: refuse when less than this share of the concept's energy lies along D.
         padding: whether tokens after the prompt's end constrain and carry concepts (``all``) or not (``none``).
         pooled: whether the pooled vector, where the model has one, is replaced along the concept or left as it is.
+        nearby: how many words near the concepts are preserved and calibrate gates too, see ``nearby.py``.
     """
 
     mode: Mode = "tolerance"
@@ -55,6 +57,7 @@ class PlanOptions:
     min_kept_energy: float = 1e-4
     padding: Padding = "all"
     pooled: Literal["replace", "leave"] = "replace"
+    nearby: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "tolerance", "soft", "auto") or self.padding not in ("all", "none"):
@@ -63,7 +66,7 @@ class PlanOptions:
             )
         if self.pooled not in ("replace", "leave"):
             raise SepMEError(f"There is no way {self.pooled!r} to treat the pooled vector; choose replace or leave.")
-        check_numbers(self, RANGES, frozenset({"max_rank"}))
+        check_numbers(self, RANGES, frozenset({"max_rank", "nearby"}))
 
     def rtol(self, mode: Mode) -> float:
         """The relative singular value that counts as null in a mode."""

@@ -14,6 +14,7 @@ from ..model.protocols import Encoding, TextEncoder, free_length
 from ..progress import OnProgress, silent
 from .directions import reduce_rows
 from .gate import affordable
+from .nearby import Nearby, NearbyPrompts
 from .preserved import Preserved
 from .tokens import Padding, aligned, encode, token_rows
 
@@ -30,6 +31,7 @@ class EncodedBook:
         book: every known concept (old and new) and what must be preserved.
         padding: whether tokens after a prompt's end count.
         ordinary: calibration corpus; the shipped one by default.
+        nearby: how many words near the concepts are looked for.
         on_progress: called while prompts are read; it may raise :class:`~sepme.errors.Interrupted`.
 
     Attributes:
@@ -38,6 +40,7 @@ class EncodedBook:
         encodings, anchors: by concept.
         preserved: what must not change; its file is read a batch at a time.
         ordinary: prompts that gates are calibrated on, and prompts held out, which verification reads too.
+        nearby: words near the concepts.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class EncodedBook:
         padding: Padding,
         ordinary: Sequence[str] | None = None,
         on_progress: OnProgress = silent,
+        nearby: int = 0,
     ) -> None:
         self.encoder, self.book, self.padding, self.on_progress = encoder, book, padding, on_progress
         self.names = [c.name for c in book.concepts]
@@ -60,6 +64,7 @@ class EncodedBook:
         ordinary = affordable(self.empty.context) if ordinary is None else ordinary
         self.ordinary = tuple(ordinary[::2]), tuple(ordinary[1::2])
         self.preserved = Preserved(encoder, book, on_progress)
+        self.nearby = NearbyPrompts(encoder, Nearby.of(encoder, book, nearby, on_progress), on_progress)
 
     def rows(self, name: str, which: list[bool] | None = None) -> Tensor:
         """Token rows ``(n, d_in)`` float64 of a concept's prompts, or of some of them."""

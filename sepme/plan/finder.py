@@ -62,9 +62,9 @@ class DirectionFinder:
         room = d_in - book.row_count if d_in > WIDE else 0
         held, dense = list[Tensor](), list[RowSpace]()
 
-        def take(encoding: Encoding) -> None:
+        def take(encoding: Encoding, pooled: bool = True) -> None:
             nonlocal room
-            if self._fixed_pooled is not None and encoding.pooled is not None:
+            if pooled and self._fixed_pooled is not None and encoding.pooled is not None:
                 self._fixed_pooled.add(encoding.pooled.double())
             held.append(book.token_rows(encoding))
             room -= len(held[-1])
@@ -81,6 +81,8 @@ class DirectionFinder:
 
         take(book.empty)
         book.preserved.read(book.encodings, take)
+        for encoding in book.nearby.encodings:
+            take(encoding, pooled=False)  # one row a prompt would leave no room there; the row gate spares their pooled vectors
         if dense:
             return Span(d_in), dense[0]
         span = Span.of(torch.cat([*held, *(book.rows(n) for n in book.names)]))

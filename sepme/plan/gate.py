@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..files import number, text
+from .tally import Tally
 
 # Rounding c to bfloat16 moves it by at most 2⁻⁹ ‖c‖, and so the statistic by at most 2⁻⁸; float16 is finer.
 ROUNDING = 2.0**-8
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 24  # elements of H held at once
+VERDICTS = {"good": "Safe", "fair": "Nearly safe", "poor": "Not safe", "unknown": "Not measured"}
+TOLERABLE = 0.02  # share of nearby words and of own prompts up to which a gate is nearly safe
+ROOM = 1.2  # how far above what must stay shut a prompt has to be for the gate to be lowered for it
 CORPUS = 1 << 27  # elements of the ordinary prompts' contexts
 
 
@@ -39,6 +43,9 @@ class Certificate:
             leaves under the tolerance). Both are whole numbers.
         mode: how D was chosen, ``auto`` resolved.
         pooled: of models with a pooled vector: ``mode`` (replaced or left), ``rank``, ``residual`` and ``leakage`` (see ``pooled.py``).
+        collateral: words near the concept that pass the gate in some prompt.
+        misses: its own prompts, in other templates and beside other things, that do not. Both are of prompts that nothing was planned
+            with; None where nearby words were not looked at.
     """
 
     leakage_linear: dict[str, float]
@@ -51,6 +58,8 @@ class Certificate:
     null_dims: float
     mode: str = "tolerance"
     pooled: dict[str, Any] | None = None
+    collateral: Tally | None = None
+    misses: Tally | None = None
 
     @property
     def gate_overlap(self) -> float:
@@ -70,14 +79,36 @@ class Certificate:
     def grade(self, gate: float) -> str:
         """The certificate in one word, for a gate of this threshold.
 
-        ``poor``: prompts that must not change pass the gate, or the concept's own do not. ``fair``: ordinary prompts pass it, or it
-        has little room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no figures.
+        ``poor``: prompts that must not change pass the gate, or the concept's own do not; of nearby words, or of its own prompts that
+        nothing was planned with, more than :data:`TOLERABLE`. ``fair``: fewer of those, or ordinary prompts pass it, or it has little
+        room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no figures.
         """
         if any(map(isnan, (gate, self.gate_low, self.gate_high))):
             return "unknown"
         if any(self.leakage_gated.values()) or gate >= self.gate_high:
             return "poor"
-        return "fair" if self.false_touch_rate > 0 or self.gate_high - self.gate_low < 0.1 * self.gate_high else "good"
+        wrong = max((t.share for t in (self.collateral, self.misses) if t is not None), default=0.0)
+        if wrong > TOLERABLE:
+            return "poor"
+        return "fair" if wrong > 0 or self.false_touch_rate > 0 or self.gate_high - self.gate_low < 0.1 * self.gate_high else "good"
+
+    def verdict(self, gate: float) -> str:
+        """The grade in a sentence, with what it comes from."""
+        grade = self.grade(gate)
+        word = VERDICTS[grade]
+        if grade == "unknown" or self.collateral is None or self.misses is None:
+            return word if grade == "unknown" else f"{word} by known and ordinary prompts; nearby words were not measured."
+        near, own = self.collateral, self.misses
+        said = [f"0 of {near.of} nearby words change"]
+        if near.count:
+            verb = "changes" if near.count == 1 else "change"
+            more = f" and {near.count - len(near.worst)} more" if near.count > len(near.worst) else ""
+            said = [f"{', '.join(near.worst)}{more} {verb}; add {'it' if near.count == 1 else 'them'} to the preserve list"]
+        if own.count:
+            said.append(f"{own.count} of {own.of} prompts with the concept slip through, as {own.worst[0]!r}")
+        if self.false_touch_rate > 0:
+            said.append(f"{self.false_touch_rate:.1%} of ordinary prompts change")
+        return f"{word}: {'; '.join(said)}."
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in files; figures that are not known are None."""
@@ -97,7 +128,8 @@ class Certificate:
         if pooled is not None:
             text(pooled["mode"]), number(pooled["residual"])
         figures = {name: number(data.get(name, nan)) for name in names}
-        return Certificate(linear, gated, **figures, mode=text(data.get("mode", "?")), pooled=pooled)
+        collateral, misses = (Tally.from_json(data.get(name)) for name in ("collateral", "misses"))
+        return Certificate(linear, gated, **figures, mode=text(data.get("mode", "?")), pooled=pooled, collateral=collateral, misses=misses)
 
 
 @cache
@@ -175,6 +207,12 @@ def threshold(low: float, soft_low: float, high: float) -> float:
     return (max(soft_low, 1e-3 * high) * high) ** 0.5
 
 
+def widened(gate: float, soft_low: float, high: float, beside: Sequence[float]) -> float:
+    """γ lowered for prompts of the concept beside other things (their statistics), as far as what must stay shut leaves room."""
+    reached = min([high, *(value for value in beside if value > ROOM * soft_low)])
+    return gate if high <= soft_low else min(gate, (max(soft_low, 1e-3 * high) * reached) ** 0.5)
+
+
 def certify(
     leakage: dict[str, float],
     high: float,
@@ -185,17 +223,20 @@ def certify(
     null_dims: int,
     mode: str,
     gate: float | None = None,
+    beside: Sequence[float] = (),
 ) -> tuple[float, Certificate]:
     """γ (calibrated unless given) and the certificate.
 
     Args:
         leakage: worst statistic of what must never be touched, by name.
         high: smallest of the concept's own prompts.
-        calibration, held_out: of ordinary prompts; they may be empty.
+        calibration, held_out: of ordinary prompts, and of words near the concept; they may be empty.
+        beside: of the concept's name beside other things.
     """
     low = max(leakage.values())
     soft_low = max([low, *calibration])
-    gate = threshold(low, soft_low, high) if gate is None else gate
+    if gate is None:
+        gate = widened(threshold(low, soft_low, high), soft_low, high, beside)
     touched = [value > gate for value in held_out]
     rate = sum(touched) / len(touched) if touched else 0.0
     gated = {n: (v if v > gate else 0.0) for n, v in leakage.items()}

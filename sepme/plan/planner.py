@@ -59,7 +59,7 @@ class Planner:
         on_progress: OnProgress = silent,
     ) -> None:
         self.book, self.options = book, options or PlanOptions()
-        self.prompts = EncodedBook(encoder, book, self.options.padding, ordinary, on_progress)
+        self.prompts = EncodedBook(encoder, book, self.options.padding, ordinary, on_progress, self.options.nearby)
         self._finder = DirectionFinder(self.prompts, self.options)
         self._plans: dict[str, Subspace] = {}
         self._pooled: dict[str, tuple[Pooled | None, PooledFacts | None]] = {}

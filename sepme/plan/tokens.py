@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from ..errors import SepMEError
 from ..model.protocols import Encoding, TextEncoder, free_length
@@ -46,6 +46,12 @@ def encode(encoder: TextEncoder, prompts: Sequence[str]) -> Encoding:
     if not all(v.isfinite().all() for v in (context, *pooled)):
         raise SepMEError("The text encoder returned NaN or infinite values; check the checkpoint, or run the encoder in float32.")
     return Encoding(context, torch.cat(masks), torch.cat(pooled) if pooled else None)
+
+
+def means(encoding: Encoding) -> Tensor:
+    """Mean direction of each prompt's tokens, without padding ``(prompts, d_in)`` float32."""
+    unit = normalize(encoding.context.float(), dim=-1)
+    return (unit * encoding.mask[..., None]).sum(1) / encoding.mask.sum(1, keepdim=True)
 
 
 def present(context: Tensor) -> Tensor:

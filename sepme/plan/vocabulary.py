@@ -16,7 +16,7 @@ from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.protocols import TextEncoder
 from ..progress import OnProgress, silent
 from .gate import ordinary_prompts
-from .tokens import CHUNK, encode
+from .tokens import CHUNK, encode, means
 
 FILE = Path(__file__).parents[1] / "data" / "broader_words.txt"
 NEARBY = 32  # neighbours of a concept
@@ -94,9 +94,7 @@ class Vocabulary:
     def _features(self, encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, list[int]]:
         """Mean direction of each text's tokens ``(texts, d_in)`` float32, and how many tokens each has beyond the empty prompt's."""
         encoding = encode(encoder, texts)
-        mask = encoding.mask
-        unit = torch.nn.functional.normalize(encoding.context.float(), dim=-1)
-        return (unit * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), [int(n) - self._empty for n in mask.sum(1)]
+        return means(encoding), [int(n) - self._empty for n in encoding.mask.sum(1)]
 
     def similarities(self, encoder: TextEncoder, name: str) -> Tensor:
         """Cosines ``(words,)`` between a name and the words, their common part taken out."""

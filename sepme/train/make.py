@@ -228,9 +228,9 @@ def _finish(
 
 def separable_from(planner: Planner, name: str) -> dict[str, Any]:
     """What a delta says of everything else that is known: concepts; of the preserved prompts count and digest, a short list whole."""
-    prompts = planner.book.preserve
+    prompts, nearby = planner.book.preserve, planner.prompts.nearby.found
     preserve = {"count": planner.prompts.preserved.count, "sha256": planner.prompts.preserved.digest}
     return {
         "known": [{"name": c.name, "prompts": c.prompts} for c in planner.book.concepts if c.name != name],
         "preserve": preserve | ({"prompts": prompts} if len(prompts) <= 100 else {}),
-    }
+    } | ({"nearby": nearby.to_json(name)} if nearby.words else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -156,9 +156,13 @@ def _choice(what: str, value: str, known: Any) -> None:
 
 
 def plan_options(mode: str, /, **given: Any) -> PlanOptions:
-    """How directions are planned for a training mode; values that are None take the mode's default (:data:`PLANS`)."""
+    """How directions are planned for a training mode; values that are None take the mode's default (:data:`PLANS`).
+
+    Nearby words are looked for in mode subspace alone: the published modes are as they were published.
+    """
     _choice("mode", mode, MODES)
-    return PlanOptions(**PLANS[mode] | {k: v for k, v in given.items() if v is not None})
+    options = PlanOptions(**PLANS[mode] | {k: v for k, v in given.items() if v is not None})
+    return options if mode == "subspace" else replace(options, nearby=0)
 
 
 Predict = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as Denoiser.predict

@@ -168,7 +168,7 @@ KINDS = {  # node: its inputs that are typed in
     "SepMEConditioningToggles": ("toggles",),
     "SepMEConcept": ("name", "prompts", "anchor"),
     "SepMEConceptBook": ("book",),
-    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size", "edit"),
+    "SepMETrain": ("erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "size", "edit", "nearby"),
     "SepMESaveDeltas": ("filename_prefix", "embed"),
     "SepMELoadDelta": ("delta", "content_hash"),
     "SepMEExport": ("format", "filename_prefix"),

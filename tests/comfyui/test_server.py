@@ -34,7 +34,7 @@ INTERFACE = {
     "SepMEConceptBook": (["book"], ["concepts"], ["CONCEPTS"]),
     "SepMETrain": (
         ["model", "clip", "concepts"],
-        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size", "edit"],
+        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size", "edit", "nearby"],
         ["DELTAS", "LOSS_MAP", "STRING"],
     ),
     "SepMESaveDeltas": (["deltas"], ["filename_prefix", "embed"], ["DELTAS"]),

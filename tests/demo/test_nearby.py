@@ -1,0 +1,134 @@
+"""Nearby words on the embedded model: what is graded safe spares what nobody named, and opens for the concept beside anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from sepme.concepts import Concept, ConceptBook
+from sepme.demo.world import COLOURS, OBJECT_PROMPTS, OBJECTS, SMALL, STYLE_PROMPTS, STYLES
+from sepme.hosts.diffusers import DiffusersHost
+from sepme.model.protocols import Encoding
+from sepme.model.words import WordTable
+from sepme.plan.directions import PlanOptions
+from sepme.plan.gate import ordinary_prompts, ratios
+from sepme.plan.nearby import COUNT
+from sepme.plan.planner import Planner
+
+COLOUR_NAMES = tuple(COLOURS)
+
+
+class Remembering:
+    """The embedded model's encoder, each prompt read once."""
+
+    def __init__(self) -> None:
+        self.host, self.read = DiffusersHost.load("demo"), dict[str, tuple[Tensor, Tensor]]()
+
+    def words(self) -> WordTable:
+        return self.host.words()
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        if new := [p for p in dict.fromkeys(prompts) if p not in self.read]:
+            encoding = self.host.encode(new)
+            self.read |= {p: (c, m) for p, c, m in zip(new, encoding.context, encoding.mask, strict=True)}
+        contexts, masks = zip(*(self.read[p] for p in prompts), strict=True)
+        return Encoding(torch.stack(contexts), torch.stack(masks))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Remembering:
+    return Remembering()
+
+
+def prompts_with(objects: Sequence[str], styles: Sequence[str], colours: Sequence[str]) -> list[str]:
+    """Prompts of the world that hold one, two or three of these words."""
+    found = [f"a {s} {c} {o}" for s, c, o in product(styles, colours, objects)]
+    found += [f"a {c} {o}" for c, o in product(colours, objects)] + [f"a {o}, {s} style" for s, o in product(styles, objects)]
+    found += [f"a drawing of a {c} {o} in {s} style" for s, c, o in product(styles, colours, objects)]
+    return found + [f"{s} style, {c}" for s, c in product(styles, colours)]
+
+
+def sets_of(name: str) -> tuple[list[str], list[str]]:
+    """Prompts of everything but a word, and prompts that hold it."""
+    kinds = OBJECTS, STYLES, COLOUR_NAMES
+    others = [[w for w in kind if w != name] for kind in kinds]
+    singles = [t.format(w) for t in (*OBJECT_PROMPTS, *STYLE_PROMPTS) for w in SMALL.words if w != name]
+    return singles + prompts_with(*others), [p for p in prompts_with(*((name,) if name in kind else kind for kind in kinds)) if name in p]
+
+
+def share_over(encoder: Remembering, prompts: Sequence[str], down: Tensor, gate: float) -> float:
+    return float((ratios(encoder.encode(prompts).context, down) > gate).float().mean())
+
+
+def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
+    """The bars: at most one in a hundred of the world's other prompts change, and of the concept's own slip through."""
+    grades: list[str] = []
+    for name in SMALL.words:
+        planned = Planner(encoder, ConceptBook((Concept(name),)), PlanOptions(nearby=COUNT), ordinary_prompts()[::3]).plan(name)
+        grade = planned.certificate.grade(planned.gate)
+        grades.append(grade)
+        others, own = sets_of(name)
+        collateral = share_over(encoder, others, planned.down, planned.gate)
+        misses = 1 - share_over(encoder, own, planned.down, planned.gate)
+        if grade == "good":
+            assert collateral <= 0.01, name
+            assert misses <= 0.01, name
+        assert collateral <= 0.02, name
+    assert grades.count("good") >= 6
+
+
+def test_the_first_template_spares_what_it_does_not_name(encoder: Remembering, tmp_path: Path) -> None:
+    """Graded safe and yet half of the other prompts changed: said when it is measured, and mended; the file that was read stays."""
+    prompts = ("star", "a star", "a picture of a star", "a drawing of a star")
+    circle = Concept("circle", ("circle", "a circle", "a picture of a circle", "a drawing of a circle"))
+    book = ConceptBook((Concept("star", prompts, "a circle"), circle), tuple(f"a {c} picture" for c in COLOURS))
+    options = TrainOptions.for_mode(objective="closed-form", edit="context")
+    old = make_delta(Planner(encoder, book), "star", None, options)
+    others, own = sets_of("star")
+    assert share_over(encoder, others, old.down, old.gate) > 0.1
+    assert old.certificate.collateral is None
+    assert "not measured" in old.verdict
+    (check,) = verify(encoder, [old], nearby=COUNT).checks
+    assert check.collateral is not None
+    assert "triangle" in check.collateral.worst
+    assert check.verdict.startswith("Not safe: ")
+    assert "add them to the preserve list" in check.verdict
+    new = made_again(encoder, None, old, check.collateral.worst)
+    assert set(check.collateral.worst) <= set(new.preserve.prompts)
+    assert share_over(encoder, others, new.down, new.gate) <= 0.01
+    assert share_over(encoder, own, new.down, new.gate) >= 0.99
+    assert new.certificate.collateral is not None
+    assert new.certificate.collateral.share < check.collateral.share / 10
+    loaded = ConceptDelta.load(new.save(tmp_path / "star.safetensors"))
+    assert (loaded.certificate, loaded.verdict) == (new.certificate, new.verdict)
+    assert loaded.info["nearby"]["words"] > 300
+    assert made_again(encoder, None, old, check.collateral.worst).to_bytes() == new.to_bytes()
+
+
+def test_what_cannot_be_made_again(encoder: Remembering) -> None:
+    planner = Planner(encoder, ConceptBook((Concept("star", ("star",)),)), ordinary=("a cat",))
+    delta = make_delta(planner, "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
+    for recipe in ({}, {"import": "0123"}, dict(delta.recipe.data) | {"pictures": {}}):
+        with pytest.raises(SepMEError, match="with these words on its preserve list: heart"):
+            made_again(encoder, None, replace(delta, info=dict(delta.info) | {"recipe": recipe}), ["heart"])
+
+
+def test_words(encoder: Remembering) -> None:
+    """None of the concept's, its plural's or its other prompts' words is near; what the user preserves is; other prompts are held out."""
+    book = ConceptBook((Concept("star", ("star", "a heart of gold")), Concept("neon")), ("gold", "a red cat"))
+    found = Nearby.of(encoder, book, COUNT)
+    assert {"circle", "triangle", "red", "style", "gold"} <= set(found.words)
+    assert not {"star", "heart", "neon"} & set(found.words)
+    planned = {*found.prompts, *(p for b in found.beside.values() for p in b.calibration)}
+    held = [p for prompts in found.held_out.values() for p in prompts] + [p for b in found.beside.values() for p in b.held_out]
+    assert not planned & set(held)
+    assert not {p for c in book.concepts for p in c.prompts} & {*planned, *held}
+    few = Nearby.of(encoder, book, 40)
+    assert len(few.words) == 40
+    assert "triangle" in few.words
+    assert Nearby.of(encoder, book, 40) == few
+    assert Nearby.of(encoder, book, 0) == Nearby()
