@@ -21,7 +21,7 @@ ROUNDING = 2.0**-8
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 24  # elements of H held at once
 VERDICTS = {"good": "Safe", "fair": "Nearly safe", "poor": "Not safe", "unknown": "Not measured"}
-TOLERABLE = 0.02  # share of nearby words and of own prompts up to which a gate is nearly safe
+TOLERABLE = 0.01  # share of nearby words and of own prompts up to which a gate is nearly safe
 ROOM = 1.2  # how far above what must stay shut a prompt has to be for the gate to be lowered for it
 CORPUS = 1 << 27  # elements of the ordinary prompts' contexts
 
@@ -80,17 +80,17 @@ class Certificate:
         """The certificate in one word, for a gate of this threshold.
 
         ``poor``: prompts that must not change pass the gate, or the concept's own do not; of nearby words, or of its own prompts that
-        nothing was planned with, more than :data:`TOLERABLE`. ``fair``: fewer of those, or ordinary prompts pass it, or it has little
-        room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no figures.
+        nothing was planned with, more than one and more than :data:`TOLERABLE`. ``fair``: fewer of those, or ordinary prompts pass it, or
+        it has little room: less than a tenth between what passes and what does not. ``good``: none of these. ``unknown``: no figures.
         """
         if any(map(isnan, (gate, self.gate_low, self.gate_high))):
             return "unknown"
         if any(self.leakage_gated.values()) or gate >= self.gate_high:
             return "poor"
-        wrong = max((t.share for t in (self.collateral, self.misses) if t is not None), default=0.0)
-        if wrong > TOLERABLE:
+        wrong = [t for t in (self.collateral, self.misses) if t is not None and t.count > 0]
+        if any(t.count > 1 and t.share > TOLERABLE for t in wrong):
             return "poor"
-        return "fair" if wrong > 0 or self.false_touch_rate > 0 or self.gate_high - self.gate_low < 0.1 * self.gate_high else "good"
+        return "fair" if wrong or self.false_touch_rate > 0 or self.gate_high - self.gate_low < 0.1 * self.gate_high else "good"
 
     def verdict(self, gate: float) -> str:
         """The grade in a sentence, with what it comes from."""

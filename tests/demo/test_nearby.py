@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from sepme.concepts import Concept, ConceptBook
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.verify import verify
 from sepme.demo.world import COLOURS, OBJECT_PROMPTS, OBJECTS, SMALL, STYLE_PROMPTS, STYLES
+from sepme.errors import SepMEError
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.model.protocols import Encoding
 from sepme.model.words import WordTable
 from sepme.plan.directions import PlanOptions
 from sepme.plan.gate import ordinary_prompts, ratios
-from sepme.plan.nearby import COUNT
+from sepme.plan.nearby import COUNT, Nearby
 from sepme.plan.planner import Planner
+from sepme.train import TrainOptions, make_delta
+from sepme.train.again import made_again
 
 COLOUR_NAMES = tuple(COLOURS)
 
@@ -83,18 +90,19 @@ def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
 
 def test_the_first_template_spares_what_it_does_not_name(encoder: Remembering, tmp_path: Path) -> None:
     """Graded safe and yet half of the other prompts changed: said when it is measured, and mended; the file that was read stays."""
-    prompts = ("star", "a star", "a picture of a star", "a drawing of a star")
-    circle = Concept("circle", ("circle", "a circle", "a picture of a circle", "a drawing of a circle"))
-    book = ConceptBook((Concept("star", prompts, "a circle"), circle), tuple(f"a {c} picture" for c in COLOURS))
+    striped = Concept("striped", ("striped style", "a striped picture", "a striped drawing", "in striped style"), "a picture")
+    things = [Concept(n, tuple(t.format(n) for t in ("{}", "a {}", "a picture of a {}", "a drawing of a {}"))) for n in OBJECTS]
+    things = [thing for thing in things if thing.name in ("star", "heart", "circle")]
+    book = ConceptBook((*things, striped), tuple(f"a {c} picture" for c in COLOURS))
     options = TrainOptions.for_mode(objective="closed-form", edit="context")
     old = make_delta(Planner(encoder, book), "star", None, options)
     others, own = sets_of("star")
-    assert share_over(encoder, others, old.down, old.gate) > 0.1
+    assert share_over(encoder, others, old.down, old.gate) > 0.3
     assert old.certificate.collateral is None
-    assert "not measured" in old.verdict
+    assert old.verdict == "Safe by known and ordinary prompts; nearby words were not measured."
     (check,) = verify(encoder, [old], nearby=COUNT).checks
     assert check.collateral is not None
-    assert "triangle" in check.collateral.worst
+    assert set(SMALL.words) & set(check.collateral.worst)
     assert check.verdict.startswith("Not safe: ")
     assert "add them to the preserve list" in check.verdict
     new = made_again(encoder, None, old, check.collateral.worst)
