@@ -73,7 +73,7 @@ class Stages:
 
     def text(self) -> None:
         """Stage: train the text encoder to tell captions apart."""
-        train_text(self.work, self.words(), self.tokenizer(), self.steps or 1000, until=self.until)
+        train_text(self.work, self.words(), self.tokenizer(), self.steps or 600, until=self.until)
 
     def diffusion(self) -> None:
         """Stage: train denoiser and text encoder, few things first."""

@@ -91,7 +91,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextMod
     )  # fmt: skip
 
 
-def train_text(work: Path, words: Lexicon, tokenizer: CLIPTokenizer, steps: int = 1000, batch: int = 64, until: int | None = None) -> None:
+def train_text(work: Path, words: Lexicon, tokenizer: CLIPTokenizer, steps: int = 600, batch: int = 64, until: int | None = None) -> None:
     """Train the encoder, with three linear heads on its last token, to tell thing, studio and background from captions of all things."""
     torch.manual_seed(5)
     text = build_text_encoder(tokenizer)
