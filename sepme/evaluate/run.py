@@ -24,13 +24,14 @@ from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import TrainOptions
+from .attacks import Budget, attacks
 from .classifiers import make_classifier, measures
 from .erasers import Eraser, Separable
 from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
 from .methods import KEYS, OWN, MethodMaker
 from .report import write_report
-from .robustness import Budget, attack, resurgence
+from .robustness import resurgence
 from .sampler import Sampler
 from .suite import Suite
 
@@ -148,7 +149,7 @@ class Run:
     def _stock(self) -> dict[str, float]:
         result, shown = stock_figures(self.sampler, self._shown)
         self._show("stock", shown)
-        return result | {"attack_success": attack(self.sampler, None, self.budget, True)}
+        return result | attacks(self.sampler, None, self.budget, True)
 
     def _method(self, key: str) -> dict[str, Any]:
         made = self.maker.make(key)
@@ -160,7 +161,7 @@ class Run:
     def _measured(self, label: str, eraser: Eraser, gate: bool) -> dict[str, Any]:
         found, shown = figures(self.sampler, eraser, gate, self._shown)
         self._show(label, shown)
-        found["attack_success"] = attack(self.sampler, eraser, self.budget, gate)
+        found |= attacks(self.sampler, eraser, self.budget, gate)
         found["resurgence_accuracy"] = resurgence(self.sampler, eraser, gate, **self.suite.resurgence)
         return found
 
