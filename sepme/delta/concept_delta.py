@@ -31,6 +31,8 @@ from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
 from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, header_hash, plain_json, read_header
+from .thumbnail import KEY as THUMBNAIL
+from .thumbnail import picture
 
 DESCRIPTIONS = {  # by whether the context and whether projections are edited
     (False, True): "A separable concept erasure for cross-attention to_k and to_v.",
@@ -52,6 +54,7 @@ class ConceptDelta:
         info: JSON-able, what else stands in the header; :attr:`facts` is what it means.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
         file: path that it was read from, with forward slashes; empty if from no file.
+        thumbnail: data URL of a small picture; empty if there is none.
     """
 
     concept: Concept
@@ -62,6 +65,7 @@ class ConceptDelta:
     info: Mapping[str, Any] = field(default_factory=dict)
     pooled: Pooled | None = None
     file: str = field(default="", compare=False)
+    thumbnail: str = field(default="", compare=False)
 
     @staticmethod
     def from_factors(
@@ -216,7 +220,7 @@ class ConceptDelta:
             "modelspec.architecture": f"{self.architecture}/sepme-delta",
             "modelspec.title": f"SepME: {self.concept.name}",
             "modelspec.description": DESCRIPTIONS[self.edits_context, bool(self.projections)],
-        }
+        } | ({THUMBNAIL: self.thumbnail} if self.thumbnail else {})
         texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
         return texts | {"header_hash": header_hash(texts)}
 
@@ -275,7 +279,9 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         if not (value.float() * scale[name]).isfinite().all():
             raise SepMEError(f"{path}: tensor 'up.{name}' times its scale is infinite; the file is damaged.")
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix())
+    thumbnail = metadata.get(THUMBNAIL, "")
+    shown = thumbnail if picture(thumbnail) else ""
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix(), shown)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
