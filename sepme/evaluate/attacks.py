@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..model.protocols import Encoding
+from ..model.protocols import AttackHost, Encoding
 from .erasers import Eraser, Separable
 from .prompt_sets import Batch
 from .sampler import Sampler
@@ -30,7 +30,7 @@ class Budget:
     """What an attacker may spend on one concept.
 
     Attributes:
-        concepts: how many are attacked (evenly spread).
+        concepts: how many are attacked (evenly spread); 0 leaves attacks out, for hosts that are no ``AttackHost``.
         tokens: learned or found at once.
         steps, learning_rate: of Adam, for embeddings.
         batch: noised pictures per step.
@@ -54,6 +54,8 @@ def attacks(sampler: Sampler, eraser: Eraser | None, budget: Budget, gate: bool)
     ``attack_success``: learned embeddings; ``attack_text``: found words; ``attack_text_named``: found words around the concept's name.
     Each also with ``_gate_aware`` where there is a gate.
     """
+    if budget.concepts == 0:
+        return {}
     names = sampler.suite.names
     chosen = names[:: max(1, len(names) // budget.concepts)][: budget.concepts]
     kinds: dict[str, Callable[[Attack], str]] = {
@@ -76,7 +78,7 @@ class Attack:
     """
 
     def __init__(self, sampler: Sampler, eraser: Eraser | None, name: str, budget: Budget, gate: bool, aware: bool = False) -> None:
-        self.sampler, self.host, self.eraser, self.name = sampler, sampler.host, eraser, name
+        self.sampler, self.host, self.eraser, self.name = sampler, cast(AttackHost, sampler.host), eraser, name
         self.budget, self.gate, self.aware = budget, gate, aware
         self.generator = torch.Generator().manual_seed(sampler.suite.seed + 7)
         self.x_0 = sampler.stock(sampler.sets.own(name)).latents.to(self.host.device)

@@ -76,7 +76,7 @@ def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     for own in (k for k in OWN if k in methods):
         for key in (k for k in methods if k not in OWN):
             cells = []
-            for column, sign in COMPARED:
+            for column, sign in ((c, s) for c, s in COMPARED if c in methods[own].keys() & methods[key].keys()):
                 a, b = methods[own][column], methods[key][column]
                 count = metrics["images"] * (metrics["attack_budget"]["concepts"] if column.startswith("attack") else metrics["concepts"])
                 error = ((a * (1 - a) + b * (1 - b)) / count) ** 0.5

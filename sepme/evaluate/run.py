@@ -18,14 +18,14 @@ from ..errors import SepMEError
 from ..files import write_atomically
 from ..images import grid, jpeg, save_grid
 from ..model.layers import kv_fingerprint
-from ..model.protocols import Encoding, TextEncoder
+from ..model.protocols import Encoding, EvaluationHost, TextEncoder
 from ..plan.capacity import capacity
 from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import TrainOptions
 from .attacks import Budget, attacks
-from .classifiers import make_classifier, measures
+from .classifiers import Classifier, make_classifier, measures
 from .erasers import Eraser, Separable
 from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
@@ -56,17 +56,19 @@ class Run:
         clip: folder of a CLIP model, for suites that need one.
         keep_images: write all pictures, not only those of the report.
         check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
+        classifier: instead of the suite's.
     """
 
     def __init__(
         self,
-        host: Any,
+        host: EvaluationHost,
         suite: Suite,
         out: Path,
         clip: Path | None = None,
         keep_images: bool = False,
         on_progress: OnProgress = silent,
         check: Callable[[], None] = lambda: None,
+        classifier: Classifier | None = None,
     ) -> None:
         self.host, self.suite, self.out, self.keep_images = host, suite, out, keep_images
         self.on_progress, self.check = on_progress, check
@@ -74,7 +76,7 @@ class Run:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
         except TypeError as error:
             raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
-        self.classifier = make_classifier(suite, clip, host.device)
+        self.classifier = classifier or make_classifier(suite, clip, host.device)
         self.encoder = _Remembering(host)
         self.sampler = Sampler(host, self.classifier, suite, check)
         self.maker = MethodMaker(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
