@@ -25,7 +25,7 @@ from torch import Tensor
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
-from ..model.families import CONTEXT, context_architecture, fits
+from ..model.families import CONTEXT, context_architecture, fits, is_site
 from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
@@ -232,8 +232,13 @@ class ConceptDelta:
         """Write the file: temporary file in the same folder, fsync, rename.
 
         Raises:
-            SepMEError: the folder cannot be written or the disk is full; nothing is left behind.
+            SepMEError: the folder cannot be written or the disk is full; nothing is left behind. Or an attention layer has a name that
+                no file holds: a model of one's own names them as LDM does.
         """
+        for name in self.up:
+            if name != CONTEXT and not is_site(name):
+                example = "middle_block.1.transformer_blocks.0.attn2.to_k"
+                raise SepMEError(f"A file holds layers under LDM's names, as {example}; {name[:60]!r} is none, rename the model's layers.")
         return write_atomically(path, self.to_bytes())
 
     @staticmethod
