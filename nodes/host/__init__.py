@@ -4,18 +4,22 @@ from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
-from .jobs import NodeProgress, check_interrupted, trainable
+from .jobs import NodeProgress, check_interrupted, part_of, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
-from .patch import apply_deltas, toggled
-from .text import ClipEncoder, clip_skip, text_encoder
+from .patch import apply_deltas, deltas_on, toggled
+from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample
+from .text import ClipEncoder, clip_skip, conditioning, text_encoder
 
 SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module, which is the path of a folder here
 
 __all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
     "ClipEncoder",
     "LanguageEncoder",
     "NodeProgress",
+    "Sampling",
     "UNetDenoiser",
     "adapts",
     "apply_deltas",
@@ -24,14 +28,18 @@ __all__ = [
     "check_interrupted",
     "checkpoint_names",
     "clip_skip",
+    "conditioning",
     "delta_library",
     "delta_names",
+    "deltas_on",
     "demo_model",
     "erasures",
     "load_checkpoint",
     "lora_folder",
     "notice",
     "outputs_of",
+    "part_of",
+    "sample",
     "saves",
     "tell_page",
     "text_encoder",
