@@ -79,5 +79,6 @@ def _facts(concept: str, content_hash: str, architecture: str, rank: int, prompt
         "leakage_by_name": certificate.leakage_linear,
         "grade": certificate.grade(gate),
         "verdict": certificate.verdict(gate),
-        "changed": [] if certificate.collateral is None else list(certificate.collateral.worst),
+        "collateral": figures["collateral"],
+        "misses": figures["misses"],
     }

@@ -15,9 +15,9 @@ from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
+from ...sepme.plan.nearby import COUNT
 from . import host
 from .files import choose, labels, load
-from .grades import word
 from .panel import delta_choice
 from .progress import TaskStatus, follow, shown, table
 from .training import train_page
@@ -91,7 +91,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             about_encoder = check_encoder(model, deltas)
-            found = verify(model, deltas, on_progress=shown(progress))
+            found = verify(model, deltas, on_progress=shown(progress), nearby=COUNT)
         made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
@@ -100,8 +100,8 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
         heads = ("concept", "gate", "own prompts pass", *leakage, "false touches", "certificate", "holds")
         rows = [
             (c.concept, c.gate, f"{c.own_touched:.0%}", max(c.leakage_linear.values()), max(c.leakage_gated.values()), c.false_touch_rate,
-             word(delta.grade), "yes" if c.holds else "NO")
-            for c, delta in zip(found.checks, deltas, strict=True)
+             c.verdict, "yes" if c.holds else "NO")
+            for c in found.checks
         ]  # fmt: skip
         return table(heads, rows) + "".join(f"<p>{html.escape(w)}</p>" for w in (*others, *about_encoder, *found.warnings))
 

@@ -18,7 +18,6 @@ from ...sepme.train.objectives import OBJECTIVES, described
 from ...sepme.train.options import EDITS, MODES
 from . import host
 from .book import BookRows, book_of, parse
-from .grades import word
 from .progress import TaskStatus, follow, shown, table
 
 BOOK = """concepts:
@@ -118,5 +117,5 @@ def _summary(saved: Sequence[tuple[ConceptDelta, Path]]) -> str:
     for delta, path in saved:
         certificate = delta.certificate
         figures = (delta.rank, delta.facts.objective.steps, delta.gate, certificate.worst_leakage, certificate.false_touch_rate)
-        rows.append((delta.concept.name, word(delta.grade), path.relative_to(host.library.folder).as_posix(), *figures))
+        rows.append((delta.concept.name, delta.verdict, path.relative_to(host.library.folder).as_posix(), *figures))
     return table(("concept", "certificate", "file", "rank", "steps", "gate", "worst leakage before the gate", "false touches"), rows)

@@ -9,6 +9,7 @@ import { markTexts, tags } from "./tags.js";
 import { t, told } from "./text.js";
 import { meant } from "./toggles.js";
 import { architectureOf, deltasAt, deltasBefore, linkOf, loaded } from "./wires.js";
+import { verdict } from "./verdict.js";
 
 const PANEL = "SEPME_TOGGLES";
 const ROWS = "SEPME_ROWS";
@@ -236,7 +237,7 @@ function drawCard(node) {
         line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair"))),
       ]
     : [
-        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), delta.fits ?? delta.architecture),
+        line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: verdict(delta) }), el("b", {}, delta.concept), delta.fits ?? delta.architecture),
         line(`${t("facts.rank", { rank: delta.rank })} · ${bytes(delta.bytes)}${delta.renamed ? ` · ${t("card.renamed", { name: delta.name })}` : ""}`),
         el("label.sepme-line", { title: t("card.embedTip") }, el("input", { type: "checkbox", checked: !!record?.data, onchange: (event) => embed(delta, event.target) }), t("card.embed")),
       ];

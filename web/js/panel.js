@@ -2,6 +2,7 @@
 import { bytes, el, figure, ownKeys } from "./dom.js";
 import { parse, rows, same, write } from "./toggles.js";
 import { t } from "./text.js";
+import { verdict } from "./verdict.js";
 
 const SEARCH_FROM = 9; // rows from which on there is a search field
 const ROW = 28; // pixels of a row
@@ -146,7 +147,7 @@ export class TogglePanel {
     if (delta.mismatch) return { grade: "lost", tip: delta.mismatch };
     if (delta.untrained) return { grade: "unknown", tip: t("panel.untrained") };
     const figures = { leakage: figure(delta.leakage), gated: figure(delta.leakage_gated), low: figure(delta.gate_low), gate: figure(delta.gate), high: figure(delta.gate_high), touched: ((delta.false_touch_rate ?? 0) * 100).toFixed(1), size: bytes(delta.bytes ?? 0) };
-    return { grade: delta.grade, tip: `${t(`grade.${delta.grade}`)}\n${t("panel.figures", figures)}` };
+    return { grade: delta.grade, tip: `${verdict(delta)}\n${t("panel.figures", figures)}` };
   }
 
   update(row) {

@@ -7,6 +7,7 @@ import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
 import { architecturesOfWorkflow, linkOf } from "./wires.js";
+import { verdict } from "./verdict.js";
 
 const DRAGGED = "application/x-sepme-delta";
 const ORDERS = {
@@ -121,7 +122,7 @@ function item(delta, open) {
     el(
       "div.sepme-what",
       {},
-      el("div.sepme-line", {}, el(`span.sepme-dot.sepme-${delta.grade}`, { role: "img", title: t(`grade.${delta.grade}`), "aria-label": t(`grade.${delta.grade}`) }), el("b", {}, delta.concept)),
+      el("div.sepme-line", {}, el(`span.sepme-dot.sepme-${delta.grade}`, { role: "img", title: verdict(delta), "aria-label": verdict(delta) }), el("b", {}, delta.concept)),
       el("div.sepme-where", { title: delta.name }, delta.name),
       el("div.sepme-where", {}, [new Date(delta.date).toLocaleDateString(), bytes(delta.bytes), delta.copies.length ? t("sidebar.copies", { count: delta.copies.length }) : ""].filter(Boolean).join(" · ")),
       el("span.sepme-tag", { title: t("facts.architecture") }, (delta.fits ?? delta.architecture).replace(/-[0-9a-f]{8}$/, "")),

@@ -3,6 +3,7 @@ import { api, grow, nodes, rootGraph, serverIds } from "./host.js";
 import { el, figure } from "./dom.js";
 import { refresh } from "./nodes.js";
 import { t } from "./text.js";
+import { spare, verdict } from "./verdict.js";
 
 const SIZE = [300, 96];
 const MARGIN = 6;
@@ -111,14 +112,25 @@ function show(node, made) {
   if (!node.sepmeTraining) return refresh();
   const { state, result } = node.sepmeTraining;
   state.textContent = t("training.done", { count: made.length });
-  result.replaceChildren(...made.map(certificate), ...(made.some((d) => Object.keys(d.leakage_by_name).length) ? [heatMap(made)] : []));
+  result.replaceChildren(...made.map(certificate), ...sparing(node, made), ...(made.some((d) => Object.keys(d.leakage_by_name).length) ? [heatMap(made)] : []));
   grow(node);
   refresh();
 }
 
 function certificate(delta) {
   const text = t("training.certificate", { gated: figure(delta.leakage_gated), low: figure(delta.gate_low), gate: figure(delta.gate), high: figure(delta.gate_high) });
-  return el("div.sepme-line", { title: t(`grade.${delta.grade}`) }, el(`span.sepme-dot.sepme-${delta.grade}`), el("b", {}, delta.concept), ` ${text}`);
+  return el("div.sepme-line", { title: verdict(delta) }, el(`span.sepme-dot.sepme-${delta.grade}`), el("b", {}, delta.concept), ` ${text}`);
+}
+
+/** A button that puts nearby words which change onto the preserve list, where there are such words. */
+function sparing(node, made) {
+  if (!made.some((d) => d.collateral?.count)) return [];
+  const button = el("button.sepme-small", { type: "button", title: t("training.spareTip") }, t("training.spare"));
+  button.onclick = () => {
+    spare(node, made);
+    button.disabled = true;
+  };
+  return [el("div.sepme-line", {}, button)];
 }
 
 /** What each delta (row) does to the prompts of the others (column), linear; a frame: it passes the gate. */
