@@ -29,7 +29,11 @@ def verify(
     preserve: Preserve = None,
     nearby: NearbyWords = COUNT,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Make deltas that change nearby words again, with the worst of them on the preserve list.")
+        bool,
+        typer.Option(
+            "--fix",
+            help="Make deltas again that change nearby words or miss prompts of the concept, with the worst words on the preserve list.",
+        ),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for what --fix makes.")] = Path("fixed"),
     draw: Annotated[Path | None, typer.Option(help="Folder for pictures of the five nearby prompts that change most.")] = None,
@@ -79,10 +83,14 @@ def verify(
         facts["drawn"] = [str(_drawn(host, d, c.examples, draw)) for d, c in zip(deltas, result.checks, strict=True) if c.examples]
     if fix:
         rows = zip(deltas, result.checks, paths, strict=True)
-        facts["fixed"] = [_fixed(host, d, c.collateral.worst, path) for d, c, path in rows if c.collateral and c.collateral.count]
+        facts["fixed"] = [
+            _fixed(host, d, c.collateral.worst, path)
+            for d, c, path in rows
+            if c.collateral and c.misses and c.collateral.count + c.misses.count
+        ]
     finish(result.to_json() | {"warnings": warnings} | facts, as_json, show)
     if not as_json:
-        for name, rows_ in facts.items():
+        for name, rows_ in ((n, r) for n, r in facts.items() if r):
             log.print("\n".join(f"{name}: {row if isinstance(row, str) else row['file'] + ': ' + row['verdict']}" for row in rows_))
     if not result.holds:
         raise typer.Exit(1)
