@@ -69,10 +69,13 @@ def test_rows(page: Page) -> None:
     expect(page.row(erase, "blue star")).to_contain_text("→ a blue circle")
     for choice, shown, anchor in (("nothing in particular", "→ nothing in particular", {"anchor": ""}), ("Found by itself", "→ …", {})):
         page.row(erase, "van gogh").locator(".sepme-anchor").click()
-        page.dialog("What takes the place of van gogh?").locator(f"label:has-text('{choice}')").click()
+        dialog = page.dialog("What takes the place of van gogh?")
+        dialog.locator(f"label:has-text('{choice}')").click()
+        dialog.locator("textarea").fill("monet\nsunflowers")
         page.answer("What takes the place of van gogh?", "OK")
         expect(page.row(erase, "van gogh")).to_contain_text(shown)
         assert rows(page, erase)[1] == {"name": "van gogh"} | anchor
+    assert page.value(erase, "preserve") == "monet\nsunflowers"
     saved = page.workflow()
     page.load_workflow(saved)
     page.wait_rows(erase, "blue star", "van gogh")

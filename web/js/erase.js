@@ -38,6 +38,7 @@ export class ErasePanel extends TogglePanel {
     super(false, onChange);
     this.text = "[]";
     this.made = []; // facts of what the server made of the rows
+    this.preserve = null; // the node's own words that must stay, as {get, set}
     this.field = el("input.sepme-search", {
       type: "text", placeholder: t("erase.placeholder"), "aria-label": t("erase.placeholder"), autocomplete: "off", role: "combobox", "aria-expanded": "false",
       oninput: () => this.offer(), onfocus: () => this.offer(), onclick: () => this.menu || this.offer(), onblur: () => setTimeout(() => this.closeChoices(), 150), onkeydown: (event) => this.onTyped(event),
@@ -103,14 +104,17 @@ export class ErasePanel extends TogglePanel {
     this.byName.get(row.name).drop.hidden = false;
   }
 
-  /** Ask what takes a concept's place: found by itself, nothing in particular, or the user's own words. */
+  /** Ask what takes a concept's place: found by itself, nothing in particular, or the user's own words; and what must stay. */
   askAnchor(row, value) {
     const own = el("input.sepme-text", { type: "text", value: value, "aria-label": t("erase.own"), oninput: () => (radios[2].checked = true) });
     const kind = row.entry.anchor == null ? 0 : row.entry.anchor ? 2 : 1;
     const radios = ["erase.byItself", "erase.nothing", "erase.own"].map((key, i) => el("input", { type: "radio", name: "sepme-anchor", value: key, checked: i === kind }));
     const choices = radios.map((radio) => el("label.sepme-choice", {}, radio, t(radio.value)));
     const stays = row.delta.preserve?.length ? el("p", {}, t("erase.stays", { words: row.delta.preserve.join(", ") })) : null;
-    const dialog = openDialog(t("erase.anchorTitle", row), el("div.sepme-options", {}, ...choices, own, el("p", {}, t("erase.anchorLabel")), stays), [[t("dialog.ok"), () => {
+    const words = this.preserve && el("textarea.sepme-text", { rows: 4, value: this.preserve.get() });
+    const must = words && el("label", {}, t("erase.mustStay"), words);
+    const dialog = openDialog(t("erase.anchorTitle", row), el("div.sepme-options", {}, ...choices, own, el("p", {}, t("erase.anchorLabel")), stays, must), [[t("dialog.ok"), () => {
+      if (words && words.value !== this.preserve.get()) this.preserve.set(words.value);
       const { anchor: _, ...rest } = row.entry;
       const chosen = radios.findIndex((radio) => radio.checked);
       const text = own.value.trim();

@@ -194,6 +194,7 @@ async function drawPanel(node, panel, shown = node) {
 }
 
 async function drawErasePanel(node, panel, shown) {
+  panel.preserve = widget(node, "preserve") && { get: () => widget(node, "preserve").value, set: (text) => (set(node, "preserve", text), changed()) };
   panel.made = node.sepmeMade ?? [];
   const rows = erased(panel.value, panel.made);
   const model = await architectureOf(node);
