@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from sepme.concepts import Concept, ConceptBook
+from sepme.concepts import Concept, ConceptBook, mentions
 from sepme.demo.run import demo_suite
 from sepme.demo.world import COLOURS, OBJECT_PROMPTS, OBJECTS, SMALL, STYLE_PROMPTS, STYLES
 from sepme.hosts.diffusers import DiffusersHost
@@ -37,7 +37,7 @@ def sets_of(name: str) -> tuple[list[str], list[str]]:
     """Prompts without a word, and with it."""
     singles = [t.format(w) for t in (*OBJECT_PROMPTS, *STYLE_PROMPTS) for w in SMALL.words if w != name]
     own = world(*((name,) if name in kind else kind for kind in KINDS))
-    return singles + world(*([w for w in kind if w != name] for kind in KINDS)), [p for p in own if name in p]
+    return singles + world(*([w for w in kind if w != name] for kind in KINDS)), [p for p in own if mentions(p, name)]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepme.concepts import Concept, ConceptBook
+from sepme.concepts import Concept, ConceptBook, mentions
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.delta.verify import verify
 from sepme.demo.world import COLOURS, OBJECT_PROMPTS, OBJECTS, SMALL, STYLE_PROMPTS, STYLES
@@ -64,7 +64,8 @@ def sets_of(name: str) -> tuple[list[str], list[str]]:
     kinds = OBJECTS, STYLES, COLOUR_NAMES
     others = [[w for w in kind if w != name] for kind in kinds]
     singles = [t.format(w) for t in (*OBJECT_PROMPTS, *STYLE_PROMPTS) for w in SMALL.words if w != name]
-    return singles + prompts_with(*others), [p for p in prompts_with(*((name,) if name in kind else kind for kind in kinds)) if name in p]
+    own = prompts_with(*((name,) if name in kind else kind for kind in kinds))
+    return singles + prompts_with(*others), [p for p in own if mentions(p, name)]
 
 
 def share_over(encoder: Remembering, prompts: Sequence[str], down: Tensor, gate: float) -> float:
