@@ -153,6 +153,7 @@ def test_interface(server: Server) -> None:
         "size",
         "edit",
         "batch",
+        "nearby",
         "backend",
         "gate",
         "preserve",
