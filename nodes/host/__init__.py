@@ -2,9 +2,9 @@
 
 from ...sepme.errors import SepMEError
 from .demo import demo_model
-from .denoiser import UNetDenoiser, attention_layers
+from .denoiser import UNetDenoiser, attention_layers, changeable_layers, text_blocks
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
-from .jobs import NodeProgress, check_interrupted, trainable
+from .jobs import NodeProgress, check_interrupted, loaded, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
@@ -21,6 +21,7 @@ __all__ = [
     "apply_deltas",
     "architectures_of",
     "attention_layers",
+    "changeable_layers",
     "check_interrupted",
     "checkpoint_names",
     "clip_skip",
@@ -29,11 +30,13 @@ __all__ = [
     "demo_model",
     "erasures",
     "load_checkpoint",
+    "loaded",
     "lora_folder",
     "notice",
     "outputs_of",
     "saves",
     "tell_page",
+    "text_blocks",
     "text_encoder",
     "toggled",
     "trainable",

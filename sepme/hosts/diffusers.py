@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..apply.composition import Composition
+from ..apply.kv_cache import room
 from ..apply.projector import KVProjector
 from ..apply.toggles import Toggles, merge, parse_tags, strengths
 from ..checks import SEEDS, check_finite, check_number
@@ -188,7 +189,7 @@ class DiffusersHost(ScheduledDenoiser):
                 return run(edited, pooled)
             if guidance <= 1:
                 table, plain = table[len(rows) :], plain[len(rows) :]
-            with KVProjector(self._layers, composition, gate=gate, keep=keep, backend=backend).attached(table, plain):
+            with KVProjector(self._layers, composition, gate, keep, room(self.unet), backend).attached(table, plain):
                 return run(edited, pooled)
 
 

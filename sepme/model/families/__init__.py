@@ -14,8 +14,8 @@ from .unet import FAMILY as UNET
 _FILES = (import_module(f".{module.name}", __name__) for module in iter_modules(__path__))
 _PUBLISHED = [file.FAMILY for file in _FILES if getattr(file, "FAMILY", UNET) is not UNET]
 FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises a model has it
-_PER_LAYER = tuple(f for f in FAMILIES if f.per_layer)
-_HOSTED = tuple(f for f in _PER_LAYER if f.prediction != FLOW)  # hosts that train and patch single layers have discrete timesteps
+_PER_LAYER = tuple(f for f in FAMILIES if f.keys_and_values)
+_HOSTED = tuple(f for f in _PER_LAYER if f.direct and f.prediction != FLOW)  # hosts that train single layers have discrete timesteps
 _PREFIXES = tuple(dict.fromkeys(prefix for f in FAMILIES for prefix in f.prefixes))
 
 __all__ = [
@@ -67,8 +67,10 @@ def _bare(name: str) -> str:
 
 
 def family_of(shapes: Shapes) -> Family:
-    """The family of a model with these ``(d_out, d_in)`` by site; UNets of unpublished sizes if there is no other."""
-    return next((f for f in _PER_LAYER if f.recognises(shapes)), UNET)
+    """The family of a model with these ``(d_out, d_in)`` by site: of a published size, else of this width, else of these names."""
+    named = [f for f in _PER_LAYER if all(map(f.has, shapes))]
+    alike = [f for f in named if f.published(shapes)] or [f for f in named if f is not UNET and f.recognises(shapes)]
+    return next(iter(alike), UNET if UNET in named or not named else named[0])
 
 
 def find(names: Iterable[str]) -> dict[str, str]:
@@ -78,7 +80,7 @@ def find(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     bare = set(map(_bare, names))
-    if any(f.marked(bare) for f in FAMILIES if not f.per_layer):
+    if any(f.marked(bare) for f in FAMILIES if not f.direct):
         return {}
     return next((found for family in _HOSTED if (found := family.find(names))), {})
 
@@ -105,7 +107,7 @@ def fits(architecture: str) -> str:
 @cache
 def ends(layer: str) -> dict[str, str]:
     """Names of a layer's modules by the last part of its sites' names; those of UNets for a layer of no known family."""
-    for family in _PER_LAYER:
+    for family in (f for f in _PER_LAYER if f.direct):
         sites = (f"{layer}.{p.site.rpartition('.')[2]}" for p in family.projections)
         paths = family.file_names(site for site in sites if family.has(site))
         if paths:
