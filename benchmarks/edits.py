@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from sepme.evaluate.attacks import attacks
 from sepme.evaluate.measure import figures
-from sepme.evaluate.robustness import attack
 from sepme.evaluate.run import Run
 from sepme.evaluate.suite import Suite
 from sepme.hosts.diffusers import DiffusersHost
 
-ATTACK = {"concepts": 2, "steps": 40, "tokens": 4, "batch": 4, "learning_rate": 0.02}
+ATTACK = {"concepts": 2, "steps": 40, "tokens": 4, "batch": 4, "learning_rate": 0.02, "rounds": 20}
 
 
 def main(folder: Path) -> None:
@@ -32,8 +32,8 @@ def main(folder: Path) -> None:
             made = run.maker.make(key)
             found, _ = figures(run.sampler, made.eraser, True, 1)
             plain = {name: round(value, 3) for name, value in found.items() if isinstance(value, float)}
-            attacked = attack(run.sampler, made.eraser, run.budget, True)
-            print(json.dumps({"method": key, "edit": edit, "bytes": made.eraser.bytes, "attack_success": attacked} | plain), flush=True)
+            attacked = attacks(run.sampler, made.eraser, run.budget, True)
+            print(json.dumps({"method": key, "edit": edit, "bytes": made.eraser.bytes} | attacked | plain), flush=True)
 
 
 if __name__ == "__main__":

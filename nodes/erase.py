@@ -16,8 +16,10 @@ from . import host, queued, workflow
 from .concepts import lines
 from .deltas import find
 from .facts import facts_of_delta
+from .graph import Graph
 from .rows import Row, parse_rows
 from .sockets import CATEGORY, Deltas, folded
+from .thumbnails import with_thumbnails
 
 ALIASES = ["erase", "remove", "unlearn", "forget", "censor", "ban", "block", "concept"]
 
@@ -91,8 +93,8 @@ class SepMEErase(io.ComfyNode):
         workflow.remember(extra, delta.content_hash(), entry)
         return delta
 
-    @staticmethod
-    def _made(clip: Any, model: Any, rows: Sequence[Row], preserve: str, before: Sequence[ConceptDelta]) -> tuple[ConceptDelta, ...]:
+    @classmethod
+    def _made(cls, clip: Any, model: Any, rows: Sequence[Row], preserve: str, before: Sequence[ConceptDelta]) -> tuple[ConceptDelta, ...]:
         """The erasures of rows that are only named, switched off or not: switches and strengths make nothing anew."""
         taken = {normalised(d.concept.name) for d in before}
         for row in rows:
@@ -103,4 +105,11 @@ class SepMEErase(io.ComfyNode):
         wanted = [Named(row.name, row.prompts, row.anchor) for row in rows]
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
-        return host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)
+        made = host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)
+        return with_thumbnails(model, clip, made) if cls._handed_on() else made
+
+    @classmethod
+    def _handed_on(cls) -> bool:
+        """Whether some node takes the erasures as files-to-be."""
+        hidden = cls.hidden
+        return bool(hidden and hidden.prompt and "DELTAS" in Graph(hidden.prompt, host.outputs_of).used(hidden.unique_id))

@@ -14,6 +14,8 @@ from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.facts import DAMAGE, Facts
 from ..sepme.delta.format import plain_json, read_header
 from ..sepme.delta.library import Entry
+from ..sepme.delta.thumbnail import KEY as THUMBNAIL
+from ..sepme.delta.thumbnail import Picture, picture
 from ..sepme.files import number
 from ..sepme.model.families import fits
 
@@ -26,7 +28,7 @@ def describe(entry: Entry, copies: Sequence[str] = ()) -> PageFacts:
     """The facts of a file, with the names of others that hold the same; nothing is read but the header, and that once."""
     stat = entry.path.stat()
     facts = _of_header(entry.path, stat.st_mtime_ns, stat.st_size)
-    return {"name": entry.name, "bytes": entry.bytes, "copies": list(copies), **json.loads(facts)}
+    return {"name": entry.name, "bytes": entry.bytes, "date": int(1000 * stat.st_mtime), "copies": list(copies), **json.loads(facts)}
 
 
 @lru_cache(maxsize=4096)
@@ -41,7 +43,13 @@ def _of_header(path: Path, mtime: int, size: int) -> str:
     with suppress(*DAMAGE):
         prompts = [str(prompt) for prompt in plain_json(metadata["prompts"])]
     concept, content_hash, architecture = (metadata.get(key, "") for key in ("concept", "content_hash", "architecture"))
-    return json.dumps(_facts(concept, content_hash, architecture, rank, prompts, gate, Facts.from_header(metadata)))
+    known = _facts(concept, content_hash, architecture, rank, prompts, gate, Facts.from_header(metadata))
+    return json.dumps(known | {"thumbnail": picture(metadata.get(THUMBNAIL, "")) is not None})
+
+
+def thumbnail_of(entry: Entry) -> Picture | None:
+    """The small picture of a file, from its header."""
+    return picture(read_header(entry.path)[0].get(THUMBNAIL, ""))
 
 
 def facts_of_delta(delta: ConceptDelta) -> PageFacts:

@@ -41,12 +41,10 @@ class SepMETextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, text: str, toggles: str = "{}") -> io.NodeOutput:
         queued.refuse(cls.hidden)
-        if clip is None:
-            raise SepMEError("There is no text encoder here; load a checkpoint that has one, or CLIP with a loader of its own.")
         if re.search("[\ud800-\udfff]", text):
             raise SepMEError("The prompt holds half a character, which is not valid text; type it again.")
         cleaned, tags = parse_tags(text)
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(cleaned))
+        conditioning = host.conditioning(clip, cleaned)
         return io.NodeOutput(host.toggled(conditioning, parse_json(toggles), tags, host.clip_skip(clip)), cleaned)
 
 

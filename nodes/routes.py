@@ -7,6 +7,7 @@
 | ``DELETE /sepme/deltas?name=N&content_hash=H`` | deletes N if it is the delta with this hash |
 | ``POST /sepme/deltas/rename`` | ``{"from": N, "to": M}``; 409 if M is taken |
 | ``GET /sepme/deltas/record?name=N&embed=true`` | ``{hash: record}``: what a workflow keeps of a delta, the file itself included if asked |
+| ``GET /sepme/deltas/thumbnail?name=N`` | the small picture of N; 404 where it has none |
 | ``GET /sepme/presets`` | ``{"presets": [{"title", "whole", "concepts": [{"name", "prompts", "anchor"}]}]}``: lists to choose from |
 | ``POST /sepme/book`` | ``{"book": text}``: names in a concept book |
 | ``GET /sepme/architecture?checkpoint=N`` | ``{"architecture": A, "fits": [A, B]}`` of a checkpoint and of deltas that fit it |
@@ -30,6 +31,7 @@ from ..sepme.delta.format import MAX_FILE
 from ..sepme.errors import SepMEError
 from ..sepme.presets import presets
 from . import host, workflow
+from .facts import thumbnail_of
 from .library import Absent, Library, Taken, TooLarge
 
 Handler = Callable[[web.Request], Awaitable[Any]]
@@ -65,7 +67,8 @@ def route(handler: Handler) -> Handler:
     async def answer(request: web.Request) -> web.Response:
         try:
             check_origin(request)
-            return web.json_response(await handler(request), headers={"Cache-Control": "no-store"})
+            answer = await handler(request)
+            return answer if isinstance(answer, web.Response) else web.json_response(answer, headers={"Cache-Control": "no-store"})
         except CrossOrigin as error:
             return web.json_response({"error": str(error)}, status=403)
         except SepMEError as error:
@@ -157,6 +160,16 @@ async def record(request: web.Request) -> Any:
 
 
 @route
+async def thumbnail(request: web.Request) -> Any:
+    """``GET``: the small picture of the delta ``name``, as its header has it."""
+    entry = await asyncio.to_thread(library.get, request.query.get("name"))
+    shown = await asyncio.to_thread(thumbnail_of, entry)
+    if shown is None:
+        raise Absent(f"The delta {entry.name!r} has no picture.")
+    return web.Response(body=shown.data, content_type=shown.kind, headers={"X-Content-Type-Options": "nosniff"})
+
+
+@route
 async def book(request: web.Request) -> Any:
     """``POST {book}``: the concepts of a book written as YAML or JSON."""
     text = (await body(request)).get("book")
@@ -198,6 +211,7 @@ def register() -> None:
     table.delete("/sepme/deltas")(delete)
     table.post("/sepme/deltas/rename")(rename)
     table.get("/sepme/deltas/record")(record)
+    table.get("/sepme/deltas/thumbnail")(thumbnail)
     table.get("/sepme/presets")(list_presets)
     table.post("/sepme/book")(book)
     table.get("/sepme/architecture")(architecture)

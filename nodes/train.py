@@ -23,6 +23,7 @@ from .concepts import join, lines
 from .facts import facts_of_delta
 from .live import Live
 from .sockets import CATEGORY, Concepts, Deltas, LossMap, folded
+from .thumbnails import with_thumbnails
 
 RUNS = 16  # rows of the largest batch: the denoising runs that x_t is taken from, with guidance
 
@@ -103,7 +104,7 @@ class SepMETrain(io.ComfyNode):
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
         losses: dict[str, list[float]] = {name: [] for name in names}
-        bar = host.NodeProgress(1 + len(names))
+        bar = host.NodeProgress(2 + len(names))
         encoder = host.text_encoder(clip, model)
         blocks = host.text_blocks(model) if options.needs_model and not options.make_objective().trained else None
         denoiser = host.UNetDenoiser(model, size) if options.needs_model and blocks is None else None
@@ -136,6 +137,8 @@ class SepMETrain(io.ComfyNode):
             planner = Planner(encoder, book, plan, on_progress=bar.stage)
             job = Job(planner, denoiser or blocks, options, names, each(names))
             train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
+        bar.next()
+        made = list(with_thumbnails(model, clip, made, bar.show))
         bar.next()
         facts = tuple(facts_of_delta(d) for d in made)
         queued.remember(cls.hidden, facts)

@@ -12,7 +12,7 @@ from .apply.projector import KVProjector
 from .concepts import Concept, ConceptBook
 from .delta.concept_delta import ConceptDelta
 from .errors import Interrupted, SepMEError
-from .model.protocols import AttentionLayer, Denoiser, Encoding, ImageEncoder, TextEncoder
+from .model.protocols import AttackHost, AttentionLayer, Denoiser, Encoding, EvaluationHost, ImageEncoder, TextEncoder
 from .model.schedule import Schedule, ScheduledDenoiser
 from .plan.directions import PlanOptions
 from .plan.planner import Planner
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .hosts.pipeline import Erasure, erase
 
 __all__ = [
+    "AttackHost",
     "AttentionLayer",
     "Composition",
     "Concept",
@@ -30,6 +31,7 @@ __all__ = [
     "Denoiser",
     "Encoding",
     "Erasure",
+    "EvaluationHost",
     "ImageEncoder",
     "Interrupted",
     "KVProjector",

@@ -4,18 +4,22 @@ from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers, changeable_layers, text_blocks
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
-from .jobs import NodeProgress, check_interrupted, loaded, trainable
+from .jobs import NodeProgress, check_interrupted, loaded, part_of, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, toggled
-from .text import ClipEncoder, clip_skip, text_encoder
+from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample
+from .text import ClipEncoder, clip_skip, conditioning, text_encoder
 
 SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module, which is the path of a folder here
 
 __all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
     "ClipEncoder",
     "LanguageEncoder",
     "NodeProgress",
+    "Sampling",
     "UNetDenoiser",
     "adapts",
     "apply_deltas",
@@ -25,6 +29,7 @@ __all__ = [
     "check_interrupted",
     "checkpoint_names",
     "clip_skip",
+    "conditioning",
     "delta_library",
     "delta_names",
     "demo_model",
@@ -34,6 +39,8 @@ __all__ = [
     "lora_folder",
     "notice",
     "outputs_of",
+    "part_of",
+    "sample",
     "saves",
     "tell_page",
     "text_blocks",

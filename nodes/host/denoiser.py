@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_sampling
 import latent_preview
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...sepme.errors import SepMEError
@@ -96,6 +97,23 @@ class UNetDenoiser(ScheduledDenoiser):
             return own
         found = latent_preview.get_previewer(self.device, self.model.latent_format)
         return None if found is None else lambda latents: found.decode_latent_to_preview(latents)
+
+    def picture(self, latents: Tensor) -> Any:
+        """A quick picture (PIL) of sampled latents ``(1, c, h, w)`` whatever previews are set to: colours by latent channel.
+
+        Raises:
+            SepMEError: nothing is known of the colours.
+        """
+        format = self.model.latent_format
+        latents = format.process_in(latents).float().cpu()
+        own: Callable[[Tensor], Any] | None = getattr(format, "picture", None)
+        if own is not None:
+            return own(latents)
+        if format.latent_rgb_factors is None:
+            raise SepMEError("no colours are known of this model's latents")
+        bias = torch.tensor(getattr(format, "latent_rgb_factors_bias", None) or [0.0, 0.0, 0.0])
+        colours = latents[0].movedim(0, -1) @ torch.tensor(format.latent_rgb_factors) + bias
+        return Image.fromarray(((colours + 1) / 2).clamp(0, 1).mul(255).byte().numpy())
 
     def attention_layers(self) -> dict[str, AttentionLayer]:
         return dict(self._layers)

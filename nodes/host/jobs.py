@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,11 @@ class NodeProgress:
         """The current part is done."""
         self.part += 1
         self.show(0.0)
+
+
+def part_of(show: Callable[[float], None], part: int, parts: int) -> Callable[[float], None]:
+    """What shows the progress (0 to 1) of one of several equal parts where ``show`` shows that of all."""
+    return lambda done: show((part + done) / parts)
 
 
 @contextmanager

@@ -41,6 +41,17 @@ def clip_skip(clip: Any) -> int:
     return int(last - asked)
 
 
+def conditioning(clip: Any, text: str) -> Any:
+    """CONDITIONING of a prompt, as CLIPTextEncode makes it.
+
+    Raises:
+        SepMEError: there is no text encoder.
+    """
+    if clip is None:
+        raise SepMEError(NO_ENCODER)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
 def text_encoder(clip: Any, model: Any = None) -> ClipEncoder | LanguageEncoder:
     """A CLIP as text encoder.
 

@@ -175,10 +175,13 @@ class Composition:
         c = context.detach().float()
         with no_autocast(c.device):  # gates are calibrated in float32
             h = c @ self.down.to(c.device).T
-        relative = torch.zeros(*h.shape[:2], len(self.deltas), device=c.device)
-        relative.index_add_(2, self.owner.to(c.device), h.square())
-        ratio = (relative.sqrt() / c.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)
         weight = strengths.to(c.device).expand(c.shape[0], -1).clone()
         if gate:
-            weight[ratio <= self.gates.to(c.device)] = 0
+            weight[self.ratios(c, h) <= self.gates.to(c.device)] = 0
         return h, weight
+
+    def ratios(self, context: Tensor, h: Tensor) -> Tensor:
+        """The gates' statistic ``max over tokens of ‖c D‖ / ‖c‖`` ``(rows, N)`` of a float32 context and its ``c D``."""
+        energy = torch.zeros(*h.shape[:2], len(self.deltas), device=h.device)
+        energy = energy.index_add(2, self.owner.to(h.device), h.square())
+        return (energy.sqrt() / context.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)

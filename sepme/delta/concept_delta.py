@@ -25,12 +25,14 @@ from torch import Tensor
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
-from ..model.families import CONTEXT, context_architecture, fits
+from ..model.families import CONTEXT, context_architecture, fits, is_site
 from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
 from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, header_hash, plain_json, read_header
+from .thumbnail import KEY as THUMBNAIL
+from .thumbnail import picture
 
 DESCRIPTIONS = {  # by whether the context and whether projections are edited
     (False, True): "A separable concept erasure for cross-attention to_k and to_v.",
@@ -52,6 +54,7 @@ class ConceptDelta:
         info: JSON-able, what else stands in the header; :attr:`facts` is what it means.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
         file: path that it was read from, with forward slashes; empty if from no file.
+        thumbnail: data URL of a small picture; empty if there is none.
     """
 
     concept: Concept
@@ -62,6 +65,7 @@ class ConceptDelta:
     info: Mapping[str, Any] = field(default_factory=dict)
     pooled: Pooled | None = None
     file: str = field(default="", compare=False)
+    thumbnail: str = field(default="", compare=False)
 
     @staticmethod
     def from_factors(
@@ -216,7 +220,7 @@ class ConceptDelta:
             "modelspec.architecture": f"{self.architecture}/sepme-delta",
             "modelspec.title": f"SepME: {self.concept.name}",
             "modelspec.description": DESCRIPTIONS[self.edits_context, bool(self.projections)],
-        }
+        } | ({THUMBNAIL: self.thumbnail} if self.thumbnail else {})
         texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
         return texts | {"header_hash": header_hash(texts)}
 
@@ -228,8 +232,13 @@ class ConceptDelta:
         """Write the file: temporary file in the same folder, fsync, rename.
 
         Raises:
-            SepMEError: the folder cannot be written or the disk is full; nothing is left behind.
+            SepMEError: the folder cannot be written or the disk is full; nothing is left behind. Or an attention layer has a name that
+                no file holds: a model of one's own names them as LDM does.
         """
+        for name in self.up:
+            if name != CONTEXT and not is_site(name):
+                example = "middle_block.1.transformer_blocks.0.attn2.to_k"
+                raise SepMEError(f"A file holds layers under LDM's names, as {example}; {name[:60]!r} is none, rename the model's layers.")
         return write_atomically(path, self.to_bytes())
 
     @staticmethod
@@ -275,7 +284,9 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         if not (value.float() * scale[name]).isfinite().all():
             raise SepMEError(f"{path}: tensor 'up.{name}' times its scale is infinite; the file is damaged.")
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix())
+    thumbnail = metadata.get(THUMBNAIL, "")
+    shown = thumbnail if picture(thumbnail) else ""
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix(), shown)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta

@@ -114,16 +114,16 @@ class DeltaLibrary:
         return None
 
     def save(self, delta: ConceptDelta, prefix: str = "") -> Path:
-        """Write a delta as ``<prefix><concept>.safetensors``; a file with the same content stays, one with other content is never replaced.
+        """Write a delta as ``<prefix><concept>.safetensors``; a file with the same content stays, whatever picture it has, and one with
+        other content is never replaced.
 
         Raises:
             SepMEError: the prefix leads out of the folder, or the file cannot be written.
         """
-        data = delta.to_bytes()
         for path in self.numbered(f"{prefix}{file_name(delta.concept.name)}"):
             if not path.exists():
                 return delta.save(path)
-            if path.stat().st_size == len(data) and path.read_bytes() == data:
+            if _holds(path, delta):
                 break
         return path
 
@@ -157,6 +157,15 @@ class DeltaLibrary:
         if strange or not path.resolve().is_relative_to(self.folder.resolve()):  # a linked subfolder
             raise SepMEError(f"The file name {name[:60]!r} leads out of {self.folder}; give a plain name, with / for subfolders.")
         return path
+
+
+def _holds(path: Path, delta: ConceptDelta) -> bool:
+    """Whether a file is this delta, but for its picture."""
+    try:
+        there = ConceptDelta.load(path)
+    except SepMEError:
+        return False
+    return replace(there, thumbnail="").to_bytes() == replace(delta, thumbnail="").to_bytes()
 
 
 def _delta_files(folder: Path) -> list[Path]:

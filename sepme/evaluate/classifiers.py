@@ -125,7 +125,7 @@ class Features(nn.Module):
 def frechet(classifier: Classifier, images: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     """FID's formula, by torchmetrics, of sets of images ``(n, 3, h, w)`` in [-1, 1], a piece at a time.
 
-    On Inception's features if they are at hand, else on the classifier's.
+    On Inception's features if they are at hand, else on the classifier's; nan for fewer than two images.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -142,6 +142,8 @@ def frechet(classifier: Classifier, images: Iterable[Tensor], reference: Iterabl
                 metric.used_custom_model = True
             metric.update((piece.float() + 1) / 2 if classifier.inception else piece, real=real)
     assert metric is not None
+    if min(metric.real_features_num_samples, metric.fake_features_num_samples) < 2:
+        return float("nan")
     return max(0.0, float(metric.compute()))
 
 

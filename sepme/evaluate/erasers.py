@@ -96,6 +96,12 @@ class Separable:
                 elif edits:
                     del host.predict
 
+    def openness(self, context: Tensor, name: str) -> Tensor:
+        """The gate's statistic by its threshold ``(rows,)``, differentiable by the context ``(rows, tokens, d_in)``: open above 1."""
+        composition, c = self.composition, context.float()
+        at = composition.names.index(name)
+        return composition.ratios(c, c @ composition.down.T.to(c.device))[:, at] / composition.gates[at].to(c.device)
+
     def _added(self, context: Tensor, table: Tensor, gate: bool, concepts: Sequence[int], name: str) -> Tensor:
         """``g(c) s (c D) Yᵀ`` of some deltas at a site, differentiable by ``c``."""
         composition = self.composition

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from ..apply.projector import KVProjector
 from ..concepts import ConceptBook
 from ..convert import order_gap
 from ..delta.concept_delta import ConceptDelta
+from ..model.protocols import EvaluationHost
 from ..plan.gate import ratios
 from ..plan.planner import Planner
 from ..train import Job, TrainOptions, each, make_delta, train_book
@@ -104,7 +106,7 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
     encoding = host.encode(batch.prompts)
     x = sampler.stock(batch).latents.to(host.device)
     t = torch.full((len(x),), int(0.6 * host.timesteps), device=x.device)
-    before = {n: p.detach().clone() for n, p in host.unet.named_parameters()}
+    before = {n: p.detach().clone() for n, p in _parameters(host)}
     generator = torch.Generator().manual_seed(5)
     changed = 0
     with torch.no_grad():
@@ -117,7 +119,7 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
         with projector.attached(torch.zeros(len(names))):
             off = host.predict(x, t, encoding.context, encoding.pooled)
         after = host.predict(x, t, encoding.context, encoding.pooled)
-    same = all(torch.equal(p, before[n]) for n, p in host.unet.named_parameters())
+    same = all(torch.equal(p, before[n]) for n, p in _parameters(host))
     return {
         "cycles": cycles,
         "changed": changed,
@@ -125,6 +127,12 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
         "detached_bit_identical": bool(torch.equal(after, stock)),
         "weights_bit_identical": same,
     }
+
+
+def _parameters(host: EvaluationHost) -> list[tuple[str, Tensor]]:
+    """All parameters of the modules that the attention layers belong to."""
+    layers = host.attention_layers()
+    return [(f"{name}.{key}", p) for name, layer in layers.items() for key, p in cast(nn.Module, layer).named_parameters()]
 
 
 def strength_sweep(sampler: Sampler, eraser: Separable, gate: bool) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from ..delta.concept_delta import ConceptDelta
 from ..errors import SepMEError
 from ..files import write_atomically
 from ..model.layers import weights
+from ..model.protocols import EvaluationHost
 from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
@@ -49,7 +50,7 @@ class MethodMaker:
         check: called between steps; it may raise :class:`~sepme.errors.Interrupted`.
     """
 
-    host: Any
+    host: EvaluationHost
     book: ConceptBook
     plan: PlanOptions
     folder: Path

@@ -15,13 +15,16 @@ from .suite import Suite
 
 COLUMNS = (
     ("erased_accuracy", "erased", "↓"), ("erased_accuracy_all_on", "all on", "↓"), ("erased_accuracy_unseen", "unseen prompts", "↓"),
-    ("erased_accuracy_weighted", "weighted", "↓"), ("attack_success", "attack", "↓"), ("resurgence_accuracy", "resurgence", "↓"),
+    ("erased_accuracy_weighted", "weighted", "↓"), ("attack_success", "attack", "↓"),
+    ("attack_success_gate_aware", "knowing the gate", "↓"), ("attack_text", "attack by words", "↓"),
+    ("attack_text_gate_aware", "knowing the gate", "↓"), ("attack_text_named", "words around the name", "↓"),
+    ("attack_text_named_gate_aware", "knowing the gate", "↓"), ("resurgence_accuracy", "resurgence", "↓"),
     ("kept_accuracy", "kept", "↑"), ("kept_accuracy_all_others_on", "kept, others on", "↑"), ("cooccurring_accuracy", "co-occurring", "↑"),
     ("neighbour_accuracy", "neighbours", "↑"), ("restored_bit_identical", "restored", "="), ("untouched_bit_identical", "untouched", "="),
     ("kept_fid", "Fréchet", "↓"), ("kept_lpips", "distance", "↓"),
 )  # fmt: skip
 MAPS = {"leakage": "leakage", "noise": "noise prediction moved by", "image": "distance of pictures", "accuracy": "prompt's concept seen"}
-COMPARED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1))
+COMPARED = (("erased_accuracy", -1), ("kept_accuracy", 1), ("cooccurring_accuracy", 1), ("attack_success", -1), ("attack_text_named", -1))
 
 
 def _trade_off(metrics: dict[str, Any]) -> str:
@@ -73,9 +76,9 @@ def verdict(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     for own in (k for k in OWN if k in methods):
         for key in (k for k in methods if k not in OWN):
             cells = []
-            for column, sign in COMPARED:
+            for column, sign in ((c, s) for c, s in COMPARED if c in methods[own].keys() & methods[key].keys()):
                 a, b = methods[own][column], methods[key][column]
-                count = metrics["images"] * (metrics["attack_budget"]["concepts"] if column == "attack_success" else metrics["concepts"])
+                count = metrics["images"] * (metrics["attack_budget"]["concepts"] if column.startswith("attack") else metrics["concepts"])
                 error = ((a * (1 - a) + b * (1 - b)) / count) ** 0.5
                 word = "tie" if abs(a - b) <= 2 * error else "win" if sign * (a - b) > 0 else "loss"
                 cells.append((titles[column], a, b, word))

@@ -18,19 +18,20 @@ from ..errors import SepMEError
 from ..files import write_atomically
 from ..images import grid, jpeg, save_grid
 from ..model.layers import kv_fingerprint
-from ..model.protocols import Encoding, TextEncoder
+from ..model.protocols import Encoding, EvaluationHost, TextEncoder
 from ..plan.capacity import capacity
 from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import TrainOptions
-from .classifiers import make_classifier, measures
+from .attacks import Budget, attacks
+from .classifiers import Classifier, make_classifier, measures
 from .erasers import Eraser, Separable
 from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
 from .methods import KEYS, OWN, MethodMaker
 from .report import write_report
-from .robustness import Budget, attack, resurgence
+from .robustness import resurgence
 from .sampler import Sampler
 from .suite import Suite
 
@@ -55,17 +56,19 @@ class Run:
         clip: folder of a CLIP model, for suites that need one.
         keep_images: write all pictures, not only those of the report.
         check: called between steps and pictures; it may raise :class:`~sepme.errors.Interrupted`.
+        classifier: instead of the suite's.
     """
 
     def __init__(
         self,
-        host: Any,
+        host: EvaluationHost,
         suite: Suite,
         out: Path,
         clip: Path | None = None,
         keep_images: bool = False,
         on_progress: OnProgress = silent,
         check: Callable[[], None] = lambda: None,
+        classifier: Classifier | None = None,
     ) -> None:
         self.host, self.suite, self.out, self.keep_images = host, suite, out, keep_images
         self.on_progress, self.check = on_progress, check
@@ -73,7 +76,7 @@ class Run:
             self.plan, self.budget = PlanOptions(**suite.plan), Budget(**suite.attack)
         except TypeError as error:
             raise SepMEError(f"The suite {suite.name}: an unknown entry in plan or attack ({error}).") from None
-        self.classifier = make_classifier(suite, clip, host.device)
+        self.classifier = classifier or make_classifier(suite, clip, host.device)
         self.encoder = _Remembering(host)
         self.sampler = Sampler(host, self.classifier, suite, check)
         self.maker = MethodMaker(host, suite.book(), self.plan, out / "methods", suite.settings, on_progress, check)
@@ -148,7 +151,7 @@ class Run:
     def _stock(self) -> dict[str, float]:
         result, shown = stock_figures(self.sampler, self._shown)
         self._show("stock", shown)
-        return result | {"attack_success": attack(self.sampler, None, self.budget, True)}
+        return result | attacks(self.sampler, None, self.budget, True)
 
     def _method(self, key: str) -> dict[str, Any]:
         made = self.maker.make(key)
@@ -160,7 +163,7 @@ class Run:
     def _measured(self, label: str, eraser: Eraser, gate: bool) -> dict[str, Any]:
         found, shown = figures(self.sampler, eraser, gate, self._shown)
         self._show(label, shown)
-        found["attack_success"] = attack(self.sampler, eraser, self.budget, gate)
+        found |= attacks(self.sampler, eraser, self.budget, gate)
         found["resurgence_accuracy"] = resurgence(self.sampler, eraser, gate, **self.suite.resurgence)
         return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.protocols import Encoding
+from ..model.protocols import Encoding, EvaluationHost
 from .classifiers import Classifier
 from .erasers import Eraser
 from .prompt_sets import Batch, PromptSets
@@ -45,7 +45,7 @@ class Sampler:
         sets: the batches of the suite.
     """
 
-    def __init__(self, host: Any, classifier: Classifier, suite: Suite, check: Callable[[], None]) -> None:
+    def __init__(self, host: EvaluationHost, classifier: Classifier, suite: Suite, check: Callable[[], None]) -> None:
         self.host, self.classifier, self.suite, self.check, self.sets = host, classifier, suite, check, PromptSets(suite)
         self.options = {"steps": suite.steps, "guidance": suite.guidance, "latents_only": True}
         self._stock: dict[Batch, Sampled] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -107,4 +108,61 @@ class ImageEncoder(Protocol):
 
     def encode_images(self, images: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
         """Clean latents ``x_0 (n, ...)`` of images ``(n, 3, image_size, image_size)`` float32 in [-1, 1]."""
+        ...
+
+
+class EvaluationHost(TextEncoder, Denoiser, Protocol):
+    """What ``sepme.evaluate`` needs: a model that draws finished pictures, erased or not."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
+        ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        composition: Any = None,
+        toggles: Any = None,
+        *,
+        negative: str = "",
+        steps: int = ...,
+        guidance: float = ...,
+        gate: bool = True,
+        latents_only: bool = False,
+    ) -> Tensor:
+        """Images ``(n, 3, height, width)`` in [-1, 1], or latents, one per prompt and seed.
+
+        ``composition`` is a :class:`~sepme.Composition`, ``toggles`` strengths by concept; a picture that nothing touches has to be the
+        same, bit for bit, as without them.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``(n, 3, height, width)`` float32 in [-1, 1] of latents."""
+        ...
+
+
+class AttackHost(EvaluationHost, Protocol):
+    """What the attacks of an evaluation need beside it: to reach into the text encoders.
+
+    Attributes:
+        encoders: tokenizer and text encoder in the manner of transformers, two of SDXL's.
+    """
+
+    encoders: Sequence[tuple[Any, Any]]
+
+    def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
+        """As :meth:`TextEncoder.encode`, with ``grad`` differentiable by the encoders' embeddings."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,37 @@ def test_lists_and_filters(page: Page) -> None:
     facts = item(page, "star.safetensors").locator("dl")
     for fact in ("star.safetensors", "unet-192x7", "closed-form", "a picture of a star"):
         expect(facts).to_contain_text(fact)
+    summary = item(page, "star.safetensors").locator("summary")
+    expect(summary).to_contain_text(["star.safetensors"])
+    page.sees(lambda: summary.locator("img").evaluate("(i) => [i.naturalWidth, i.naturalHeight]"), [256, 128])  # without, with
     search.fill("")
     wait_shown(page, "heart", "star", "striped")
+
+
+def test_order_copies_and_what_fits(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    sidebar = page.open_concepts()
+    make_random_delta("oak", LAYERS, seed=2).save(delta_folder / "a.safetensors")
+    for name, date in (("heart", 300), ("star", 200), ("striped", 400), ("a", 100)):
+        os.utime(delta_folder / f"{name}.safetensors", (date, date))
+    shutil.copy(delta_folder / "star.safetensors", delta_folder / "twin.safetensors")
+    sidebar.locator(".pi-refresh").click()
+    wait_shown(page, "oak", "heart", "star", "striped")
+    expect(item(page, "star.safetensors").locator("summary")).to_contain_text("copies: 1")
+    order = sidebar.locator("select")
+    order.select_option(label="Newest first")
+    wait_shown(page, "striped", "heart", "star", "oak")
+    order.select_option(label="By concept")
+    wait_shown(page, "heart", "oak", "star", "striped")
+    fits = sidebar.locator("input[type=checkbox]")
+    fits.check()
+    wait_shown(page, "heart", "oak", "star", "striped")  # no checkpoint is loaded
+    page.add("SepMEDemoModel")
+    page.look()
+    fits.uncheck()
+    fits.check()
+    wait_shown(page, "heart", "star", "striped")
+    fits.uncheck()
+    order.select_option(label="By file")
 
 
 def test_dragging_makes_wired_loaders(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import struct
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,18 @@ def test_install_list_rename_delete(server: Server, folder: Path, make_file: Cal
     status, answer = ask(server, "DELETE", query(name="vincent.safetensors", content_hash=listed["content_hash"]))
     assert (status, answer) == (200, {"deleted": "vincent.safetensors"})
     assert not files(folder)
+
+
+def test_pictures(server: Server, folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
+    """Of a file's header, as a picture file; without one, or with something else there, 404."""
+    shown = "data:image/png;base64," + base64.b64encode(b"a picture").decode()
+    for name, text in (("a", shown), ("b", ""), ("c", "data:text/html;base64,AAAA")):
+        made = make_random_delta(name, {"input_blocks.1.1.transformer_blocks.0.attn2.to_k": (12, 16)})
+        replace(made, thumbnail=text).save(folder / f"{name}.safetensors")
+    assert ask(server, "GET", "/sepme/deltas/thumbnail?name=a.safetensors") == (200, b"a picture")
+    assert [ask(server, "GET", f"/sepme/deltas/thumbnail?name={n}.safetensors")[0] for n in "bcx"] == [404] * 3
+    assert deltas(server)["a.safetensors"]["thumbnail"] is True
+    assert deltas(server)["a.safetensors"]["date"] == int(1000 * (folder / "a.safetensors").stat().st_mtime)
 
 
 def test_nothing_is_replaced_unasked(server: Server, folder: Path, make_file: Callable[..., bytes]) -> None:

@@ -13,18 +13,25 @@ import torch
 from typer.testing import CliRunner
 
 from sepme import cli
+from sepme.concepts import Concept, ConceptBook
 from sepme.errors import Interrupted, SepMEError
+from sepme.evaluate.attacks import Attack, Budget, _soft, words
 from sepme.evaluate.classifiers import EmbeddedClassifier, _lpips, frechet, measures, perceptual
+from sepme.evaluate.erasers import Separable
 from sepme.evaluate.methods import KEYS
-from sepme.evaluate.robustness import Budget, _soft, attack, resurgence
+from sepme.evaluate.robustness import resurgence
 from sepme.evaluate.run import Run
 from sepme.evaluate.sampler import Sampler
 from sepme.evaluate.suite import Suite, parse
 from sepme.model.layers import weights
+from sepme.plan.directions import PlanOptions
+from sepme.plan.planner import Planner
+from sepme.train import TrainOptions, make_delta
 
 SHIPPED = ("demo", "tiny", "sd14", "sd2", "sdxl")
 FIGURES = {
     "erased_accuracy", "kept_accuracy", "cooccurring_accuracy", "restored_bit_identical", "untouched_bit_identical", "attack_success",
+    "attack_text", "attack_text_named",
 }  # fmt: skip
 
 
@@ -43,6 +50,8 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
     for key, found in metrics["methods"].items():
         assert set(found) >= FIGURES | {"seconds", "bytes", "resurgence_accuracy", "neighbour_accuracy", "concepts"}
         assert ("gate_off" in found) == key.startswith("sepme")
+        assert ("attack_text_named_gate_aware" in found) == key.startswith("sepme")
+        assert "attack_text_gate_aware" not in found.get("gate_off", {})
         for part in (found, found.get("gate_off", found)):
             assert all(0 <= part[name] <= 1 for name in FIGURES)
     for key in ("sepme_gcirs", "sepme_closed_form"):
@@ -140,8 +149,52 @@ def test_learned_tokens_replace_their_prompt_alone(demo_host: Any) -> None:
 def test_the_attack_learns(demo_host: Any) -> None:
     """On the stock model it brings the concept: more often than the neutral words that it starts from."""
     sampler = sampler_for(demo_host, images=4, steps=4)
-    before = attack(sampler, None, Budget(concepts=1, steps=0, tokens=2), True)
-    assert attack(sampler, None, Budget(concepts=1, steps=40, tokens=2, batch=4, learning_rate=0.05), True) > before
+    before = Attack(sampler, None, "star", Budget(steps=0, tokens=2), True).success(Attack.learn)
+    assert Attack(sampler, None, "star", Budget(steps=40, tokens=2, batch=4, learning_rate=0.05), True).success(Attack.learn) > before
+
+
+def test_words_are_found(demo_host: Any) -> None:
+    """The search ends at words of the tokenizer that lower the stock model's loss, and around a name it leaves the name where it is."""
+    sampler = sampler_for(demo_host, images=4, steps=4)
+    attack = Attack(sampler, None, "star", Budget(tokens=2, rounds=6, candidates=16), True)
+    found = attack.search()
+    assert set(found.split()) <= set(words(demo_host.encoders[0][0]))
+    noised = attack._noised(64)
+    with torch.no_grad():
+        losses = attack._losses(demo_host.encode(["a a", found]), *noised)
+    assert losses[1] < losses[0]
+    named = attack.search_around_name().split()
+    assert len(named) == 3
+    assert named[1] == "star"
+
+
+def test_losses_of_several_prompts(demo_host: Any) -> None:
+    """Each prompt's loss is the one that it has alone, and that of the equation."""
+    attack = Attack(sampler_for(demo_host), None, "star", Budget(batch=3), True)
+    prompts, (noise, t, x_t) = ["a star", "blue", ""], attack._noised()
+    with torch.no_grad():
+        together = attack._losses(demo_host.encode(prompts), noise, t, x_t)
+        alone = [attack._losses(demo_host.encode([p]), noise, t, x_t) for p in prompts]
+        context = demo_host.encode(["blue"]).context.expand(3, -1, -1)
+        error = (demo_host.predict(x_t, t, context, None) - noise).square().mean()
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together[1], error, rtol=1e-4, atol=1e-6)
+
+
+def test_an_attacker_who_knows_the_gate_keeps_it_shut(demo_host: Any) -> None:
+    """The statistic is the gate's own, and learning with it in the loss ends behind it where learning without does not."""
+    book = ConceptBook((Concept("star", ("star", "a star", "a picture of a star")),), ("a circle", "blue", "a red heart"))
+    planner = Planner(demo_host, book, PlanOptions(), ())
+    eraser = Separable([make_delta(planner, "star", demo_host, TrainOptions(objective="closed-form"))])
+    context = demo_host.encode(["a star", "blue", "a circle", "a red star on paper"]).context
+    _, weight = eraser.composition.weigh(context, torch.ones(1), True)
+    assert torch.equal(eraser.openness(context, "star") > 1, weight[:, 0] > 0)
+    sampler, budget = sampler_for(demo_host), Budget(steps=25, tokens=2, batch=2, learning_rate=0.05, start="name")
+    for aware in (False, True):
+        attack = Attack(sampler, eraser, "star", budget, True, aware)
+        prompt = attack.learn()
+        with _soft(demo_host, prompt, attack.learned):
+            assert (float(eraser.openness(demo_host.encode([prompt]).context, "star")) <= 1) == aware
 
 
 def test_a_fine_tune_is_taken_back(demo_host: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -22,6 +23,8 @@ from torch import Tensor
 from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.delta.format import FORMAT, MAX_FILE, MAX_HEADER, header_hash
+from sepme.delta.library import DeltaLibrary
+from sepme.delta.thumbnail import MAX, beside, picture
 from sepme.errors import SepMEError
 
 LAYER = "middle_block.1.transformer_blocks.0.attn2"
@@ -357,6 +360,27 @@ def test_bad_tensors(delta: ConceptDelta, tmp_path: Path, case: str) -> None:
 )
 def test_bad_metadata(delta: ConceptDelta, tmp_path: Path, texts: dict[str, Any], message: str) -> None:
     refused(tmp_path, relabelled(delta, **texts), message)
+
+
+def test_a_picture_is_for_show(delta: ConceptDelta, tmp_path: Path) -> None:
+    """It travels with the file; hashes do not know it; what is none is left out, and a file that has another one is the same delta."""
+    from PIL import Image
+
+    shown = replace(delta, thumbnail=beside(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (512, 512))))
+    library = DeltaLibrary(lambda: [tmp_path])
+    path = library.save(shown)
+    loaded = ConceptDelta.load(path)
+    assert (loaded.thumbnail, loaded.content_hash()) == (shown.thumbnail, delta.content_hash())
+    assert loaded.to_bytes() == path.read_bytes()
+    assert Image.open(io.BytesIO(picture(loaded.thumbnail).data)).size == (256, 128)  # type: ignore[union-attr]
+    assert library.save(delta) == path
+    assert path.read_bytes() == shown.to_bytes()
+    assert library.save(replace(shown, gate=delta.gate / 2)) != path
+    for bad in ("data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA", "https://example.org/a.jpg", "data:image/jpeg;base64,A"):
+        path.write_bytes(relabelled(delta, **{"modelspec.thumbnail": bad}))
+        assert ConceptDelta.load(path).thumbnail == ""
+    path.write_bytes(relabelled(delta, **{"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * MAX}))
+    assert ConceptDelta.load(path).thumbnail == ""
 
 
 def test_other_tools_may_relabel(delta: ConceptDelta, tmp_path: Path) -> None:

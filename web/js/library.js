@@ -65,6 +65,11 @@ class Library extends EventTarget {
     return request(`/sepme/deltas/record?${new URLSearchParams({ name, embed })}`);
   }
 
+  /** Address of a delta's small picture. */
+  thumbnail(delta) {
+    return api.apiURL(`/sepme/deltas/thumbnail?${new URLSearchParams({ name: delta.name, content_hash: delta.content_hash })}`);
+  }
+
   book(text) {
     return post("/sepme/book", { book: text });
   }

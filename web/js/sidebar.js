@@ -1,15 +1,21 @@
 // The sidebar tab: every delta on the server; installed by dropping a file, put into the graph by dragging.
-import { app, changed, freePlace, nodes, toast } from "./host.js";
+import { api, app, changed, freePlace, nodes, toast } from "./host.js";
 import { confirm, ask } from "./dialog.js";
 import { bytes, el, figure, ownKeys } from "./dom.js";
 import { install, isDelta } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
-import { linkOf } from "./wires.js";
+import { architecturesOfWorkflow, linkOf } from "./wires.js";
 
 const DRAGGED = "application/x-sepme-delta";
+const ORDERS = {
+  "sidebar.file": (a, b) => (a.name < b.name ? -1 : 1),
+  "sidebar.concept": (a, b) => a.concept.localeCompare(b.concept),
+  "sidebar.newest": (a, b) => b.date - a.date,
+};
 let shown = null; // the element that the tab is drawn in
+let view = { order: "sidebar.file", fitting: false }; // as long as the page is open
 
 export function registerSidebar() {
   app.extensionManager.registerSidebarTab({
@@ -23,6 +29,7 @@ export function registerSidebar() {
     destroy: () => (shown = null),
   });
   library.addEventListener("change", () => shown?.isConnected && list(shown));
+  api.addEventListener("graphChanged", () => shown?.isConnected && view.fitting && list(shown));
   document.addEventListener("dragover", (event) => event.dataTransfer?.types.includes(DRAGGED) && event.preventDefault());
   document.addEventListener("drop", dropped, true);
 }
@@ -33,7 +40,12 @@ function draw(element) {
   const file = el("input", { type: "file", accept: ".safetensors", multiple: true, hidden: true, onchange: () => files(file.files) });
   const head = el("div.sepme-top", {}, el("h3", {}, t("sidebar.title")), icon("pi-refresh", "sidebar.reload", () => reload()), icon("pi-upload", "sidebar.install", () => file.click()));
   const target = el("div.sepme-droptarget", {}, t("sidebar.drop"));
-  const body = ownKeys(el("div.sepme.sepme-sidebar", {}, head, search, target, el("div.sepme-deltas", { role: "list" }), file));
+  const options = Object.keys(ORDERS).map((key) => el("option", { value: key, selected: key === view.order }, t(key)));
+  const order = el("select.sepme-order", { "aria-label": t("sidebar.order"), title: t("sidebar.order"), onchange: () => choose({ order: order.value }) }, ...options);
+  const box = el("input", { type: "checkbox", checked: view.fitting, onchange: () => choose({ fitting: box.checked }) });
+  const filter = el("div.sepme-filter", {}, order, el("label", { title: t("sidebar.fittingTip") }, box, t("sidebar.fitting")));
+  const choose = (change) => ((view = { ...view, ...change }), list(element));
+  const body = ownKeys(el("div.sepme.sepme-sidebar", {}, head, search, filter, target, el("div.sepme-deltas", { role: "list" }), file));
   body.addEventListener("dragover", (event) => {
     if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
@@ -67,12 +79,14 @@ async function files(chosen) {
   for (const file of chosen) await install(file.name, file);
 }
 
-function list(element) {
+async function list(element) {
+  const fits = view.fitting ? await architecturesOfWorkflow() : null;
   const words = element.querySelector(".sepme-search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = library.deltas.filter((d) => {
-    const text = [d.concept, d.name, d.architecture, d.fits, d.train?.objective, ...d.prompts].join(" ").toLowerCase();
-    return words.every((w) => text.includes(w));
+    const text = [d.concept, d.name, ...d.copies, d.architecture, d.fits, d.train?.objective, ...d.prompts].join(" ").toLowerCase();
+    return words.every((w) => text.includes(w)) && (!fits || fits.has(d.architecture));
   });
+  found.sort(ORDERS[view.order]);
   const open = new Set([...element.querySelectorAll("details[open]")].map((d) => d.dataset.name));
   const items = found.map((delta) => item(delta, open.has(delta.name)));
   const empty = t(library.deltas.length ? "sidebar.none" : "sidebar.empty");
@@ -84,7 +98,7 @@ function item(delta, open) {
   const facts = el(
     "dl",
     {},
-    ...fact("file", delta.name),
+    ...fact("file", [delta.name, ...delta.copies].join(", ")),
     ...fact("architecture", delta.fits ?? delta.architecture),
     ...fact("objective", [delta.train?.objective, delta.train?.mode].filter(Boolean).join(", ") || "–"),
     ...fact("size", `${bytes(delta.bytes)}, ${t("facts.rank", { rank: delta.rank })}`),
@@ -103,10 +117,15 @@ function item(delta, open) {
   const summary = el(
     "summary",
     { title: t("sidebar.drag") },
-    el(`span.sepme-dot.sepme-${delta.grade}`, { role: "img", title: t(`grade.${delta.grade}`), "aria-label": t(`grade.${delta.grade}`) }),
-    el("b", {}, delta.concept),
-    el("span.sepme-tag", {}, (delta.fits ?? delta.architecture).replace(/-[0-9a-f]{8}$/, "")),
-    el("span.sepme-tag", {}, bytes(delta.bytes)),
+    delta.thumbnail ? el("img.sepme-thumbnail", { src: library.thumbnail(delta), loading: "lazy", alt: t("sidebar.thumbnail", delta), title: t("sidebar.thumbnail", delta), draggable: false }) : null,
+    el(
+      "div.sepme-what",
+      {},
+      el("div.sepme-line", {}, el(`span.sepme-dot.sepme-${delta.grade}`, { role: "img", title: t(`grade.${delta.grade}`), "aria-label": t(`grade.${delta.grade}`) }), el("b", {}, delta.concept)),
+      el("div.sepme-where", { title: delta.name }, delta.name),
+      el("div.sepme-where", {}, [new Date(delta.date).toLocaleDateString(), bytes(delta.bytes), delta.copies.length ? t("sidebar.copies", { count: delta.copies.length }) : ""].filter(Boolean).join(" · ")),
+      el("span.sepme-tag", { title: t("facts.architecture") }, (delta.fits ?? delta.architecture).replace(/-[0-9a-f]{8}$/, "")),
+    ),
   );
   const entry = el("details.sepme-delta", { role: "listitem", draggable: true, open }, summary, facts, actions);
   entry.dataset.name = delta.name;

@@ -193,8 +193,19 @@ export async function architectureOf(node) {
   let at = modelBefore(node);
   for (let before = at; before && !seen.has(before); before = modelBefore(at)) seen.add((at = before));
   if (!at) return null;
-  const checkpoint = isOurs(at, "SepMEDemoModel") ? "" : widget(at, "ckpt_name")?.value;
+  return architectureLoadedBy(at);
+}
+
+function architectureLoadedBy(loader) {
+  const checkpoint = isOurs(loader, "SepMEDemoModel") ? "" : widget(loader, "ckpt_name")?.value;
   if (typeof checkpoint !== "string") return null;
   if (!architectures.has(checkpoint)) architectures.set(checkpoint, library.architecture(checkpoint).catch(() => null));
   return architectures.get(checkpoint);
+}
+
+/** Architectures that fit a checkpoint that the workflow loads; null when that cannot be seen from here. */
+export async function architecturesOfWorkflow() {
+  const loaders = [...nodes()].filter((n) => n.mode !== MUTED && n.mode !== BYPASSED);
+  const found = (await Promise.all(loaders.map(architectureLoadedBy))).filter(Boolean);
+  return found.length ? new Set(found.flatMap((a) => a.fits)) : null;
 }

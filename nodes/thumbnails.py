@@ -1,0 +1,62 @@
+"""Small pictures for delta files: what a concept's prompt draws with the MODEL as it is, and with the concept erased."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..sepme.delta.concept_delta import ConceptDelta
+from ..sepme.delta.thumbnail import bearable, beside
+from ..sepme.errors import SepMEError
+from . import host
+
+MAX_DRAWN = 256
+
+log = logging.getLogger("sepme")
+_drawn: OrderedDict[Any, str] = OrderedDict()  # by delta and MODEL: switches of SepME Erase draw nothing anew
+
+
+def with_thumbnails(
+    model: Any, clip: Any, deltas: Sequence[ConceptDelta], on_progress: Callable[[float], None] = lambda done: None
+) -> tuple[ConceptDelta, ...]:
+    """Deltas with their pictures; as they are where the MODEL is no Stable Diffusion, or would draw for minutes.
+
+    Args:
+        on_progress: called with the share that is done, 0 to 1; it may raise ComfyUI's interruption.
+    """
+    try:
+        denoiser = host.UNetDenoiser(model)
+    except SepMEError:
+        return tuple(deltas)
+    if not bearable(model.load_device.type, sum(p.numel() for p in model.model.parameters())):
+        return tuple(deltas)
+    parts = (host.part_of(on_progress, i, len(deltas)) for i in range(len(deltas)))
+    return tuple(replace(d, thumbnail=_thumbnail(model, clip, denoiser, d, part)) for d, part in zip(deltas, parts, strict=True))
+
+
+def _thumbnail(model: Any, clip: Any, denoiser: host.UNetDenoiser, delta: ConceptDelta, on_progress: Callable[[float], None]) -> str:
+    key = (delta.content_hash(), model.patches_uuid)
+    if key not in _drawn:
+        try:
+            _drawn[key] = _draw(model, clip, denoiser, delta, on_progress)
+        except (RuntimeError, SepMEError) as error:  # no training is lost for want of a picture
+            log.warning("No picture for the file of %r: %s", delta.concept.name, error)
+            return ""
+        while len(_drawn) > MAX_DRAWN:
+            _drawn.popitem(last=False)
+    return _drawn[key]
+
+
+def _draw(model: Any, clip: Any, denoiser: host.UNetDenoiser, delta: ConceptDelta, on_progress: Callable[[float], None]) -> str:
+    positive, negative = (host.conditioning(clip, text) for text in (delta.concept.prompts[0], ""))
+    latent = {"samples": torch.zeros(1, *denoiser.latent_shape)}
+    pictures = []
+    for i, patcher in enumerate((model, host.apply_deltas(model, (delta,), {}))):
+        latents = host.sample(patcher, positive, negative, latent, host.Sampling(), host.part_of(on_progress, i, 2))
+        pictures.append(denoiser.picture(latents))
+    return beside(*pictures)
