@@ -162,7 +162,9 @@ class ConceptDelta:
     def edits(self) -> str:
         """What it edits and which models it fits, in words."""
         if not self.projections:
-            return f"edits the context: fits any model with this text encoder ({fits(self.architecture)})"
+            made = self.facts.text_encoder
+            encoder = made.name if made is not None and made.name else "this text encoder"
+            return f"edits the context: fits any model with {encoder} ({fits(self.architecture)})"
         both = "the context and " if self.edits_context else ""
         return f"edits {both}{len(self.projections)} text projections: fits {self.architecture}"
 

@@ -36,7 +36,7 @@ class DiffusersHost(ScheduledDenoiser):
         pipe.scheduler = self.scheduler
         pipe.set_progress_bar_config(disable=True)
         self._reader = PipelineEncoder(pipe)
-        self.encoders = self._reader.encoders
+        self.encoders, self.name = self._reader.encoders, self._reader.name
         for part in (pipe.unet, pipe.vae, *(encoder for _, encoder in self.encoders)):
             part.requires_grad_(False).eval()
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):

@@ -30,6 +30,7 @@ __all__ = [
     "Shapes",
     "Text",
     "V",
+    "clip_of_width",
     "context_architecture",
     "encoder_of",
     "ends",
@@ -60,6 +61,12 @@ def encoder_of(weights: Mapping[str, Sequence[int]]) -> str:
     family = recognise(weights)
     context = None if family is None else family.texts.get(CONTEXT)
     return "" if context is None else context.encoder
+
+
+def clip_of_width(d_in: int) -> str:
+    """What makes contexts of this width for UNets that read them as they are, in words; empty if none of the published ones does."""
+    texts = (f.texts[CONTEXT] for f in _HOSTED if CONTEXT in f.texts)
+    return next((text.encoder for text in texts if d_in in text.widths), "")
 
 
 def _bare(name: str) -> str:
