@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, FLOW, POOLED, Family
+from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family
 
 HEAD = """# Families of models
 
@@ -15,7 +15,9 @@ Where each family reads text, from the data in `sepme/model/families/` (one file
                                        └─ W c + g(c) s Y (c D) ─────── families whose blocks read text alone: an edit of each layer
 
 **each layer**: keys and values of the blocks are made of text alone and are the same in every step, so single layers can be edited exactly
-(after an embedding of the text where the table says so). **context**: text is mixed with the picture behind the layer that reads it; the
+(after an embedding of the text where the table says so: then a delta adds to keys and values what it reads of the context in front of the
+embedding, in closed form, and is no LoRA; of HunyuanDiT it changes what CLIP's tokens say). ComfyUI has these deltas by SepME Train with the
+objective closed-form and the edit layers, diffusers by `TextBlocks` (docs/own-model.md). **context**: text is mixed with the picture behind the layer that reads it; the
 context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
 **LoRA**: whether an edit of the context can be written as a change of the weights that read it; it cannot where a norm stands between.
 How text encoders that are not CLIP are read: [text encoders](text-encoders.md).
@@ -71,7 +73,7 @@ def picture(path: Path) -> None:
     families = sorted((f for f in FAMILIES if f.label), key=lambda f: (not f.cross_attention, f.label))
     columns = {
         "edit of\nthe context": lambda f: bool(f.texts),
-        "edit of\neach layer": lambda f: f.per_layer and f.prediction != FLOW,  # those that hosts have
+        "edit of\neach layer": lambda f: bool(f.keys_and_values),
         "pooled vector\nedited too": lambda f: POOLED in f.texts,
         "more texts,\nnot edited": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
         "as a LoRA": lambda f: _row(f)[-1] == "yes",
