@@ -1,4 +1,4 @@
-"""SepME's ComfyUI nodes, one file per stage: concepts, train, deltas, apply, prompt, verify. ``host/`` is all that knows ComfyUI."""
+"""SepME's ComfyUI nodes, one file a stage: concepts, train, deltas, apply, prompt, compare, verify. ``host/`` is all that knows ComfyUI."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host, queued
 from .apply import SepMEApply
+from .compare import SepMECompare
 from .concepts import SepMEConcept, SepMEConceptBook
 from .deltas import SepMEExport, SepMELoadDelta, SepMESaveDeltas
 from .erase import SepMEErase
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     SepMETextEncode,
     SepMEConditioningToggles,
     SepMEVerify,
+    SepMECompare,
     SepMEExport,
 ]
 

@@ -16,7 +16,7 @@ from . import host, queued, workflow
 from .concepts import lines
 from .deltas import find
 from .facts import facts_of_delta
-from .graph import Graph
+from .graph import handed_on
 from .rows import Row, parse_rows
 from .sockets import CATEGORY, Deltas, folded
 from .thumbnails import with_thumbnails
@@ -106,10 +106,4 @@ class SepMEErase(io.ComfyNode):
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
         made = host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)
-        return with_thumbnails(model, clip, made) if cls._handed_on() else made
-
-    @classmethod
-    def _handed_on(cls) -> bool:
-        """Whether some node takes the erasures as files-to-be."""
-        hidden = cls.hidden
-        return bool(hidden and hidden.prompt and "DELTAS" in Graph(hidden.prompt, host.outputs_of).used(hidden.unique_id))
+        return with_thumbnails(model, clip, made) if handed_on(cls.hidden, 1) else made

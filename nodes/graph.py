@@ -91,6 +91,12 @@ class Graph:
         return {self.runs(link) for link in links if link[0] == node}
 
 
+def handed_on(hidden: Any, output: int) -> bool:
+    """Whether something is connected to an output of the node that runs; it has hidden inputs ``prompt`` and ``unique_id``."""
+    graph = Graph(hidden.prompt if hidden else None, lambda kind: ())
+    return any(graph.link(v) == (hidden.unique_id, output) for n in graph.nodes for v in graph.inputs(n).values())
+
+
 def _kind(node: dict[str, Any]) -> str:
     kind = node.get("class_type")
     return kind if isinstance(kind, str) else ""

@@ -7,7 +7,7 @@ from .files import checkpoint_names, delta_library, delta_names, erasures, load_
 from .jobs import NodeProgress, check_interrupted, loaded, part_of, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
-from .patch import apply_deltas, toggled
+from .patch import apply_deltas, deltas_on, toggled
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample
 from .text import ClipEncoder, clip_skip, conditioning, text_encoder
 
@@ -32,6 +32,7 @@ __all__ = [
     "conditioning",
     "delta_library",
     "delta_names",
+    "deltas_on",
     "demo_model",
     "erasures",
     "load_checkpoint",

@@ -239,6 +239,12 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     return clone
 
 
+def deltas_on(patcher: Any) -> tuple[ConceptDelta, ...]:
+    """The deltas that a MODEL carries."""
+    applied: Applied | None = patcher.get_attachment(KEY)
+    return () if applied is None else applied.composition.deltas
+
+
 def toggled(
     conditioning: list[Any], toggles: Toggles | None = None, tags: Toggles | None = None, clip_skip: int | None = None
 ) -> list[Any]:

@@ -15,6 +15,7 @@ from playwright.sync_api import Error, Locator, expect
 
 from browser.page import Page
 from browser.test_first_use import pixels
+from browser.test_templates import check_layout, shrink
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -132,14 +133,6 @@ def open_template(user: Counted) -> None:
     user.click(user.page.tab.locator(f"h3[title='{TEMPLATE}']"))
 
 
-def shrink(page: Page) -> None:
-    """A picture that a busy CPU draws in seconds: small, of few steps."""
-    for kind, values in {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": {"steps": 2}}.items():
-        for node in page.ids(kind):
-            for name, value in values.items():
-                page.set(node, name, value)
-
-
 def choose_checkpoint(user: Counted, loader: str) -> None:
     """The one that there is, from the list of the loader."""
     page, tab = user.page, user.page.tab
@@ -175,8 +168,9 @@ def test_first_pair(checkpoint_server: Server, open_page: Callable[..., Page], v
     tab.keyboard.press("Enter")
     page.wait_rows(erase, "van gogh")
     user.clicks += 1  # Run
-    outputs = page.queue()
-    titles = {str(n["id"]): n["title"] for n in page.workflow()["nodes"] if n["type"] == "PreviewImage"}
-    pair = {titles[node]: pixels(checkpoint_server, out["images"][0]) for node, out in outputs.items() if node in titles}
-    assert not np.array_equal(pair["Before"], pair["After"])
+    ((shown,),) = (out["sepme_compare"] for out in page.queue().values() if "sepme_compare" in out)
+    assert not np.array_equal(*(pixels(checkpoint_server, shown[name][0]) for name in ("before", "after")))
+    (compare,) = page.ids("SepMECompare")
+    page.sees(lambda: page.part(compare, "sepmeCompare").locator(".sepme-after").evaluate("(i) => i.naturalWidth > 0"), True)
     assert user.clicks <= MOST_CLICKS
+    check_layout(page)

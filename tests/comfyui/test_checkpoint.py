@@ -95,21 +95,22 @@ def test_quick_erase(checkpoint_server: Server) -> None:
     kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
     kinds["CheckpointLoaderSimple"]["ckpt_name"] = NAME
     kinds["EmptyLatentImage"] |= {"width": 64, "height": 64}
-    for node in prompt.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 3
-    shown = {n["title"]: str(n["id"]) for n in workflow["nodes"] if n["type"] == "PreviewImage"}
+    kinds["SepMECompare"]["steps"] = 3
+    (compare,) = (node for node, inputs in prompt.items() if inputs["class_type"] == "SepMECompare")
     assert "No concept is named" in server.run(prompt).message
     kinds["SepMEErase"]["concepts"] = "van gogh"
-    run = server.run(prompt)
-    assert run.error is None, run.error
-    before, after = (run.images[shown[name]] for name in ("Before", "After"))
-    assert not np.array_equal(before, after)
+
+    def pair() -> list[bytes]:
+        run = server.run(prompt)
+        assert run.error is None, run.error
+        return [server.view(run.outputs[compare]["sepme_compare"][0][name][0]) for name in ("before", "after")]
+
+    before, after = pair()
+    assert before != after
     assert len(list((server.base / "models" / "sepme" / ".cache").glob("*.json"))) == 1
-    prompt["3"]["inputs"]["text"] = "picasso"
-    run = server.run(prompt)
-    assert run.error is None, run.error
-    assert np.array_equal(*(run.images[shown[name]] for name in ("Before", "After")))
+    next(node for node in prompt.values() if node["inputs"].get("text", "").startswith("a village"))["inputs"]["text"] = "picasso"
+    before, after = pair()
+    assert before == after
 
 
 def test_pickles_are_refused(checkpoint_server: Server) -> None:

@@ -43,6 +43,11 @@ INTERFACE = {
     "SepMETextEncode": (["clip", "text"], ["toggles"], ["CONDITIONING", "STRING"]),
     "SepMEConditioningToggles": (["conditioning", "toggles"], [], ["CONDITIONING"]),
     "SepMEVerify": (["clip", "deltas"], [], ["STRING", "IMAGE"]),
+    "SepMECompare": (
+        ["model", "positive", "negative", "latent_image", "vae", "seed", "steps", "cfg", "sampler_name", "scheduler"],
+        ["clip", "strengths"],
+        ["IMAGE", "IMAGE", "IMAGE"],
+    ),
     "SepMEExport": (["deltas"], ["format", "filename_prefix", "model"], []),
 }
 BOOK = json.dumps(
@@ -145,8 +150,14 @@ def test_minimal_prompts(server: Server) -> None:
     negative = graph.add("SepMEConditioningToggles", conditioning=graph.text(model[1], "")[0], toggles="{}")
     unet = graph.add("SepMEErase", model=unet[0], clip=model[1], concepts="star, neon")
     shown = graph.show(graph.sample(unet[0], prompt[0], negative[0])[0], model[2])
+    latent, drawing = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1), {"seed": 7, "steps": 2, "cfg": 3.0}
+    compared = graph.add(
+        "SepMECompare", model=unet[0], positive=prompt[0], negative=negative[0], latent_image=latent[0], vae=model[2], **drawing,
+        sampler_name="euler", scheduler="normal",
+    )  # fmt: skip
     run = server.run(graph.prompt)
     assert run.error is None, run.error
+    assert {name: len(images) for name, images in run.outputs[compared]["sepme_compare"][0].items()} == {"before": 1, "after": 1}
     kinds = {node["class_type"] for node in graph.prompt.values()}
     assert kinds >= set(INTERFACE) - {"SepMELoadCheckpoint", "SepMELoadDelta"}  # elsewhere here, with their one required input
     for node in graph.prompt.values():
@@ -660,7 +671,7 @@ def test_examples(server: Server, path: Path) -> None:
 
 def test_examples_are_among_the_templates(server: Server) -> None:
     assert sorted(server.get("/workflow_templates")["comfyui-sepme"]) == [p.stem for p in EXAMPLES]
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize("name", INTERFACE)

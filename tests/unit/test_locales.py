@@ -28,12 +28,12 @@ def test_languages_agree(language: str) -> None:
 
 def test_keys_are_those_that_scripts_use() -> None:
     scripts = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "web" / "js").glob("*.js"))
-    quoted = set(
-        re.findall(r'"((?:panel|erase|grade|card|facts|sidebar|install|dialog|repair|completion|tags|training)\.[a-zA-Z]+)"', scripts)
-    )
+    rooms = "|".join(sorted({key.split(".")[0] for key in ENGLISH}))
+    quoted = set(re.findall(rf'"((?:{rooms})\.[a-zA-Z]+)"', scripts))
     assert set(USED.findall(scripts)) | quoted <= set(ENGLISH)
     quoted |= {f"panel.{k}{end}" for k in re.findall(r'button\("(\w+)"', scripts) for end in ("", "Tip")}
     quoted |= {f"facts.{k}" for k in re.findall(r'fact\("(\w+)"', scripts)}
+    quoted |= {f"compare.{name}" for name in ("before", "after")}
     assert {k for k in ENGLISH if k not in quoted and not k.startswith(("grade.", "completion."))} == set()  # those are put together
 
 

@@ -177,7 +177,8 @@ export function refresh() {
 async function drawPanel(node, panel, shown = node) {
   if (panel.inherits) return drawPromptPanel(node, panel, shown);
   if (panel instanceof ErasePanel) return drawErasePanel(node, panel, shown);
-  const { deltas: found, hidden } = await deltasAt(node);
+  const at = await deltasAt(node);
+  const [found, hidden] = [at.deltas.filter((delta) => !delta.unset), at.hidden];
   const model = await architectureOf(node);
   const notes = [];
   for (const delta of found) {
@@ -227,7 +228,9 @@ function drawCard(node) {
   const delta = loaded(node);
   const line = (...parts) => el("div.sepme-line", {}, ...parts);
   const record = rootGraph()?.extra?.sepme?.[delta.content_hash];
-  const state = delta.missing
+  const state = delta.unset
+    ? [line(t("card.choose"))]
+    : delta.missing
     ? [
         line(el("span.sepme-dot.sepme-lost"), t("card.missing", { name: delta.concept })),
         line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair"))),

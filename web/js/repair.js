@@ -19,7 +19,7 @@ export function broken() {
     if (node.comfyClass !== "SepMELoadDelta") continue;
     node.sepmeRepair = () => openRepair();
     const delta = loaded(node);
-    if (delta.missing || delta.renamed) found.push({ node, delta });
+    if ((delta.missing && !delta.unset) || delta.renamed) found.push({ node, delta });
   }
   return found;
 }

@@ -1,5 +1,6 @@
 // SepME's part of the page: one extension; everything else is in the modules beside this one.
 import { api, app } from "./host.js";
+import { comparingNode, restoreComparing } from "./compare.js";
 import { watchPrompts } from "./completion.js";
 import { loadStyle } from "./dom.js";
 import { library } from "./library.js";
@@ -23,6 +24,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     trainingNode(node);
+    comparingNode(node);
     nodeMade(node);
   },
   async setup() {
@@ -37,6 +39,7 @@ app.registerExtension({
   async afterConfigureGraph() {
     await checkWorkflow().catch((error) => console.error("SepME:", error.message));
     restoreTraining();
+    restoreComparing();
     refresh();
   },
 });

@@ -109,7 +109,7 @@ export function loaded(node) {
   if (facts) return { ...facts, renamed: facts.name !== name.replaceAll("\\", "/") };
   const record = recordOf(name, hash);
   const concept = record?.concept ?? name.replaceAll("\\", "/").split("/").pop().replace(/\.safetensors$/, "");
-  return { name, concept, content_hash: hash, missing: true, embedded: typeof record?.data === "string", record };
+  return { name, concept, content_hash: hash, missing: true, unset: !name && !hash, embedded: typeof record?.data === "string", record };
 }
 
 /** What the workflow itself says of a delta. */
