@@ -24,7 +24,7 @@ from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_named_encoder, encoder_warnings
 from ...sepme.model.layers import projections, shapes
 from .denoiser import changeable_layers
-from .language import adapts, encoder_name
+from .language import OTHERS, adapts, encoder_name, readable
 from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
@@ -93,15 +93,37 @@ class Applied:
         more: dict[str, Any] = {KEY: CONDRegular(own[None])} if self.composition.columns else {}
         if context is None:
             return inner(**kwargs) | more
+        kwargs |= self._other_texts(kwargs, own)
+        read, kind = context, CONDCrossAttn
         if not self.adapts:
-            kwargs["cross_attn"] = self.composition.edit_context(context, own, self.gate)
-        made, kind = inner(**kwargs), CONDCrossAttn
+            read = readable(context, kwargs.get("attention_mask"))
+            edited = self.composition.edit_context(read, own, self.gate)
+            kwargs["cross_attn"] = context if edited is read else edited
+        made = inner(**kwargs)
         if self.adapts:
             context, kind = made["c_crossattn"].cond, type(made["c_crossattn"])
+            read = context
             made = made | {"c_crossattn": kind(self.composition.edit_context(context, own, self.gate))}
-        if more and any(d.edits_context for d in self.composition.deltas):
-            more[UNEDITED] = kind(context)
+        if more and (read is not context or any(d.edits_context for d in self.composition.deltas)):
+            more[UNEDITED] = kind(read)
         return made | more
+
+    def _other_texts(self, kwargs: dict[str, Any], own: Tensor) -> dict[str, Any]:
+        """The edited texts of a CONDITIONING beside its context, by their place in it."""
+        edited: dict[str, Any] = {}
+        for text in self.composition.parts:
+            name, _, index = text.partition(".")
+            key = OTHERS[name]
+            whole = edited.get(key, kwargs.get(key))
+            if whole is None:
+                continue
+            part = whole[:, int(index)] if index else whole
+            changed = self.composition.edit_part(text, part, own, self.gate)
+            if changed is not part:
+                edited[key] = whole.clone() if index and key not in edited else whole if index else changed
+                if index:
+                    edited[key][:, int(index)] = changed
+        return edited
 
     def apply_model(
         self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,

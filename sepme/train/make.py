@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_finite
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import PART_FACTS
 from ..errors import SepMEError
 from ..model.families import CONTEXT
 from ..model.layers import TextBlocks, kv_fingerprint, weights
@@ -232,7 +233,15 @@ def _finish(
     if len(sites) > (CONTEXT in sites):
         facts["kv_fingerprint"] = recipe["kv_fingerprint"]
     untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in sites.items() if n not in up}
-    return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
+    made = ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
+    return replace(made, parts=_parts(planner, name, options)) if CONTEXT in sites else made
+
+
+def _parts(planner: Planner, name: str, options: TrainOptions) -> dict[str, ConceptDelta]:
+    """The edits of the other texts that the model is given, in closed form."""
+    own = TrainOptions(objective="closed-form", edit="context", ridge=options.ridge)
+    made = {text: make_delta(other, name, None, own) for text, other in planner.others.items()}
+    return {text: replace(part, info={k: part.info[k] for k in PART_FACTS}) for text, part in made.items()}
 
 
 def separable_from(planner: Planner, name: str) -> dict[str, Any]:

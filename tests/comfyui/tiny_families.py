@@ -105,6 +105,15 @@ FAMILIES = {
         },
         "hydit", "HyditTokenizer", "HyditModel", {"hydit_clip": CLIP_L | {"hidden_size": 256}, "mt5xl": T5},
     ),
+    "hidream": Family(
+        "HiDream",
+        {
+            "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+            "num_attention_heads": 2, "caption_channels": [WIDTH, WIDTH], "text_emb_dim": 128, "num_routed_experts": 2,
+            "num_activated_experts": 2, "axes_dims_rope": [4, 6, 6], "max_resolution": [16, 16], "llama_layers": [0, 1, 2, 2],
+        },
+        "hidream", "HiDreamTokenizer", "hidream_clip", {"clip_l": CLIP_L, "clip_g": CLIP_L, "t5xxl": T5, "llama": LLM},
+    ),
     "sd3": Family(
         "SD3",
         {

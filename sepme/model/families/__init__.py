@@ -17,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises 
 _PER_LAYER = tuple(f for f in FAMILIES if f.keys_and_values)
 _HOSTED = tuple(f for f in _PER_LAYER if f.direct and f.prediction != FLOW)  # hosts that train single layers have discrete timesteps
 _PREFIXES = tuple(dict.fromkeys(prefix for f in FAMILIES for prefix in f.prefixes))
+_OTHERS = {group for f in FAMILIES for group in f.texts} - {CONTEXT, POOLED}
 
 __all__ = [
     "CONTEXT",
@@ -37,6 +38,7 @@ __all__ = [
     "family_of",
     "find",
     "fits",
+    "is_other_text",
     "is_site",
     "labels",
     "recognise",
@@ -95,6 +97,12 @@ def find(names: Iterable[str]) -> dict[str, str]:
 def is_site(name: str) -> bool:
     """Whether some family has a single layer of this name that a delta may change."""
     return any(family.has(name) for family in _PER_LAYER)
+
+
+def is_other_text(name: str) -> bool:
+    """Whether some family is given a text of this name beside the context; ``llama.7`` is the eighth of several."""
+    group, _, index = name.partition(".")
+    return group in _OTHERS and (not index or (index.isdecimal() and len(index) < 4))
 
 
 def context_architecture(d_in: int) -> str:
