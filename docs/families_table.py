@@ -76,7 +76,7 @@ def picture(path: Path) -> None:
         "edit of\nthe context": lambda f: bool(f.texts),
         "edit of\neach layer": lambda f: bool(f.keys_and_values),
         "pooled vector\nedited too": lambda f: POOLED in f.texts,
-        "more texts,\nnot edited": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
+        "more texts,\nedited too": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
         "as a LoRA": lambda f: _row(f)[-1] == "yes",
     }
     figure, axes = plt.subplots(figsize=(9, 0.27 * len(families) + 1))
