@@ -24,7 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vae", "unet"), r"no stage 'unet'; there are render, vae, classifier, diffusion"),
+        (("vae", "unet"), r"no stage 'unet'; there are render, vae, classifier, text, diffusion"),
         (("--things", "0"), r"--things is between 1 and 299"),
         (("--things", "300"), r"--things is between 1 and 299"),
     ],

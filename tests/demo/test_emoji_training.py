@@ -22,7 +22,7 @@ from sepme.demo.emoji.export import export, export_flow
 from sepme.demo.emoji.flow import build_flow, encode, sample, train_flow, velocity
 from sepme.demo.emoji.pictures import read_accuracy, unet_painter
 from sepme.demo.emoji.stage import Stage, load_stage
-from sepme.demo.emoji.text import build_text_encoder, build_tokenizer, load_tokenizer
+from sepme.demo.emoji.text import WIDTH, build_text_encoder, build_tokenizer, load_tokenizer, train_text
 from sepme.demo.emoji.things import STUDIOS, STYLES, THINGS
 from sepme.demo.emoji.vae import begin_with_averages, build_vae, to_model, train_vae
 
@@ -51,6 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, renders: np.ndarray) -> Path:
         words.save(folder / "words.json")
         tokenizer = build_tokenizer(folder / "tokenizer", words.vocabulary)
         batches = Batches(Latents(folder, renders, 1), words, tokenizer, captions=2, draws=2)
+        train_text(folder, words, tokenizer, steps=20, batch=16)
         train_diffusion(folder, batches, steps=4)
         train_flow(folder, batches, steps=2)
         train_classifier(folder, renders, steps=1, batch=2)
@@ -59,10 +60,24 @@ def work(tmp_path_factory: pytest.TempPathFactory, renders: np.ndarray) -> Path:
         for name in ("once", "twice"):
             other = folder / name
             other.mkdir()
+            shutil.copy(folder / "text.pt", other)
             if name == "twice":
                 train_diffusion(other, batches, steps=5, until=2)
             train_diffusion(other, batches, steps=5)
     return folder
+
+
+def test_the_denoiser_goes_on_with_an_encoder_that_knows_its_captions(work: Path) -> None:
+    """A few steps tell studios and backgrounds apart better than chance does, and the denoiser starts from there."""
+    tokenizer = load_tokenizer(work / "tokenizer")
+    text = load_stage(build_text_encoder(tokenizer), work, "text", "text")
+    heads = load_stage(nn.ModuleList(nn.Linear(WIDTH, n) for n in (len(THINGS), len(STYLES), len(BACKGROUND_NAMES))), work, "text", "heads")
+    ids = tokenizer([f"{s} style" for s in STYLES], padding="max_length", max_length=24, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = heads[1](text(ids).pooler_output)
+    assert torch.nn.functional.cross_entropy(logits, torch.arange(len(STYLES))) < math.log(len(STYLES))
+    started = load_stage(build_text_encoder(tokenizer), work, "diffusion", "text").state_dict()
+    assert all((value - started[key]).abs().max() < 0.01 for key, value in text.state_dict().items())
 
 
 def test_a_resumed_training_ends_in_the_same_numbers(work: Path) -> None:

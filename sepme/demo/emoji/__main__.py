@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import CLIPTokenizer
 
 from .captions import Lexicon, build_words, load_words
 from .classifiers import SceneClassifier, held_out, train_classifier
@@ -20,7 +21,7 @@ from .export import export, export_flow
 from .flow import train_flow
 from .pictures import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
 from .stage import load_stage
-from .text import build_tokenizer, load_tokenizer
+from .text import build_tokenizer, load_tokenizer, train_text
 from .things import THINGS
 from .vae import train_vae
 
@@ -46,12 +47,16 @@ class Stages:
             build_words(self.work / "npm").save(path)
         return load_words(path)
 
+    def tokenizer(self) -> CLIPTokenizer:
+        """Built once."""
+        folder = self.work / "tokenizer"
+        if not (folder / "merges.txt").exists():
+            build_tokenizer(folder, self.words().vocabulary)
+        return load_tokenizer(folder)
+
     def batches(self, things: int) -> Batches:
         """Captions and latents of the first ``things`` things."""
-        latents, words, folder = Latents(self.work, self.renders(), things), self.words(), self.work / "tokenizer"
-        if not (folder / "merges.txt").exists():
-            build_tokenizer(folder, words.vocabulary)
-        return Batches(latents, words, load_tokenizer(folder))
+        return Batches(Latents(self.work, self.renders(), things), self.words(), self.tokenizer())
 
     def render(self) -> None:
         """Stage: render the drawings."""
@@ -65,6 +70,10 @@ class Stages:
         """Stage: train the classifier and print its accuracy."""
         train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
         print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
+
+    def text(self) -> None:
+        """Stage: train the text encoder to tell captions apart."""
+        train_text(self.work, self.words(), self.tokenizer(), self.steps or 600, until=self.until)
 
     def diffusion(self) -> None:
         """Stage: train denoiser and text encoder, few things first."""
@@ -105,8 +114,8 @@ class Stages:
 def main() -> None:
     """Entry point of ``python -m sepme.demo.emoji``."""
     stages: dict[str, Callable[[Stages], None]] = {
-        "render": Stages.render, "vae": Stages.vae, "classifier": Stages.classifier, "diffusion": Stages.diffusion,
-        "flow": Stages.flow, "export": Stages.export, "evaluate": Stages.evaluate,
+        "render": Stages.render, "vae": Stages.vae, "classifier": Stages.classifier, "text": Stages.text,
+        "diffusion": Stages.diffusion, "flow": Stages.flow, "export": Stages.export, "evaluate": Stages.evaluate,
     }  # fmt: skip
     parser = argparse.ArgumentParser(prog="python -m sepme.demo.emoji", description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))

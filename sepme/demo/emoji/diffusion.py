@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import Lexicon, Scene, random_caption
 from .data import BACKGROUND_NAMES, place, random_placement
-from .stage import Stage
+from .stage import Stage, load_stage
 from .text import LENGTH, WIDTH, build_text_encoder
 from .vae import load_vae, to_model
 
@@ -148,7 +148,7 @@ class Average:
 def train_diffusion(work: Path, batches: Batches, steps: int, rate: float = 1e-3, until: int | None = None) -> None:
     """Train UNet and text encoder on the noise, weighted by min-SNR (Hang et al. 2023, gamma 5); 77 tokens for the last fifth."""
     torch.manual_seed(3)
-    unet, text = build_unet(), build_text_encoder(batches.tokenizer)
+    unet, text = build_unet(), load_stage(build_text_encoder(batches.tokenizer), work, "text", "text").train().requires_grad_(True)
     average, context = Average({"unet": unet, "text": text}), Context(text)
     stage = Stage(work, "diffusion", {"unet": unet, "text": text} | average.copies, steps, rate, seed=13)
     alphas = build_scheduler().alphas_cumprod

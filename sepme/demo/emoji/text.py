@@ -1,4 +1,8 @@
-"""Tokenizer and text encoder of the emoji world, in CLIP's file formats."""
+"""Tokenizer and text encoder of the emoji world, in CLIP's file formats.
+
+The encoder first learns which picture a caption means, from captions alone, as CLIP's comes to a denoiser trained. From random weights
+the denoiser still drew the same picture for every caption after 1,100 steps.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,16 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from tokenizers import pre_tokenizers
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .captions import Lexicon, random_caption
+from .data import BACKGROUND_NAMES
+from .stage import Stage
+from .things import STYLES, THINGS
 
 WIDTH = 384
 LENGTH = 77
@@ -77,3 +89,19 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextMod
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+
+
+def train_text(work: Path, words: Lexicon, tokenizer: CLIPTokenizer, steps: int = 600, batch: int = 64, until: int | None = None) -> None:
+    """Train the encoder, with three linear heads on its last token, to tell thing, studio and background from captions of all things."""
+    torch.manual_seed(5)
+    text = build_text_encoder(tokenizer)
+    heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in (len(THINGS), len(STYLES), len(BACKGROUND_NAMES)))
+    stage = Stage(work, "text", {"text": text, "heads": heads}, steps, 1e-3, seed=15)
+
+    def loss_of(step: int) -> Tensor:
+        captions, scenes = zip(*(random_caption(words, stage.generator) for _ in range(batch)), strict=True)
+        ids = tokenizer(list(captions), padding="max_length", max_length=24, truncation=True, return_tensors="pt").input_ids
+        pooled, labels = text(ids).pooler_output, torch.tensor(scenes)
+        return torch.stack([F.cross_entropy(head(pooled), labels[:, i]) for i, head in enumerate(heads)]).sum()
+
+    stage.run(loss_of, until=until)
