@@ -85,7 +85,7 @@ def picture(path: Path) -> None:
             axes.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", zorder=0)
         for x, (name, holds) in enumerate(columns.items()):
             if holds(family):
-                axes.scatter(x, y, s=70, color="#c0392b" if "not" in name else "#2c7fb8")
+                axes.scatter(x, y, s=70, color="#2c7fb8")
         context = family.texts.get(CONTEXT)
         axes.text(len(columns) - 0.4, y, context.encoder if context else "no text encoder", va="center", fontsize=7)
     axes.set_yticks(range(len(families)), [f.label for f in families], fontsize=8)

@@ -4,8 +4,9 @@ It edits the context, ``c + (c D) Sᵀ``, or every to_k and to_v, ``ΔW_l = Y_l 
 
 Tensors: ``down`` (k, d_in) float32; ``up.context`` (d_in, k) and ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a
 float32 scalar ``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and
-``pooled.anchor`` (k',), float32; for models that are given other texts beside the context ``down.<text>``, ``up.<text>`` and its scale,
-as of a context edit, their gates and certificates in the header's ``parts``. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
+``pooled.anchor`` (k',), float32; for models that are given other texts beside the context ``down.<text>``, ``up.<text>`` and its scale, as
+of a context edit, their gates and certificates in the header's ``parts``. Everything else is header metadata (strings, JSON inside). No
+dates: one recipe, one sequence of bytes.
 """
 
 from __future__ import annotations
