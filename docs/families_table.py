@@ -83,7 +83,7 @@ def picture(path: Path) -> None:
     for y, family in enumerate(families):
         if y % 2:
             axes.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", zorder=0)
-        for x, (name, holds) in enumerate(columns.items()):
+        for x, holds in enumerate(columns.values()):
             if holds(family):
                 axes.scatter(x, y, s=70, color="#2c7fb8")
         context = family.texts.get(CONTEXT)
