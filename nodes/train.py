@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.errors import SepMEError
+from ..sepme.errors import SepMEError, out_of_memory
 from ..sepme.model.layers import shapes, weights
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
@@ -80,7 +80,11 @@ class SepMETrain(io.ComfyNode):
                     "edit", options=list(EDITS), default="layers", optional=True,
                     tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items()),
                 ),
-            ], "objective", "mode", "learning_rate", "max_rank", "size", "edit"),
+                io.Int.Input(
+                    "batch", default=0, min=0, max=64, optional=True,
+                    tooltip="Pictures of a training step; fewer need less memory. 0: 4.",
+                ),
+            ], "objective", "mode", "learning_rate", "max_rank", "size", "edit", "batch"),
             outputs=[
                 Deltas.Output("deltas_out", display_name="DELTAS"),
                 LossMap.Output(
@@ -96,10 +100,11 @@ class SepMETrain(io.ComfyNode):
     def execute(
         cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
         mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
-        deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers",
+        deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers", batch: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
-        options = TrainOptions.for_mode(mode, objective, steps=steps, learning_rate=learning_rate or None, seed=seed, edit=edit)
+        given = {"steps": steps, "learning_rate": learning_rate or None, "seed": seed, "edit": edit, "batch": batch or None}
+        options = TrainOptions.for_mode(mode, objective, **given)
         plan = plan_options(mode, max_rank=max_rank or None)
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
@@ -133,10 +138,15 @@ class SepMETrain(io.ComfyNode):
             memory: Any = host.trainable(model, (RUNS, *denoiser.latent_shape))
         else:
             memory = nullcontext() if blocks is None else host.loaded(model)
-        with memory:
-            planner = Planner(encoder, book, plan, on_progress=bar.stage)
-            job = Job(planner, denoiser or blocks, options, names, each(names))
-            train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
+        try:
+            with memory:
+                planner = Planner(encoder, book, plan, on_progress=bar.stage)
+                job = Job(planner, denoiser or blocks, options, names, each(names))
+                train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
+        except Exception as error:
+            if not out_of_memory(error) or denoiser is None:
+                raise
+            raise SepMEError(too_large(denoiser.latent_shape, options)) from None
         bar.next()
         made = list(with_thumbnails(model, clip, made, bar.show))
         bar.next()
@@ -165,6 +175,23 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     new = tuple(c for c in concepts.concepts if normalised(c.name) not in erased)
     book = join(ConceptBook(tuple(d.concept for d in known)) if known else None, ConceptBook(new, concepts.preserve))
     return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
+
+
+def too_large(latents: Sequence[int], options: TrainOptions) -> str:
+    """What to say when the memory ran out: what of the step that was tried can be smaller, and by how much.
+
+    A step's memory grows with its pictures and with their area, attention's with the square of it; the closed form takes no step.
+
+    Args:
+        latents: shape of one picture's.
+    """
+    side = 8 * latents[-1]
+    if not OBJECTIVES[options.objective].trained:
+        return "The memory ran out; close other programs, or choose the edit context, which does not read the MODEL."
+    ways = [f"batch 1 (a step of {options.batch} pictures needs {options.batch} times as much)"] if options.batch > 1 else []
+    ways += [f"size {side // 2} (a quarter of it or less)"] if side >= 512 else []
+    told = ", ".join([*ways, "or the objective closed-form, which takes no training step"])
+    return f"The memory ran out in training on {options.batch} pictures of {side} x {side} pixels; choose {told}."
 
 
 def share_done(step: Progress, first: float, options: TrainOptions) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from playwright.sync_api import expect
 
@@ -26,8 +29,11 @@ def test_two_pictures_under_a_slider(page: Page) -> None:
     page.queue()
     for image in ("before", "after"):
         page.sees(lambda image=image: part.locator(f".sepme-{image}").evaluate("(i) => i.naturalWidth"), 64)
+    assert part.locator(".sepme-stage").evaluate("(s) => s.clientHeight") > 200
     sources = part.locator("img").evaluate_all("(images) => images.map((i) => i.src)")
     assert sources[0] != sources[1]
+    if (folder := os.environ.get("SEPME_PICTURES")) and not page.vue:
+        page.picture(Path(folder) / "comfyui-compare.png")
     slider = part.locator("input")
     slider.focus()
     page.tab.keyboard.press("Home")

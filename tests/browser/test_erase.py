@@ -64,9 +64,18 @@ def test_rows(page: Page) -> None:
     page.wait_rows(erase, "blue star", "van gogh")
     page.row(erase, "blue star").locator(".sepme-anchor").click()
     dialog = page.dialog("What takes the place of blue star?")
-    dialog.locator("input").fill("a blue circle")
-    dialog.locator("input").press("Enter")
+    dialog.locator("input[type=text]").fill("a blue circle")
+    dialog.locator("input[type=text]").press("Enter")
     expect(page.row(erase, "blue star")).to_contain_text("→ a blue circle")
+    for choice, shown, anchor in (("nothing in particular", "→ nothing in particular", {"anchor": ""}), ("Found by itself", "→ …", {})):
+        page.row(erase, "van gogh").locator(".sepme-anchor").click()
+        dialog = page.dialog("What takes the place of van gogh?")
+        dialog.locator(f"label:has-text('{choice}')").click()
+        dialog.locator("textarea").fill("monet\nsunflowers")
+        page.answer("What takes the place of van gogh?", "OK")
+        expect(page.row(erase, "van gogh")).to_contain_text(shown)
+        assert rows(page, erase)[1] == {"name": "van gogh"} | anchor
+    assert page.value(erase, "preserve") == "monet\nsunflowers"
     saved = page.workflow()
     page.load_workflow(saved)
     page.wait_rows(erase, "blue star", "van gogh")
@@ -85,8 +94,40 @@ def test_saved_concepts_by_search_and_from_the_sidebar(page: Page) -> None:
     page.tab.click(".sepme-delta:has(b:text-is('heart')) summary")
     page.tab.click(".sepme-delta:has(b:text-is('heart')) button:text-is('Add to graph')")
     page.wait_rows(erase, "striped", "heart")
+    at = page.tab.evaluate("(id) => app.canvasPosToClientPos([sepmeTest.node(id).pos[0] + 200, sepmeTest.node(id).pos[1] - 14])", erase)
+    entry = page.tab.locator(".sepme-delta:has(b:text-is('star')) summary")
+    entry.drag_to(page.tab.locator("body"), target_position={"x": at[0], "y": at[1]})
+    page.wait_rows(erase, "striped", "heart", "star")
+    page.row(erase, "star").locator(".sepme-drop").click()
     assert page.ids("SepMELoadDelta") == []
     assert [(r["file"], len(r["content_hash"])) for r in rows(page, erase)] == [("striped.safetensors", 64), ("heart.safetensors", 64)]
+
+
+def test_rows_whose_file_is_missing_are_repaired(page: Page) -> None:
+    title, gone = (
+        "Missing concept deltas",
+        [{"name": name, "file": f"gone-{name}.safetensors", "content_hash": "0" * 64} for name in ("star", "heart")],
+    )
+    erase = page.add("SepMEErase", 300, 140, concepts=json.dumps(gone))
+    page.look()
+    page.row(erase, "star").locator("button:text-is('Repair…')").click()
+    dialog = page.dialog(title)
+    expect(dialog.locator(".sepme-missing")).to_have_count(2)
+    dialog.locator("text=Use another delta of this concept: star.safetensors").click()
+    expect(dialog.locator(".sepme-missing")).to_have_count(1)
+    assert rows(page, erase)[0]["file"] == "star.safetensors"
+    dialog.locator("text=Work it out anew from its name").click()
+    expect(dialog).to_have_count(0)
+    assert rows(page, erase)[1] == {"name": "heart"}
+    page.load_workflow(
+        json.loads(
+            json.dumps(page.workflow())
+            .replace("star.safetensors", "gone.safetensors")
+            .replace(rows(page, erase)[0]["content_hash"], "1" * 64)
+        )
+    )
+    expect(page.dialog(title).locator(".sepme-missing")).to_have_count(1)  # asked when it is opened
+    page.answer(title, "Close")
 
 
 def drawn(page: Page) -> str:

@@ -34,7 +34,7 @@ INTERFACE = {
     "SepMEConceptBook": (["book"], ["concepts"], ["CONCEPTS"]),
     "SepMETrain": (
         ["model", "clip", "concepts"],
-        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size", "edit"],
+        ["erase", "preserve", "objective", "mode", "steps", "learning_rate", "seed", "max_rank", "deltas", "size", "edit", "batch"],
         ["DELTAS", "LOSS_MAP", "STRING"],
     ),
     "SepMESaveDeltas": (["deltas"], ["filename_prefix", "embed"], ["DELTAS"]),
@@ -131,7 +131,18 @@ def test_interface(server: Server) -> None:
         for kind in ("required", "optional"):
             assert all(spec[1].get("tooltip") for spec in info[name]["input"].get(kind, {}).values()), name
     every = {(name, given) for name in info for given, spec in info[name]["input"].get("optional", {}).items() if spec[1].get("advanced")}
-    assert {n for _, n in every} == {"objective", "mode", "learning_rate", "max_rank", "size", "edit", "backend", "gate", "preserve"}
+    assert {n for _, n in every} == {
+        "objective",
+        "mode",
+        "learning_rate",
+        "max_rank",
+        "size",
+        "edit",
+        "batch",
+        "backend",
+        "gate",
+        "preserve",
+    }
     assert ("SepMETrain", "preserve") not in every
 
 

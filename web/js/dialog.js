@@ -2,6 +2,12 @@
 import { el, ownKeys } from "./dom.js";
 import { t } from "./text.js";
 
+/** The event of a button that wants missing deltas repaired. */
+export const REPAIR = "sepme:repair";
+
+/** A button that opens the dialog of what is missing. */
+export const repairButton = () => el("button.sepme-small", { type: "button", onclick: () => document.dispatchEvent(new Event(REPAIR)) }, t("card.repair"));
+
 /** Show a dialog; returns it. `actions`: `[label, call]`, the last one is the main one; a dialog closes after each. */
 export function openDialog(title, content, actions = []) {
   const heading = el("h2", {}, title);

@@ -1,5 +1,5 @@
 // The panel of SepME Erase: rows that are typed or chosen, each a switch.
-import { ask } from "./dialog.js";
+import { openDialog, repairButton } from "./dialog.js";
 import { el } from "./dom.js";
 import { library } from "./library.js";
 import { TogglePanel } from "./panel.js";
@@ -27,7 +27,7 @@ export const acting = (row) => (row.on === false ? 0 : row.strength ?? 1);
 /** What the rows of a value erase, as facts of deltas: saved ones as the library has them, others as far as they are known. */
 export function erased(text, made = []) {
   return (parseRows(text) ?? []).filter((row) => row.name.trim()).map((row) => {
-    if (row.file || row.content_hash) return library.find(row.file ?? "", row.content_hash ?? "") ?? { concept: row.name, missing: true };
+    if (row.file || row.content_hash) return library.find(row.file ?? "", row.content_hash ?? "") ?? { concept: row.name, name: row.file ?? "", content_hash: row.content_hash ?? "", missing: true };
     return made.find((d) => same(d.concept, row.name)) ?? { concept: row.name, untrained: true };
   });
 }
@@ -38,6 +38,7 @@ export class ErasePanel extends TogglePanel {
     super(false, onChange);
     this.text = "[]";
     this.made = []; // facts of what the server made of the rows
+    this.preserve = null; // the node's own words that must stay, as {get, set}
     this.field = el("input.sepme-search", {
       type: "text", placeholder: t("erase.placeholder"), "aria-label": t("erase.placeholder"), autocomplete: "off", role: "combobox", "aria-expanded": "false",
       oninput: () => this.offer(), onfocus: () => this.offer(), onclick: () => this.menu || this.offer(), onblur: () => setTimeout(() => this.closeChoices(), 150), onkeydown: (event) => this.onTyped(event),
@@ -78,15 +79,24 @@ export class ErasePanel extends TogglePanel {
     const part = this.byName.get(row.name);
     part.drop.title = t("panel.remove");
     part.drop.setAttribute("aria-label", `${part.drop.title}: ${row.name}`);
-    if (row.delta.missing || row.entry.file || row.entry.content_hash) return element;
+    if (row.delta.missing) {
+      this.inCell(part, repairButton());
+      return element;
+    }
+    if (row.entry.file || row.entry.content_hash) return element;
     const anchor = row.entry.anchor ?? row.delta.anchor;
     const shown = anchor ?? t("erase.automatic");
     const stays = row.delta.preserve?.length ? `\n${t("erase.stays", { words: row.delta.preserve.join(", ") })}` : "";
     const change = el("button.sepme-anchor", { type: "button", title: `${t("erase.becomes", { anchor: shown || t("erase.nothing") })}${stays}\n${t("erase.change")}`, onclick: () => this.askAnchor(row, anchor ?? "") }, anchor == null ? "→ …" : `→ ${anchor || t("erase.nothing")}`);
+    this.inCell(part, change);
+    return element;
+  }
+
+  /** Put something behind a row's name. */
+  inCell(part, what) {
     const cell = el("span.sepme-cell");
     part.name.replaceWith(cell);
-    cell.append(part.name, change);
-    return element;
+    cell.append(part.name, what);
   }
 
   update(row) {
@@ -94,13 +104,43 @@ export class ErasePanel extends TogglePanel {
     this.byName.get(row.name).drop.hidden = false;
   }
 
-  async askAnchor(row, value) {
-    const text = await ask(t("erase.anchorTitle", row), t("erase.anchorLabel"), value);
-    if (text === null || text === value) return;
-    const { anchor, ...rest } = row.entry;
-    row.entry = text ? { ...rest, anchor: text } : rest;
+  /** Ask what takes a concept's place: found by itself, nothing in particular, or the user's own words; and what must stay. */
+  askAnchor(row, value) {
+    const own = el("input.sepme-text", { type: "text", value: value, "aria-label": t("erase.own"), oninput: () => (radios[2].checked = true) });
+    const kind = row.entry.anchor == null ? 0 : row.entry.anchor ? 2 : 1;
+    const radios = ["erase.byItself", "erase.nothing", "erase.own"].map((key, i) => el("input", { type: "radio", name: "sepme-anchor", value: key, checked: i === kind }));
+    const choices = radios.map((radio) => el("label.sepme-choice", {}, radio, t(radio.value)));
+    const stays = row.delta.preserve?.length ? el("p", {}, t("erase.stays", { words: row.delta.preserve.join(", ") })) : null;
+    const words = this.preserve && el("textarea.sepme-text", { rows: 4, value: this.preserve.get() });
+    const must = words && el("label", {}, t("erase.mustStay"), words);
+    const dialog = openDialog(t("erase.anchorTitle", row), el("div.sepme-options", {}, ...choices, own, el("p", {}, t("erase.anchorLabel")), stays, must), [[t("dialog.ok"), () => {
+      if (words && words.value !== this.preserve.get()) this.preserve.set(words.value);
+      const { anchor: _, ...rest } = row.entry;
+      const chosen = radios.findIndex((radio) => radio.checked);
+      const text = own.value.trim();
+      this.replace(row, chosen === 1 ? { ...rest, anchor: "" } : chosen === 2 && text ? { ...rest, anchor: text } : rest);
+    }]]);
+    own.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault(); // or it would press the button that gets the focus back
+      dialog.querySelector(".sepme-main").click();
+    });
+  }
+
+  /** Let a row say something else. */
+  replace(row, entry) {
+    if (JSON.stringify(entry) === JSON.stringify(row.entry)) return;
+    row.entry = entry;
     this.commit();
     this.draw();
+  }
+
+  /** Let the row of a concept mean this saved delta, or, without one, its name alone. */
+  point(concept, facts) {
+    const row = this.rows.find((r) => same(r.name, concept));
+    if (!row) return;
+    const { file: _, content_hash: __, ...rest } = row.entry;
+    this.replace(row, facts ? { ...rest, file: facts.name, content_hash: facts.content_hash } : rest);
   }
 
   forget(row) {

@@ -1,6 +1,7 @@
 // Our nodes' widgets: the panel in place of the JSON text, a card on loaders; and when they are drawn anew.
 import { api, app, changed, grow, nodes, rootGraph, serverIds, set, toast, widget } from "./host.js";
-import { bytes, el, figure } from "./dom.js";
+import { repairButton } from "./dialog.js";
+import { bytes, el } from "./dom.js";
 import { library } from "./library.js";
 import { ErasePanel, erased } from "./erase.js";
 import { TogglePanel } from "./panel.js";
@@ -193,6 +194,7 @@ async function drawPanel(node, panel, shown = node) {
 }
 
 async function drawErasePanel(node, panel, shown) {
+  panel.preserve = widget(node, "preserve") && { get: () => widget(node, "preserve").value, set: (text) => (set(node, "preserve", text), changed()) };
   panel.made = node.sepmeMade ?? [];
   const rows = erased(panel.value, panel.made);
   const model = await architectureOf(node);
@@ -233,7 +235,7 @@ function drawCard(node) {
     : delta.missing
     ? [
         line(el("span.sepme-dot.sepme-lost"), t("card.missing", { name: delta.concept })),
-        line(el("button.sepme-small", { type: "button", onclick: () => node.sepmeRepair?.() }, t("card.repair"))),
+        line(repairButton()),
       ]
     : [
         line(el(`span.sepme-dot.sepme-${delta.grade}`, { title: t(`grade.${delta.grade}`) }), el("b", {}, delta.concept), delta.fits ?? delta.architecture),

@@ -1,28 +1,42 @@
 // Deltas that a workflow names and the server has not: one dialog, one click a delta.
 import { app, changed, freePlace, nodes, set, toast, widget } from "./host.js";
-import { openDialog } from "./dialog.js";
+import { REPAIR, openDialog } from "./dialog.js";
 import { el } from "./dom.js";
 import { installRecord } from "./install.js";
 import { library } from "./library.js";
 import { remember } from "./nodes.js";
 import { t } from "./text.js";
 import { quoteName } from "./toggles.js";
-import { linkOf, loaded } from "./wires.js";
+import { erased } from "./erase.js";
+import { linkOf, loaded, recordOf } from "./wires.js";
 
 let told = ""; // what the last dialog was about: undo loads the workflow again, and need not ask again
 let dialog = null;
 
-/** Loaders whose delta is not on the server, or is there under another name. */
-export function broken() {
+/**
+ * Loaders whose delta is not on the server, or is there under another name, and rows of SepME Erase whose file is not there;
+ * `use` takes another delta, `anew` (of rows) works the concept out from its name.
+ */
+function broken() {
   const found = [];
   for (const node of nodes()) {
+    if (node.comfyClass === "SepMEErase" && node.sepmePanel) {
+      const panel = node.sepmePanel;
+      for (const delta of erased(panel.value).filter((d) => d.missing)) {
+        const record = recordOf(delta.name, delta.content_hash);
+        const facts = { ...delta, record, embedded: typeof record?.data === "string" };
+        found.push({ node, delta: facts, wanted: delta.name, use: (other) => panel.point(delta.concept, other), anew: () => panel.point(delta.concept) });
+      }
+    }
     if (node.comfyClass !== "SepMELoadDelta") continue;
-    node.sepmeRepair = () => openRepair();
     const delta = loaded(node);
-    if ((delta.missing && !delta.unset) || delta.renamed) found.push({ node, delta });
+    if ((delta.missing && !delta.unset) || delta.renamed) found.push({ node, delta, wanted: widget(node, "delta").value, use: (other) => remember(node, other) });
   }
   return found;
 }
+
+/** What a node's button asks for. */
+document.addEventListener(REPAIR, () => openRepair());
 
 /** After a workflow was loaded: say what is missing, once. A renamed file is found by the server too, so it alone is no reason. */
 export async function checkWorkflow() {
@@ -54,31 +68,32 @@ function openRepair() {
   });
 }
 
-function entry({ node, delta }, draw) {
+function entry({ node, delta, wanted, use, anew }, draw) {
   const button = (key, call, values) =>
     el("button.sepme-button", { type: "button", onclick: async (event) => ((event.target.disabled = true), await call(), draw()) }, t(key, values));
   const ways = [];
-  if (delta.renamed) ways.push(button("repair.use", () => remember(node, library.find("", delta.content_hash)), delta));
-  if (delta.embedded) ways.push(button("repair.install", () => unpack(node, delta)));
+  if (delta.renamed) ways.push(button("repair.use", () => use(library.find("", delta.content_hash)), delta));
+  if (delta.embedded) ways.push(button("repair.install", () => unpack(delta, use)));
   for (const other of delta.missing ? library.ofConcept(delta.concept).slice(0, 3) : []) {
-    ways.push(button("repair.other", () => remember(node, other), other));
+    ways.push(button("repair.other", () => use(other), other));
   }
-  if (delta.missing && delta.record?.prompts) ways.push(button("repair.train", () => insertTraining(node, delta.record)));
+  if (anew) ways.push(button("repair.anew", anew));
+  else if (delta.missing && delta.record?.prompts) ways.push(button("repair.train", () => insertTraining(node, delta.record)));
   const hash = delta.content_hash ? el("code", { title: delta.content_hash }, delta.content_hash.slice(0, 16)) : "";
   return el(
     "div.sepme-missing",
     {},
     el("div.sepme-line", {}, el(delta.missing ? "span.sepme-dot.sepme-lost" : "span.sepme-dot.sepme-fair"), el("b", {}, delta.concept), hash),
-    el("div.sepme-line", {}, delta.missing ? t("repair.wanted", { name: widget(node, "delta").value }) : t("repair.found", delta)),
+    el("div.sepme-line", {}, delta.missing ? t("repair.wanted", { name: wanted }) : t("repair.found", delta)),
     el("div.sepme-line", {}, ...(ways.length ? ways : [t("repair.nothing")])),
   );
 }
 
-async function unpack(node, delta) {
+async function unpack(delta, use) {
   const facts = await installRecord(delta.record);
   if (!facts) return;
   if (delta.content_hash && facts.content_hash !== delta.content_hash) toast("warn", t("repair.otherContent"), facts.name);
-  await remember(node, facts);
+  await use(facts);
 }
 
 /** The recipe as nodes: concept, what it must be separable from, training, saving, in place of the loader. */

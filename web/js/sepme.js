@@ -5,7 +5,7 @@ import { watchPrompts } from "./completion.js";
 import { loadStyle } from "./dom.js";
 import { library } from "./library.js";
 import { customWidgets, definePanel, nodeMade, refresh, watch } from "./nodes.js";
-import { broken, checkWorkflow } from "./repair.js";
+import { checkWorkflow } from "./repair.js";
 import { registerSidebar } from "./sidebar.js";
 import { loadText, translate } from "./text.js";
 import { restoreTraining, trainingNode, watchTraining } from "./training.js";
@@ -33,7 +33,6 @@ app.registerExtension({
     watchTraining(api);
     watchPrompts();
     await library.load().catch((error) => console.error("SepME:", error.message));
-    broken();
     refresh();
   },
   async afterConfigureGraph() {

@@ -113,7 +113,7 @@ export function loaded(node) {
 }
 
 /** What the workflow itself says of a delta. */
-function recordOf(name, hash) {
+export function recordOf(name, hash) {
   const records = rootGraph()?.extra?.sepme ?? {};
   if (hash) return records[hash];
   return Object.values(records).find((r) => r?.file === name.replaceAll("\\", "/"));
