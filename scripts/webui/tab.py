@@ -15,7 +15,6 @@ from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
-from ...sepme.plan.nearby import COUNT
 from . import host
 from .files import choose, labels, load
 from .panel import delta_choice
@@ -91,7 +90,7 @@ def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             about_encoder = check_encoder(model, deltas)
-            found = verify(model, deltas, on_progress=shown(progress), nearby=COUNT)
+            found = verify(model, deltas, on_progress=shown(progress))
         made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint
