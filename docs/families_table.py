@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, FLOW, POOLED, Family
+from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family
 
 HEAD = """# Families of models
 
@@ -15,8 +15,11 @@ Where each family reads text, from the data in `sepme/model/families/` (one file
                                        └─ W c + g(c) s Y (c D) ─────── families whose blocks read text alone: an edit of each layer
 
 **each layer**: keys and values of the blocks are made of text alone and are the same in every step, so single layers can be edited exactly
-(after an embedding of the text where the table says so). **context**: text is mixed with the picture behind the layer that reads it; the
-context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
+(after an embedding of the text where the table says so: then a delta adds to keys and values what it reads of the context in front of the
+embedding, in closed form, and is no LoRA; of HunyuanDiT it changes what CLIP's tokens say). ComfyUI has these deltas by SepME Train with
+the objective closed-form and the edit layers, diffusers by `TextBlocks`
+([a model of your own](own-model.md)). **context**: text is mixed with the picture behind
+the layer that reads it; the context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
 **LoRA**: whether an edit of the context can be written as a change of the weights that read it; it cannot where a norm stands between.
 How text encoders that are not CLIP are read: [text encoders](text-encoders.md).
 
@@ -71,18 +74,18 @@ def picture(path: Path) -> None:
     families = sorted((f for f in FAMILIES if f.label), key=lambda f: (not f.cross_attention, f.label))
     columns = {
         "edit of\nthe context": lambda f: bool(f.texts),
-        "edit of\neach layer": lambda f: f.per_layer and f.prediction != FLOW,  # those that hosts have
+        "edit of\neach layer": lambda f: bool(f.keys_and_values),
         "pooled vector\nedited too": lambda f: POOLED in f.texts,
-        "more texts,\nnot edited": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
+        "more texts,\nedited too": lambda f: bool(set(f.texts) - {CONTEXT, POOLED}),
         "as a LoRA": lambda f: _row(f)[-1] == "yes",
     }
     figure, axes = plt.subplots(figsize=(9, 0.27 * len(families) + 1))
     for y, family in enumerate(families):
         if y % 2:
             axes.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", zorder=0)
-        for x, (name, holds) in enumerate(columns.items()):
+        for x, holds in enumerate(columns.values()):
             if holds(family):
-                axes.scatter(x, y, s=70, color="#c0392b" if "not" in name else "#2c7fb8")
+                axes.scatter(x, y, s=70, color="#2c7fb8")
         context = family.texts.get(CONTEXT)
         axes.text(len(columns) - 0.4, y, context.encoder if context else "no text encoder", va="center", fontsize=7)
     axes.set_yticks(range(len(families)), [f.label for f in families], fontsize=8)

@@ -112,11 +112,13 @@ class SepMETrain(io.ComfyNode):
         losses: dict[str, list[float]] = {name: [] for name in names}
         bar = host.NodeProgress(2 + len(names))
         encoder = host.text_encoder(clip, model)
-        denoiser = host.UNetDenoiser(model, size) if options.needs_model else None
+        blocks = host.text_blocks(model) if options.needs_model and not options.make_objective().trained else None
+        denoiser = host.UNetDenoiser(model, size) if options.needs_model and blocks is None else None
+        layers = blocks if denoiser is None else denoiser.attention_layers()
         live = None if denoiser is None else Live(cls.hidden.unique_id, encoder, denoiser)
-        if denoiser is not None:
+        if layers is not None:
             for delta in known:
-                delta.check_fits(shapes(denoiser.attention_layers()), "this MODEL")
+                delta.check_fits(shapes(layers), "this MODEL")
 
         def on_step(step: Progress) -> None:
             losses[step.concept].append(step.loss)
@@ -126,15 +128,21 @@ class SepMETrain(io.ComfyNode):
 
         def save(delta: ConceptDelta) -> None:
             name = delta.concept.name
-            sites = context_site(delta.d_in) if denoiser is None or delta.edits_context else weights(denoiser.attention_layers())
+            sites, read = context_site(delta.d_in), None
+            if layers is not None and not delta.edits_context:
+                sites, read = weights(layers), blocks.embed if blocks is not None and blocks.embedding else None
             tokens, target = planner.prompts.tokens(name)
-            losses[name] = losses[name] or [1.0, distance(sites, tokens, target, delta)]
+            losses[name] = losses[name] or [1.0, distance(sites, tokens, target, delta, read)]
             made.append(delta)
 
+        if denoiser is not None:
+            memory: Any = host.trainable(model, (RUNS, *denoiser.latent_shape))
+        else:
+            memory = nullcontext() if blocks is None else host.loaded(model)
         try:
-            with host.trainable(model, (RUNS, *denoiser.latent_shape)) if denoiser is not None else nullcontext():
+            with memory:
                 planner = Planner(encoder, book, plan, on_progress=bar.stage)
-                job = Job(planner, denoiser, options, names, each(names))
+                job = Job(planner, denoiser or blocks, options, names, each(names))
                 train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
         except Exception as error:
             if not out_of_memory(error) or denoiser is None:

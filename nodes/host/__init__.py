@@ -2,9 +2,9 @@
 
 from ...sepme.errors import SepMEError
 from .demo import demo_model
-from .denoiser import UNetDenoiser, attention_layers
+from .denoiser import UNetDenoiser, attention_layers, changeable_layers, text_blocks
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
-from .jobs import NodeProgress, check_interrupted, part_of, trainable
+from .jobs import NodeProgress, check_interrupted, loaded, part_of, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, deltas_on, toggled
@@ -25,6 +25,7 @@ __all__ = [
     "apply_deltas",
     "architectures_of",
     "attention_layers",
+    "changeable_layers",
     "check_interrupted",
     "checkpoint_names",
     "clip_skip",
@@ -35,6 +36,7 @@ __all__ = [
     "demo_model",
     "erasures",
     "load_checkpoint",
+    "loaded",
     "lora_folder",
     "notice",
     "outputs_of",
@@ -42,6 +44,7 @@ __all__ = [
     "sample",
     "saves",
     "tell_page",
+    "text_blocks",
     "text_encoder",
     "toggled",
     "trainable",

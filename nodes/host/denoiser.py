@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...sepme.errors import SepMEError
 from ...sepme.model.families import labels
-from ...sepme.model.layers import latent_side, text_layers
+from ...sepme.model.layers import Layers, TextBlocks, latent_side, text_layers
 from ...sepme.model.protocols import AttentionLayer
 from ...sepme.model.schedule import Schedule, ScheduledDenoiser
 
@@ -27,10 +27,24 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     layers = text_layers(model.diffusion_model)
     if not layers:
         raise SepMEError(
-            f"{type(model).__name__} is no {labels()} model; SepME trains and changes the layers of those only. For this one choose the "
+            f"{type(model).__name__} is no {labels()} model; SepME trains the layers of those only. For this one choose the "
             "objective closed-form and the edit context in SepME Train, which every model with a text encoder can use."
         )
     return layers
+
+
+def text_blocks(patcher: Any) -> TextBlocks | None:
+    """What in a MODEL reads text alone, if it is no UNet."""
+    return TextBlocks.of(patcher.model.diffusion_model)
+
+
+def changeable_layers(model: Any) -> Layers:
+    """What deltas of single layers can change in a loaded model: a UNet's cross-attention, or what in other models reads text alone.
+
+    Raises:
+        SepMEError: text and picture are mixed.
+    """
+    return TextBlocks.of(model.diffusion_model) or attention_layers(model)
 
 
 class UNetDenoiser(ScheduledDenoiser):

@@ -46,6 +46,14 @@ def part_of(show: Callable[[float], None], part: int, parts: int) -> Callable[[f
 
 
 @contextmanager
+def loaded(patcher: Any) -> Iterator[None]:
+    """A model whose weights are read, not trained, as far as it fits into the memory; its LoRAs are in effect."""
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def trainable(patcher: Any, latents: Sequence[int]) -> Iterator[Any]:
     """Load a model completely, with gradients possible, for as long as the block runs; yields the model.
 

@@ -18,6 +18,7 @@ from ...sepme.plan.vocabulary import shipped_texts
 from .encodings import StoredEncodings, digest
 from .jobs import check_interrupted
 
+OTHERS = {"t5": "conditioning_mt5xl", "llama": "conditioning_llama3"}  # by the table's name of a text: its place in a CONDITIONING
 PART = 16  # shipped prompts that are stored together, and are not read again once they are
 
 
@@ -41,14 +42,28 @@ class LanguageEncoder:
     Args:
         clip: a CLIP; its LoRAs are in effect.
         model: the MODEL that will read the contexts, if known; some (:func:`adapts`) make others of them first.
+        text: where in a CONDITIONING the text stands that is read, and which of several there; the context if None.
     """
 
     free_length = True
     clip_skip = 0
 
-    def __init__(self, clip: Any, model: Any = None) -> None:
+    def __init__(self, clip: Any, model: Any = None, text: tuple[str, int | None] | None = None) -> None:
+        self.text = text
         self.clip, self.name = clip, "" if model is None else encoder_name(model)
         self.model = model if model is not None and adapts(model.model) else None
+
+    @cached_property
+    def others(self) -> dict[str, LanguageEncoder]:
+        """Of the texts that stand beside the context, by name."""
+        found: dict[str, LanguageEncoder] = {}
+        if self.text is None:
+            facts = self._facts("")
+            for name, key in OTHERS.items():
+                shape = facts[key].shape if key in facts else ()
+                which = [(name, None)] if len(shape) == 3 else [(f"{name}.{i}", i) for i in range(shape[1])] if shape else []
+                found |= {text: LanguageEncoder(self.clip, text=(key, index)) for text, index in which}
+        return found
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
@@ -78,17 +93,35 @@ class LanguageEncoder:
     def _read(self, prompt: str) -> Encoding:
         """One row, on the CPU in float32."""
         check_interrupted()
-        plain = prompt.replace("(", "\\(").replace(")", "\\)")
         with torch.inference_mode():
-            facts = self.clip.encode_from_tokens(self.clip.tokenize(plain), return_pooled=True, return_dict=True)
+            facts = self._facts(prompt)
             context, pooled, mask = (facts.pop(key, None) for key in ("cond", "pooled_output", "attention_mask"))
+            if self.text is not None:
+                key, index = self.text
+                context, pooled, mask = facts[key], None, None
+                context = context if index is None else context[:, index]
             if self.model is not None:
                 context, mask = _adapted(self.model, context, facts), None
         context = context[:1].to("cpu", torch.float32, copy=True)
         there = context.ne(0).any(dim=-1)
         if mask is not None and mask.shape[-1] == context.shape[1]:
             there &= mask.reshape(1, -1).cpu().bool()
+            context *= there[..., None]  # the model does not read them
         return Encoding(context, there, None if pooled is None else pooled[:1].to("cpu", torch.float32, copy=True))
+
+    def _facts(self, prompt: str) -> dict[str, Any]:
+        """What CLIPTextEncode puts into a CONDITIONING."""
+        plain = prompt.replace("(", "\\(").replace(")", "\\)")
+        with torch.inference_mode():
+            facts: dict[str, Any] = self.clip.encode_from_tokens(self.clip.tokenize(plain), return_pooled=True, return_dict=True)
+        return facts
+
+
+def readable(context: Tensor, mask: Tensor | None) -> Tensor:
+    """A CONDITIONING's context ``(1, tokens, width)`` with zeros where its mask says that the model does not read it."""
+    if mask is None or mask.shape[-1] != context.shape[1] or bool(mask.bool().all()):
+        return context
+    return context * mask.reshape(1, -1, 1).to(context)
 
 
 def _adapted(patcher: Any, context: Tensor, facts: dict[str, Any]) -> Tensor:

@@ -16,14 +16,15 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
 from ...sepme.apply.composition import Composition
+from ...sepme.apply.kv_cache import room
 from ...sepme.apply.projector import KVProjector
 from ...sepme.apply.row_strengths import row_strengths
 from ...sepme.apply.toggles import Toggles, merge, strengths
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_named_encoder, encoder_warnings
-from ...sepme.model.layers import projections
-from .denoiser import attention_layers
-from .language import adapts, encoder_name
+from ...sepme.model.layers import projections, shapes
+from .denoiser import changeable_layers
+from .language import OTHERS, adapts, encoder_name, readable
 from .page import notice
 
 KEY = "sepme"  # of everything that is put on a patcher or into a CONDITIONING
@@ -89,16 +90,40 @@ class Applied:
         pooled, context = kwargs.get("pooled_output"), kwargs.get("cross_attn")
         if pooled is not None and context is not None and any(d.pooled is not None for d in self.composition.deltas):
             kwargs["pooled_output"] = self.composition.replace_pooled(pooled, context, own, self.gate)
-        if context is not None and self.adapts:
-            made = inner(**kwargs)
-            adapted = made["c_crossattn"]
-            return made | {"c_crossattn": type(adapted)(self.composition.edit_context(adapted.cond, own, self.gate))}
-        if context is not None:
-            kwargs["cross_attn"] = self.composition.edit_context(context, own, self.gate)
         more: dict[str, Any] = {KEY: CONDRegular(own[None])} if self.composition.columns else {}
-        if more and context is not None and any(d.edits_context for d in self.composition.deltas):
-            more[UNEDITED] = CONDCrossAttn(context)
-        return inner(**kwargs) | more
+        if context is None:
+            return inner(**kwargs) | more
+        kwargs |= self._other_texts(kwargs, own)
+        read, kind = context, CONDCrossAttn
+        if not self.adapts:
+            read = readable(context, kwargs.get("attention_mask"))
+            edited = self.composition.edit_context(read, own, self.gate)
+            kwargs["cross_attn"] = context if edited is read else edited
+        made = inner(**kwargs)
+        if self.adapts:
+            context, kind = made["c_crossattn"].cond, type(made["c_crossattn"])
+            read = context
+            made = made | {"c_crossattn": kind(self.composition.edit_context(context, own, self.gate))}
+        if more and (read is not context or any(d.edits_context for d in self.composition.deltas)):
+            more[UNEDITED] = kind(read)
+        return made | more
+
+    def _other_texts(self, kwargs: dict[str, Any], own: Tensor) -> dict[str, Any]:
+        """The edited texts of a CONDITIONING beside its context, by their place in it."""
+        edited: dict[str, Any] = {}
+        for text in self.composition.parts:
+            name, _, index = text.partition(".")
+            key = OTHERS[name]
+            whole = edited.get(key, kwargs.get(key))
+            if whole is None:
+                continue
+            part = whole[:, int(index)] if index else whole
+            changed = self.composition.edit_part(text, part, own, self.gate)
+            if changed is not part:
+                edited[key] = whole.clone() if index and key not in edited else whole if index else changed
+                if index:
+                    edited[key][:, int(index)] = changed
+        return edited
 
     def apply_model(
         self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
@@ -115,7 +140,8 @@ class Applied:
             if self.backend == "fused":
                 self._say_why_not_fused(projector, c_crossattn)
         known = self._rows(rows, c_crossattn)
-        with projector.forward_pass(known, c_crossattn, self.default, self._unknown_rows, unedited=unedited):
+        unknown = self._unknown_tokens if projector.embedded else self._unknown_rows
+        with projector.forward_pass(known, c_crossattn, self.default, unknown, unedited=unedited):
             self._current.projector = projector
             try:
                 return executor(*arguments, **kwargs)
@@ -123,7 +149,8 @@ class Applied:
                 self._current.projector = None
 
     def _projector(self, model: Any) -> KVProjector:
-        projector = KVProjector(attention_layers(model), self.composition, gate=self.gate, keep=self._keep, backend=self.backend)
+        kept = room(model.diffusion_model)
+        projector = KVProjector(changeable_layers(model), self.composition, self.gate, self._keep, kept, self.backend)
         for name, module in projector.modules.items():
             inner = self._inner(name, module)
             projector.wrap(name, module, inner, partial(_plain_weight, module, inner))
@@ -150,6 +177,9 @@ class Applied:
 
     def _unknown_rows(self) -> None:
         self._say("Another extension added prompts to the batch (attention couple?); those get the toggles of SepME Apply.")
+
+    def _unknown_tokens(self) -> None:
+        self._say("Another extension added or left out prompts or words of the batch; deltas of layers do nothing there.")
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -201,7 +231,7 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
 
     Raises:
         SepMEError: deltas for another model or text encoder, two of one concept, toggles of unknown concepts; per-layer deltas and no
-            Stable Diffusion UNet.
+            layers that could be changed.
     """
     clone = patcher.clone()
     before: Applied | None = patcher.get_attachment(KEY)
@@ -212,9 +242,10 @@ def apply_deltas(patcher: Any, deltas: tuple[ConceptDelta, ...], toggles: Toggle
     composition = Composition(tuple(deltas))
     if any(delta.edits_context for delta in deltas):
         check_named_encoder(deltas, encoder_name(patcher))
-    modules: dict[str, Any] = projections(attention_layers(patcher.model)) if composition.columns else {}
+    layers = changeable_layers(patcher.model) if composition.columns else {}
+    modules = projections(layers)
     for delta in deltas if modules else ():
-        delta.check_fits({name: (m.out_features, m.in_features) for name, m in modules.items()}, "this MODEL")
+        delta.check_fits(shapes(layers), "this MODEL")
     paths = {name: f"diffusion_model.{name}.forward" for name in modules} | {"extra_conds": "extra_conds"}
     inner = {name: _inner(patcher.get_model_object(path), name, before) for name, path in paths.items()}
     applied = Applied(composition, toggles, gate, backend, inner, adapts(patcher.model))

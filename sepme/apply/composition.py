@@ -130,6 +130,18 @@ class Composition:
         edited[touch.rows] = (context[touch.rows].float() + added).to(context.dtype)
         return edited
 
+    @cached_property
+    def parts(self) -> dict[str, tuple[list[int], Composition]]:
+        """By other text that the model is given beside the context: the deltas that edit it, and these edits."""
+        texts = dict.fromkeys(text for delta in self.deltas for text in delta.parts)
+        of = {text: [i for i, delta in enumerate(self.deltas) if text in delta.parts] for text in texts}
+        return {text: (which, Composition(tuple(self.deltas[i].parts[text] for i in which))) for text, which in of.items()}
+
+    def edit_part(self, text: str, tokens: Tensor, strengths: Tensor, gate: bool = True) -> Tensor:
+        """Another text than the context ``(rows, tokens, width)``, edited as :meth:`edit_context` edits that; strengths as there."""
+        which, composition = self.parts[text]
+        return composition.edit_context(tokens, strengths[..., which], gate)
+
     def _touch(self, context: Tensor, strengths: Tensor, gate: bool, acting: list[bool]) -> Touch:
         """Project, gate and weigh with the deltas of which ``acting`` is true."""
         if not any(acting):

@@ -25,6 +25,7 @@ class Pass:
         on_unknown: called where there are such rows.
         state: what keys and values depend on and what does not show in parameters and their version counters.
         unedited: the batch as it was before its context was edited, shape of ``prompts``; None where nothing edited it.
+        embedded: whether what projections read is something that the model has made of the batch.
     """
 
     strengths: Tensor
@@ -33,12 +34,13 @@ class Pass:
     on_unknown: Callable[[], None]
     state: Hashable
     unedited: Tensor | None = None
+    embedded: bool = False
     _asked: set[str] = field(default_factory=set, init=False, repr=False)
     _seen: dict[Hashable, tuple[Tensor, CachedBatch]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, context: Tensor) -> Tensor:
         """Strengths of the rows of a context, which may be others than the batch's: another extension added or split rows."""
-        if self.prompts is None:
+        if self.prompts is None or self.embedded:
             return self.strengths
         match = row_strengths(context, self.strengths, self.default, self.prompts)
         if not match.known:
@@ -47,6 +49,10 @@ class Pass:
 
     def source(self, context: Tensor) -> Tensor:
         """What per-layer deltas read of a context: the batch before the context edit, so that several deltas add up."""
+        if self.embedded:
+            found = self.prompts if self.unedited is None else self.unedited
+            assert found is not None
+            return found
         return self.unedited if self.unedited is not None and self.unedited.shape == context.shape else context
 
     def recall(self, name: str, context: Tensor, mode: torch.dtype | None) -> CachedBatch | None:

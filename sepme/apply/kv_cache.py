@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .composition import Touch
 
 MAX_BATCHES = 32  # a comparison looks at all of them
+LEAST, SHARE = 256 << 20, 16  # bytes that may be held: so many, and of large models one in so many of their own
 
 
 @dataclass(eq=False)
@@ -120,6 +121,15 @@ class KVCache:
             over -= self._batches.pop(0).bytes
         if over > 0:
             batch.drop()
+
+
+def room(model: nn.Module) -> int:
+    """Bytes of keys and values that may be held beside a model: a sixteenth of its weights, at least 256 MiB.
+
+    That is two prompts and more of every published model in half precision; of Wan 14B, whose keys and values have 400 MiB a prompt of 512
+    tokens, four.
+    """
+    return max(LEAST, sum(p.numel() * p.element_size() for p in model.parameters()) // SHARE)
 
 
 def fingerprint(module: nn.Module) -> Hashable:

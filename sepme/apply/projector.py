@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..errors import SepMEError
-from ..model.layers import projections, shapes
+from ..model.blocks import TextBlocks
+from ..model.layers import Layers, projections, shapes
 from ..model.patch import Forward, patched
-from ..model.protocols import AttentionLayer
 from .composition import Composition, Touch
 from .forward_pass import Pass
-from .kv_cache import CachedBatch, KVCache, fingerprint
+from .kv_cache import LEAST, CachedBatch, KVCache, fingerprint
 from .ops import PROJECT_KV, add_to_rows, add_to_rows_eager, project_kv, project_kv_eager, split, why_not
 
 BACKENDS = ("auto", "exact", "fused", "eager")
@@ -51,12 +52,13 @@ class KVProjector:
     - ``eager``: ``fused`` by the operators' plain PyTorch bodies, whatever kernels there are; the reference.
 
     Args:
-        layers: cross-attention modules by canonical name.
+        layers: cross-attention modules by canonical name, or a model's :class:`TextBlocks`. Where those read what the model makes of the
+            context, a pass must be given the prompts' contexts.
         composition: the deltas.
         gate: False applies purely linear deltas.
         keep: keep keys and values across steps (same prompt, strengths and weights); the environment's SEPME_KEEP=0 switches it off in
             every host.
-        max_bytes: cap on the cache.
+        max_bytes: cap on the cache; :func:`~.kv_cache.room` of the model.
 
     Raises:
         SepMEError: deltas of another model, an unknown backend.
@@ -64,11 +66,11 @@ class KVProjector:
 
     def __init__(
         self,
-        layers: Mapping[str, AttentionLayer],
+        layers: Layers,
         composition: Composition,
         gate: bool = True,
         keep: bool = True,
-        max_bytes: int = 256 << 20,
+        max_bytes: int = LEAST,
         backend: str = "auto",
     ) -> None:
         if backend not in BACKENDS:
@@ -78,6 +80,8 @@ class KVProjector:
         self.keep = keep and os.environ.get("SEPME_KEEP") != "0"
         for delta in composition.deltas:
             delta.check_fits(shapes(layers))
+        self.embedded = isinstance(layers, TextBlocks) and not layers.direct
+        self._columns = _columns(layers, composition)
         self.cache = KVCache(max_bytes)
         self._pass: Pass | None = None
         self._sites: dict[str, _Site] = {}
@@ -89,8 +93,13 @@ class KVProjector:
 
         Args:
             strengths: ``(N,)`` for every row, or ``(rows, N)`` for the rows of every batch; all 1 by default.
-            unedited: every batch before its context was edited (:meth:`Composition.edit_context`), if it was.
+            unedited: every batch before its context was edited (:meth:`Composition.edit_context`) or embedded by the model, if it was.
+
+        Raises:
+            SepMEError: the layers read an embedding and the contexts are not given.
         """
+        if self.embedded and unedited is None:
+            raise SepMEError("This model's layers read an embedding of the prompts; give the prompts' contexts too (unedited).")
         strengths = torch.ones(len(self.composition.deltas)) if strengths is None else strengths
         try:
             with patched(self.modules, self.wrap), self.forward_pass(strengths, unedited=unedited):
@@ -121,7 +130,7 @@ class KVProjector:
             unedited: the batch before its context was edited, if it was.
         """
         default = torch.ones(len(self.composition.deltas)) if default is None else default
-        outer, self._pass = self._pass, Pass(strengths, prompts, default, on_unknown, state, unedited)
+        outer, self._pass = self._pass, Pass(strengths, prompts, default, on_unknown, state, unedited, self.embedded)
         try:
             yield self._pass
         finally:
@@ -157,7 +166,7 @@ class KVProjector:
         if site is None or site.module is not module or site.forward != forward:
             self._sites[name] = _Site(module, forward, partial(plain_weight, module, forward))
         if torch.is_grad_enabled():
-            return self._exact(name, context, self.composition.touch(current.source(context), current.rows(context), self.gate))
+            return self._exact(name, context, self._touch(current, context, current.rows(context)))
         batch = self._batch(current, name, context)
         output = batch.get(name, fingerprint(module))
         if output is not None:
@@ -173,6 +182,8 @@ class KVProjector:
 
     def why_not_fused(self, context: Tensor) -> str | None:
         """Why ``fused`` is something else on this model at the moment, in words; None where a kernel runs."""
+        if self.embedded:
+            return "this model's layers read an embedding of the prompts; exact is used instead"
         weights = [site.weight() for site in self._sites.values()]
         plain = [w for w in weights if w is not None]
         if len(plain) < len(weights):
@@ -190,14 +201,27 @@ class KVProjector:
             rows, key = current.rows(context), (current.state, autocast)
             batch = self.cache.get(context, rows, key)
             if batch is None:
-                batch = CachedBatch(context, rows, key, self.composition.touch(current.source(context), rows, self.gate))
+                batch = CachedBatch(context, rows, key, self._touch(current, context, rows))
             self.cache.put(batch)
             current.remember(context, autocast, batch)
         return batch
 
+    def _touch(self, current: Pass, context: Tensor, rows: Tensor) -> Touch:
+        """What the deltas meet of a context, or of the prompts that it was made of."""
+        source = current.source(context)
+        touch = self.composition.touch(source, rows, self.gate)
+        if not self.embedded or len(touch.rows) == 0:
+            return touch
+        laid = _laid(touch, source, context)
+        if laid is None:
+            current.on_unknown()
+            return Touch(touch.rows[:0], touch.h[:0], ())
+        return laid
+
     def _compute(self, name: str, context: Tensor, batch: CachedBatch) -> dict[str, Tensor]:
         """The output that is asked for, and all others that are missing where one operator makes them together."""
-        weights = self._fusible(name, context, batch) if self.backend != "exact" and len(batch.touch.rows) > 0 else {}
+        fusible = self.backend != "exact" and len(batch.touch.rows) > 0 and not self.embedded
+        weights = self._fusible(name, context, batch) if fusible else {}
         return self._fused(weights, context, batch.touch) if weights else {name: self._exact(name, context, batch.touch)}
 
     def _fusible(self, name: str, context: Tensor, batch: CachedBatch) -> dict[str, Tensor]:
@@ -216,9 +240,11 @@ class KVProjector:
         base = site.forward(context)
         if len(touch.rows) == 0:
             return base
-        up = self._factors(touch, base.device)[:, self.composition.columns[name]]
+        up = self._factors(touch, base.device)[:, self._columns[name]]
         fresh = not torch.is_grad_enabled() and site.weight() is not None
-        return (add_to_rows_eager if self.backend == "eager" else add_to_rows)(base, touch.h, up, touch.rows, fresh)
+        by_row = base.reshape(-1, touch.h.shape[1], base.shape[-1]) if self.embedded else base
+        added = (add_to_rows_eager if self.backend == "eager" else add_to_rows)(by_row, touch.h, up, touch.rows, fresh)
+        return added.reshape(base.shape) if self.embedded else added
 
     def _factors(self, touch: Touch, device: torch.device) -> Tensor:
         """Y of the concepts that touch a batch, held until all its projections are there (without a cache: for one projection)."""
@@ -229,8 +255,8 @@ class KVProjector:
 
     def _fused(self, weights: Mapping[str, Tensor], context: Tensor, touch: Touch) -> dict[str, Tensor]:
         up = self._factors(touch, context.device)
-        if len(weights) < len(self.composition.columns) or list(weights) != list(self.composition.columns):
-            up = torch.cat([up[:, self.composition.columns[name]] for name in weights], dim=1)
+        if list(weights) != list(self._columns):
+            up = torch.cat([up[:, self._columns[name]] for name in weights], dim=1)
         # a small β would sink into half precision's subnormals: powers of two go from Y to H, exactly
         exponent = torch.frexp(up.abs().amax(dim=1)).exponent
         up = torch.ldexp(up, -exponent[:, None]).to(context.dtype)
@@ -239,6 +265,27 @@ class KVProjector:
         matrices = list(weights.values())
         flat = (project_kv_eager if self.backend == "eager" else project_kv)(context, matrices, up, h)
         return dict(zip(weights, split(flat, matrices, *context.shape[:2]), strict=True))
+
+
+def _columns(layers: Layers, composition: Composition) -> dict[str, slice]:
+    """Where each module's outputs stand in :meth:`Composition.factors`; keys and values of one module stand side by side there too."""
+    if not isinstance(layers, TextBlocks):
+        return composition.columns
+    sites = {path: [composition.columns[s] for s in sites] for path, sites in layers.sites.items()} if composition.columns else {}
+    return {path: slice(s[0].start, s[-1].stop) for path, s in sorted(sites.items(), key=lambda item: item[1][0].start)}
+
+
+def _laid(touch: Touch, prompts: Tensor, embedded: Tensor) -> Touch | None:
+    """What deltas meet of prompts, as the tokens lie in what a model has made of them; None where that cannot be told.
+
+    Args:
+        prompts: ``(rows, tokens, d_in)``.
+        embedded: ``(rows, tokens, ...)``, other texts' tokens behind the prompts' own, or all rows one after the other in a single one.
+    """
+    tokens, rest = divmod(embedded.shape[0] * embedded.shape[1], len(prompts))
+    if rest or tokens < prompts.shape[1] or len(embedded) not in (1, len(prompts)):
+        return None
+    return replace(touch, h=pad(touch.h, (0, 0, 0, tokens - prompts.shape[1])))
 
 
 def _same_kind(weight: Tensor, context: Tensor) -> bool:

@@ -65,8 +65,12 @@ class ModelOptions:
     ] = None
     prediction: Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")] = None
 
-    def load(self, size: int | None = None) -> Any:
-        """The model as a :class:`~sepme.hosts.diffusers.DiffusersHost`. size: pixels of an image's side, if not the model's own.
+    def load(self, size: int | None = None, alone: bool = False) -> Any:
+        """The model as a :class:`~sepme.hosts.diffusers.DiffusersHost`, or the text encoders of a folder that holds nothing else.
+
+        Args:
+            size: pixels of an image's side, if not the model's own.
+            alone: whether text encoders are enough.
 
         Raises:
             SepMEError: the libraries are not installed, an unknown precision, or the model cannot be loaded.
@@ -76,6 +80,7 @@ class ModelOptions:
             import transformers
 
             from ..hosts.diffusers import DiffusersHost
+            from ..hosts.encoders import encoders_alone, load_encoders
             from ..hosts.loading import DTYPES, LoadOptions
         except ImportError as error:
             if out_of_memory(error):
@@ -90,7 +95,15 @@ class ModelOptions:
             raise SepMEError(f"There is no precision {self.dtype!r}; choose one of {', '.join(DTYPES)}.")
         register_kernels()
         tokenizer = str(self.tokenizer) if self.tokenizer else None
-        return DiffusersHost.load(self.model, options=LoadOptions(self.device, DTYPES[self.dtype], tokenizer, self.prediction, size))
+        options = LoadOptions(self.device, DTYPES[self.dtype], tokenizer, self.prediction, size)
+        if self.model != "demo" and encoders_alone(Path(self.model)):
+            if not alone:
+                raise SepMEError(
+                    f"{self.model} holds text encoders and no model; with them alone there are sepme train --objective closed-form "
+                    "--edit context, and nothing that draws."
+                )
+            return load_encoders(self.model, options)
+        return DiffusersHost.load(self.model, options=options)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
-    setup = Setup(partial(model.load, size), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures)
+    setup = Setup(
+        partial(model.load, size, not options.needs_model), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures
+    )
     _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))

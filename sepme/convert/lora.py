@@ -106,9 +106,15 @@ def weighed(deltas: Sequence[ConceptDelta], strengths: Toggles | None) -> list[t
     """Deltas and their strengths, without those at 0.
 
     Raises:
-        SepMEError: nothing is left, two deltas of one concept or for different models, an unknown concept.
+        SepMEError: nothing is left, two deltas of one concept or for different models, an unknown concept; layers behind an embedding.
     """
     composition = Composition(tuple(deltas))
+    for delta in deltas:
+        if delta.projections and not family_of(delta.shapes).direct:
+            raise SepMEError(
+                f"The delta of {delta.concept.name!r} changes layers that read an embedding of the text, and no change of weights does "
+                "the same; export a delta that edits the context."
+            )
     chosen = [(d, s) for d, s in zip(deltas, table([strengths or {}], composition.deltas)[0].tolist(), strict=True) if s != 0]
     if not chosen:
         raise SepMEError("Nothing is left to export; give at least one delta whose strength is not 0.")

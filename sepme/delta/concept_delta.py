@@ -4,7 +4,9 @@ It edits the context, ``c + (c D) Sᵀ``, or every to_k and to_v, ``ΔW_l = Y_l 
 
 Tensors: ``down`` (k, d_in) float32; ``up.context`` (d_in, k) and ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a
 float32 scalar ``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and
-``pooled.anchor`` (k',), float32. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
+``pooled.anchor`` (k',), float32; for models that are given other texts beside the context ``down.<text>``, ``up.<text>`` and its scale, as
+of a context edit, their gates and certificates in the header's ``parts``. Everything else is header metadata (strings, JSON inside). No
+dates: one recipe, one sequence of bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
-from .format import FORMAT, MAX_GATE, OWN, POOLED, check_declared, header_hash, plain_json, read_header
+from .format import FORMAT, MAX_GATE, OWN, PART_FACTS, POOLED, check_declared, header_hash, parts_declared, plain_json, read_header
 from .thumbnail import KEY as THUMBNAIL
 from .thumbnail import picture
 
@@ -53,6 +55,8 @@ class ConceptDelta:
         gate: γ of the row gate.
         info: JSON-able, what else stands in the header; :attr:`facts` is what it means.
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
+        parts: edits of the other texts that the model is given beside the context, by name (``t5``; ``llama.7``: the eighth of several),
+            each with directions and a gate of its own.
         file: path that it was read from, with forward slashes; empty if from no file.
         thumbnail: data URL of a small picture; empty if there is none.
     """
@@ -64,6 +68,7 @@ class ConceptDelta:
     gate: float
     info: Mapping[str, Any] = field(default_factory=dict)
     pooled: Pooled | None = None
+    parts: Mapping[str, ConceptDelta] = field(default_factory=dict)
     file: str = field(default="", compare=False)
     thumbnail: str = field(default="", compare=False)
 
@@ -162,7 +167,9 @@ class ConceptDelta:
     def edits(self) -> str:
         """What it edits and which models it fits, in words."""
         if not self.projections:
-            return f"edits the context: fits any model with this text encoder ({fits(self.architecture)})"
+            made = self.facts.text_encoder
+            encoder = made.name if made is not None and made.name else "this text encoder"
+            return f"edits the context: fits any model with {encoder} ({fits(self.architecture)})"
         both = "the context and " if self.edits_context else ""
         return f"edits {both}{len(self.projections)} text projections: fits {self.architecture}"
 
@@ -179,6 +186,11 @@ class ConceptDelta:
         tensors = {"down": self.down}
         if self.pooled is not None:
             tensors |= {POOLED[0]: self.pooled.down, POOLED[1]: self.pooled.anchor}
+        for text, part in self.parts.items():
+            tensors |= {
+                name.replace(f"up.{CONTEXT}", "up").replace("up", f"up.{text}").replace("down", f"down.{text}"): t
+                for name, t in part.tensors().items()
+            }
         for name in self.up:
             tensors[f"up.{name}"] = self.up[name]
             tensors[f"up.{name}.scale"] = torch.tensor(self.scale[name], dtype=torch.float32)
@@ -221,6 +233,11 @@ class ConceptDelta:
             "modelspec.title": f"SepME: {self.concept.name}",
             "modelspec.description": DESCRIPTIONS[self.edits_context, bool(self.projections)],
         } | ({THUMBNAIL: self.thumbnail} if self.thumbnail else {})
+        if self.parts:
+            parts = {
+                text: {"gate": part.gate} | {k: part.info[k] for k in PART_FACTS if k in part.info} for text, part in self.parts.items()
+            }
+            texts["parts"] = json.dumps(parts, sort_keys=True)
         texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
         return texts | {"header_hash": header_hash(texts)}
 
@@ -273,8 +290,10 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         gate = float(metadata["gate"])
         info = {k: plain_json(v) for k, v in metadata.items() if k not in OWN and not k.startswith("modelspec.")}
         Facts.from_info(info)
+        parts = _read_parts(concept, plain_json(metadata.get("parts", "{}")), tensors)
     except DAMAGE as error:
         raise SepMEError(f"{path}: its metadata is damaged ({first_line(error)}); get the file again.") from None
+    tensors = {name: t for name, t in tensors.items() if not any(name in _names(text) for text in parts)}
     if not 0 <= gate <= MAX_GATE:
         raise SepMEError(f"{path}: its gate {gate} is no threshold; the file is damaged.")
     up = {k[3:]: v for k, v in tensors.items() if k.startswith("up.") and not k.endswith(".scale")}
@@ -285,10 +304,28 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
     thumbnail = metadata.get(THUMBNAIL, "")
     shown = thumbnail if picture(thumbnail) else ""
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, path.as_posix(), shown)
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, parts, path.as_posix(), shown)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
+
+
+def _names(text: str) -> tuple[str, str, str]:
+    """Names of a part's tensors in the file: D, S and the scale of S."""
+    return f"down.{text}", f"up.{text}", f"up.{text}.scale"
+
+
+def _read_parts(concept: Concept, facts: Any, tensors: Mapping[str, Tensor]) -> dict[str, ConceptDelta]:
+    """The edits of other texts; ``facts`` by text."""
+    parts = {}
+    for text in parts_declared(tensors):
+        down, up, scale = _names(text)
+        info, gate = {k: facts[text][k] for k in PART_FACTS if k in facts[text]}, float(facts[text]["gate"])
+        Facts.from_info(info)
+        if not 0 <= gate <= MAX_GATE or not (tensors[up].float() * tensors[scale]).isfinite().all():
+            raise ValueError(text)
+        parts[text] = ConceptDelta(concept, tensors[down], {CONTEXT: tensors[up]}, {CONTEXT: float(tensors[scale])}, gate, info)
+    return parts
 
 
 def check_apart(deltas: Sequence[ConceptDelta]) -> None:

@@ -14,14 +14,16 @@ from typing import Any
 from ..concepts import normalised
 from ..errors import SepMEError
 from ..files import refuse_pickle
-from ..model.families import CONTEXT, is_site
+from ..model.families import CONTEXT, is_other_text, is_site
 
 FORMAT = "sepme.delta/1"
 MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 1 << 15, 32
 MAX_GATE = 1e6  # of a share of a token's length: 1 or more never opens
 MAX_NUMBER = 1 << 64  # of anything in a header: seeds are the largest that is meant
 POOLED = ("pooled.down", "pooled.anchor")
-OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash"}  # metadata that is no info
+OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash", "parts"}  # metadata that is no info
+
+PART_FACTS = ("certificate", "text_encoder")  # what a file says of an edit of another text than the context, beside its gate
 
 
 def header_hash(metadata: Mapping[str, str]) -> str:
@@ -87,6 +89,15 @@ def check_replaceable(path: Path, concept: str | None = None, inputs: Iterable[P
 
 def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     """Check names, types and shapes in the header before any tensor is read."""
+    for part in parts_declared(declared):
+        keys = {name: f"{name}.{part}" for name in ("down", "up")} | {"up.scale": f"up.{part}.scale"}
+        own = {
+            "down": declared[keys["down"]],
+            f"up.{CONTEXT}": declared.get(keys["up"]),
+            f"up.{CONTEXT}.scale": declared.get(keys["up.scale"]),
+        }
+        check_declared(path, {name: entry for name, entry in own.items() if entry is not None})
+        declared = {name: entry for name, entry in declared.items() if name not in keys.values()}
     down = declared.get("down")
     if not isinstance(down, dict) or down.get("dtype") != "F32" or not _is_shape(down.get("shape"), 2):
         raise SepMEError(f"{path}: tensor 'down' is missing or is not a float32 matrix; this is no complete delta.")
@@ -110,6 +121,11 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     if not any(map(_is_up, declared)):
         raise SepMEError(f"{path}: it holds no up-factors; the file is damaged.")
     _check_pooled(path, *(declared.get(name) for name in POOLED))
+
+
+def parts_declared(names: Iterable[str]) -> list[str]:
+    """The texts beside the context that a file edits, by its names of tensors."""
+    return sorted(name[5:] for name in names if name.startswith("down.") and is_other_text(name[5:]))
 
 
 def _check_pooled(path: Path, down: Any, anchor: Any) -> None:

@@ -13,6 +13,7 @@ from ..apply.composition import Composition
 from ..apply.toggles import strengths
 from ..concepts import Concept
 from ..errors import SepMEError
+from ..model.families import clip_of_width
 from ..model.protocols import Encoding
 from ..progress import OnProgress, silent
 from ..train.erasures import Erasures
@@ -25,12 +26,16 @@ class PipelineEncoder:
     """The text encoders of a Stable Diffusion 1.x, 2.x or XL pipeline.
 
     Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
+
+    Attributes:
+        name: in words, as the table of families has it; empty for encoders of unpublished width.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         second = getattr(pipe, "text_encoder_2", None)
         self.encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, second)] if second is not None else [])
+        self.name = clip_of_width(sum(encoder.config.hidden_size for _, encoder in self.encoders))
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`; ``grad`` keeps the graph, for what is put in place of token embeddings."""

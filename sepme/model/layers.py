@@ -10,9 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .blocks import TextBlocks as TextBlocks
 from .families import Shapes, context_architecture, ends, family_of, find
 from .protocols import AttentionLayer
 
+Layers = Mapping[str, AttentionLayer] | TextBlocks
 _sites: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # a walk over all modules would show at every toggle
 
 
@@ -31,8 +33,11 @@ def text_layers(model: nn.Module) -> dict[str, AttentionLayer]:
     return {layer: cast(AttentionLayer, model.get_submodule(path)) for layer, path in _sites[model].items()}
 
 
-def projections(layers: Mapping[str, AttentionLayer]) -> dict[str, nn.Module]:
-    """The text projections by site: for UNets the ``to_k`` and ``to_v`` modules by ``<layer>.to_k`` / ``<layer>.to_v``."""
+def projections(layers: Layers) -> dict[str, nn.Module]:
+    """The text projections by site, for UNets the ``to_k`` and ``to_v`` modules by ``<layer>.to_k`` / ``<layer>.to_v``; of
+    :class:`TextBlocks`, whose modules may have two sites, by path."""
+    if isinstance(layers, TextBlocks):
+        return dict(layers.modules)
     return {f"{name}.{end}": getattr(layer, module) for name, layer in layers.items() for end, module in ends(name).items()}
 
 
@@ -43,13 +48,17 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def shapes(layers: Mapping[str, AttentionLayer]) -> dict[str, tuple[int, int]]:
-    """``(d_out, d_in)`` by projection name."""
+def shapes(layers: Layers) -> dict[str, tuple[int, int]]:
+    """``(d_out, d_in)`` by projection name, d_in the context's."""
+    if isinstance(layers, TextBlocks):
+        return dict(layers.shapes)
     return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights(layers).items()}
 
 
-def weights(layers: Mapping[str, AttentionLayer]) -> dict[str, Tensor]:
-    """K/V weights ``(d_out, d_in)`` by projection name, detached."""
+def weights(layers: Layers) -> dict[str, Tensor]:
+    """K/V weights ``(d_out, d_in)`` by projection name, detached; of :class:`TextBlocks` d_in is that of what the layers read."""
+    if isinstance(layers, TextBlocks):
+        return layers.weights()
     return {name: weight_of(module).detach() for name, module in projections(layers).items()}
 
 
@@ -63,12 +72,12 @@ def fitting(kv_shapes: Shapes) -> tuple[str, ...]:
     return architecture(kv_shapes), *(context_architecture(d_in) for d_in in sorted({d_in for _, d_in in kv_shapes.values()}))
 
 
-def latent_side(layers: Mapping[str, AttentionLayer]) -> int:
+def latent_side(layers: Layers) -> int:
     """Latents along one side of an image of the family's usual size; 0 for models of unpublished width."""
     return family_of(shapes(layers)).side
 
 
-def kv_fingerprint(layers: Mapping[str, AttentionLayer]) -> str:
+def kv_fingerprint(layers: Layers) -> str:
     """Hash of a checkpoint's K/V weights (rounded to float16, so that precision on disk does not matter)."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights(layers).items()):

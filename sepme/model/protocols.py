@@ -50,6 +50,13 @@ def clip_skip(encoder: object) -> int:
     return int(getattr(encoder, "clip_skip", 0))
 
 
+def other_texts(encoder: object) -> Mapping[str, TextEncoder]:
+    """Encoders of the texts that the model is given beside the context, by name: ``encoder.others`` of hosts whose models have such
+    (HunyuanDiT's mT5, every layer of Llama in HiDream)."""
+    found: Mapping[str, TextEncoder] = getattr(encoder, "others", {})
+    return found
+
+
 class AttentionLayer(Protocol):
     """A cross-attention module (attn2)."""
 

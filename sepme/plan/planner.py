@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..concepts import Concept, ConceptBook
-from ..model.protocols import TextEncoder
+from ..model.protocols import TextEncoder, other_texts
 from ..progress import OnProgress, silent
 from .calibrate import calibrate
 from .directions import Mode, PlanOptions, kept_energy
@@ -63,6 +64,15 @@ class Planner:
         self._finder = DirectionFinder(self.prompts, self.options)
         self._plans: dict[str, Subspace] = {}
         self._pooled: dict[str, tuple[Pooled | None, PooledFacts | None]] = {}
+
+    @cached_property
+    def others(self) -> dict[str, Planner]:
+        """Of the same book in every other text that the model is given, by its name."""
+        first, second = self.prompts.ordinary
+        ordinary = [""] * (len(first) + len(second))
+        ordinary[::2], ordinary[1::2] = first, second
+        texts = other_texts(self.prompts.encoder)
+        return {name: Planner(encoder, self.book, self.options, ordinary, self.prompts.on_progress) for name, encoder in texts.items()}
 
     @property
     def mode(self) -> Mode:

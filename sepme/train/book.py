@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from ..delta.concept_delta import ConceptDelta
 from ..files import remove_leftovers
-from ..model.protocols import Denoiser
 from ..plan.planner import Planner
-from .make import make_deltas
+from .make import Model, make_deltas
 from .options import OnStep, TrainOptions
 from .source import Pictures
 
@@ -33,7 +32,7 @@ class Job:
     """Deltas to be made of a planner's concepts.
 
     Attributes:
-        denoiser: the frozen model; None where the options need none.
+        denoiser: the frozen model; None where the options need none. See :func:`make_deltas`.
         names: all concepts of the run. They are planned together, whichever are left to do, so that a concept's gate is calibrated in
             the same batches by whoever makes it.
         todo: what is left to do.
@@ -41,7 +40,7 @@ class Job:
     """
 
     planner: Planner
-    denoiser: Denoiser | None
+    denoiser: Model
     options: TrainOptions
     names: Sequence[str]
     todo: Sequence[Group]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from ..checks import check_finite
 from ..concepts import Concept
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import PART_FACTS
 from ..errors import SepMEError
 from ..model.families import CONTEXT
-from ..model.layers import kv_fingerprint, weights
+from ..model.layers import TextBlocks, kv_fingerprint, weights
 from ..model.protocols import Denoiser, Encoding, clip_skip
 from ..plan.concept_tokens import own_words
 from ..plan.planner import Planner, Subspace
@@ -25,9 +26,12 @@ from .compress import compress
 from .increment import Increment, context_site
 from .loop import Training
 from .objectives.closed_form import ClosedForm
+from .objectives.objective import Read
 from .options import OnStep, TrainOptions
 from .run import ConceptRun
 from .source import Pictures, make_source
+
+Model = Denoiser | TextBlocks | None
 
 
 class _Plan(NamedTuple):
@@ -48,7 +52,7 @@ class _Plan(NamedTuple):
 def make_delta(
     planner: Planner,
     name: str,
-    denoiser: Denoiser | None,
+    denoiser: Model,
     options: TrainOptions | None = None,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
@@ -63,7 +67,7 @@ def make_delta(
 def make_deltas(
     planner: Planner,
     names: Sequence[str],
-    denoiser: Denoiser | None,
+    denoiser: Model,
     options: TrainOptions | None = None,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
@@ -75,7 +79,8 @@ def make_deltas(
     Args:
         planner: holds the book and its tokens.
         names: the concepts.
-        denoiser: the frozen model; None where the options need none (:attr:`TrainOptions.needs_model`).
+        denoiser: the frozen model; for closed forms its :class:`TextBlocks` will do where it has any, and None where the options need
+            no model (:attr:`TrainOptions.needs_model`).
         checkpoint: where training state is stored meanwhile; training goes on from it when it is there and of the same recipe.
             The caller deletes it once the deltas are saved.
         on_step: called after every step; it may raise :class:`~sepme.errors.Interrupted`, which stops training after a checkpoint.
@@ -104,10 +109,12 @@ def make_deltas(
     if len(names) > 1:
         common["joint"] = [p.concept.name for p in plans]
     recipes = [common | {"concept": p.concept.name} | _facts(pictures.get(n)) for n, p in zip(names, plans, strict=True)]
-    increments = [_start(planner, plan, sites, options) for plan in plans]
+    read = denoiser.embed if isinstance(denoiser, TextBlocks) and denoiser.embedding else None
+    increments = [_start(planner, plan, sites, options, read) for plan in plans]
     losses: list[list[float]] = [[] for _ in names]
     if options.make_objective().trained:
         assert denoiser is not None
+        assert not isinstance(denoiser, TextBlocks)
         runs = [
             make_run(planner, plan.concept.name, denoiser, increment, options, pictures.get(name), check)
             for name, plan, increment in zip(names, plans, increments, strict=True)
@@ -118,14 +125,16 @@ def make_deltas(
     return [_finish(planner, sites, *row, options) for row in zip(plans, increments, recipes, losses, strict=True)]
 
 
-def _sites(planner: Planner, denoiser: Denoiser | None, options: TrainOptions) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _sites(planner: Planner, denoiser: Model, options: TrainOptions) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What an increment may change, ``(d_out, d_in)`` by site, and which model's it is."""
     kv: dict[str, Tensor] = {}
     facts: dict[str, str] = {}
     if options.needs_model:
         if denoiser is None:
             raise SepMEError("A model is needed for this training; only context edits in closed form are made without one.")
-        layers = denoiser.attention_layers()
+        if isinstance(denoiser, TextBlocks) and options.make_objective().trained:
+            raise SepMEError(f"Layers of {denoiser.family.label} are changed in closed form only; choose the objective closed-form.")
+        layers = denoiser if isinstance(denoiser, TextBlocks) else denoiser.attention_layers()
         kv, facts = weights(layers), {"kv_fingerprint": kv_fingerprint(layers)}
         for name, weight in kv.items():
             check_finite(weight, "UNet", f"the weight of {name}")
@@ -147,7 +156,7 @@ def _plan(planner: Planner, name: str, options: TrainOptions) -> _Plan:
     return _Plan(concept, null=planner.null_space(name) if options.mode == "paper" else None)
 
 
-def _start(planner: Planner, plan: _Plan, sites: Mapping[str, Tensor], options: TrainOptions) -> Increment:
+def _start(planner: Planner, plan: _Plan, sites: Mapping[str, Tensor], options: TrainOptions, read: Read | None) -> Increment:
     """The increment before the first step: zero, or what an objective solves for, with which training may begin too (the closed form).
 
     Where the context and the layers are edited, the context takes all of the solution.
@@ -159,7 +168,8 @@ def _start(planner: Planner, plan: _Plan, sites: Mapping[str, Tensor], options: 
         if objective.trained:
             objective = ClosedForm(options)
         solved = {CONTEXT: sites[CONTEXT]} if CONTEXT in sites else sites
-        increment.fill(objective.solve(solved, tokens, target, plan.subspace.down))
+        more = {"read": read} if read is not None and CONTEXT not in sites else {}
+        increment.fill(objective.solve(solved, tokens, target, plan.subspace.down, **more))
     return increment
 
 
@@ -223,7 +233,15 @@ def _finish(
     if len(sites) > (CONTEXT in sites):
         facts["kv_fingerprint"] = recipe["kv_fingerprint"]
     untrained = {n: torch.zeros(len(weight), len(subspace.down)) for n, weight in sites.items() if n not in up}
-    return ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
+    made = ConceptDelta.from_factors(plan.concept, subspace.down, up | untrained, subspace.gate, info | facts, subspace.pooled)
+    return replace(made, parts=_parts(planner, name, options)) if CONTEXT in sites else made
+
+
+def _parts(planner: Planner, name: str, options: TrainOptions) -> dict[str, ConceptDelta]:
+    """The edits of the other texts that the model is given, in closed form."""
+    own = TrainOptions(objective="closed-form", edit="context", ridge=options.ridge)
+    made = {text: make_delta(other, name, None, own) for text, other in planner.others.items()}
+    return {text: replace(part, info={k: part.info[k] for k in PART_FACTS}) for text, part in made.items()}
 
 
 def separable_from(planner: Planner, name: str) -> dict[str, Any]:

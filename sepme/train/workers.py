@@ -44,7 +44,7 @@ class Setup:
     """Everything a process needs to make any of a book's deltas. It is pickled, so callables must be importable.
 
     Attributes:
-        load: the host.
+        load: the host; text encoders alone where the options need no model.
         names: all concepts of the run (:attr:`Job.names`).
         threads: of torch, in every process.
         pictures: from the host, the user's pictures by concept.
@@ -63,7 +63,7 @@ class Setup:
         host = self.load()
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
-        return Job(planner, host, self.options, self.names, todo, pictures)
+        return Job(planner, host if self.options.needs_model else None, self.options, self.names, todo, pictures)
 
 
 class Worker:

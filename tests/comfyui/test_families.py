@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import comfyui_models
-from tiny.checks import check_exact, check_lora, check_recognised, check_table
+from tiny.checks import LAYERED, check_exact, check_layers, check_lora, check_recognised, check_table
 from tiny.probe import Tiny
 
 pytestmark = [pytest.mark.xdist_group("comfyui inside"), pytest.mark.usefixtures("comfy")]
@@ -33,6 +33,12 @@ def test_the_table_is_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_context_edit_is_exact(name: str, dtype: torch.dtype) -> None:
     check_exact(build(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", sorted(LAYERED & set(comfyui_models.MODELS)))
+def test_deltas_of_layers_are_exact(name: str, dtype: torch.dtype) -> None:
+    check_layers(name, build(name, dtype))
 
 
 @pytest.mark.parametrize("name", [name for name in comfyui_models.MODELS if name != "hidream"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from sepme.errors import SepMEError
 from sepme.evaluate.erasers import Separable
 from sepme.hosts.diffusers import DEMO, DiffusersHost
 from sepme.model.encoder_fingerprint import EncoderFingerprint
-from sepme.model.families import family_of
+from sepme.model.families import clip_of_width, family_of
 from sepme.model.layers import projections, shapes, weight_of
 from sepme.model.protocols import Encoding
 from sepme.plan.directions import PlanOptions
@@ -207,6 +208,29 @@ def test_the_command_line_says_what_a_file_edits(made: dict[str, ConceptDelta], 
     refused = CliRunner().invoke(app, ["verify", "demo", str(path)])
     assert isinstance(refused.exception, SepMEError)
     assert "another text encoder" in str(refused.exception)
+
+
+def test_a_text_encoder_is_enough(made: dict[str, ConceptDelta], tmp_path: Path) -> None:
+    """Without a model the same file is made, and it says which encoder it is for; what needs a model says so in one sentence."""
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(DEMO / part, tmp_path / "encoder" / part)
+    book = tmp_path / "book.json"
+    book.write_text(ConceptBook((Concept("star", ("star", "a star")),)).dumps(), encoding="utf-8")
+    closed = ["--objective", "closed-form", "--edit", "context"]
+    for model, out in (("demo", "whole"), (tmp_path / "encoder", "alone")):
+        trained = CliRunner().invoke(app, ["train", str(model), str(book), "-o", str(tmp_path / out), *closed])
+        assert trained.exit_code == 0, trained.output
+    alone = ConceptDelta.load(tmp_path / "alone" / "star.safetensors")
+    assert alone.to_bytes() == (tmp_path / "whole" / "star.safetensors").read_bytes()
+    for command in (["train", "{}", str(book), "-o", str(tmp_path)], ["generate", "{}", "a star", "-o", str(tmp_path / "x.png")]):
+        refused = CliRunner().invoke(app, [c.format(tmp_path / "encoder") for c in command])
+        assert "holds text encoders and no model" in str(refused.exception)
+    assert clip_of_width(alone.d_in) == ""
+    assert [clip_of_width(w) for w in (768, 1024, 2048)] == ["CLIP-L", "OpenCLIP-H", "CLIP-L and OpenCLIP-G side by side"]
+    named = replace(
+        made["context"], info=made["context"].info | {"text_encoder": replace(alone.facts.text_encoder, name="CLIP-L").to_json()}
+    )
+    assert named.edits.startswith("edits the context: fits any model with CLIP-L (")
 
 
 @torch.no_grad()

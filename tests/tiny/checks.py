@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from sepme.apply.composition import Composition
+from sepme.apply.projector import KVProjector
 from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
+from sepme.model.blocks import TextBlocks
 from sepme.model.families import CONTEXT, EMBEDDED, FAMILIES, POOLED, Family, recognise
+from sepme.model.patch import Forward, patched
+from sepme.train.objectives.closed_form import solve
 
 from .probe import ROWS, Texts, Tiny, seen, text_projections
 
 RANK, GATE = 2, 0.99
 NAMED = {f.kind.replace("-", "_"): f for f in FAMILIES if f.kind != "unet"}
+LAYERED = {name for name, family in NAMED.items() if family.keys_and_values and family.marks}  # no UNets, whose layers hosts know
 NEVER_CALLED = {f"time_extra_emb.pooler.{p}_proj" for p in "qkvc"}  # diffusers hands their weights to one function
 ROUNDS = {"kandinsky5"}  # diffusers' rotary embedding there ends in bfloat16: what reads the text is compared, not the prediction behind it
 
@@ -51,6 +56,7 @@ def check_table(name: str, tiny: Tiny, naming: str) -> None:
     # the texts that the model is given are those of the table, and something reads each of them
     assert set(tiny.texts) == set(family.texts) == set().union(*found.values())
     assert family.cross_attention is any(_keys_of_blocks(path) for path in found)
+    assert (TextBlocks.of(tiny.model) is not None) is (name in LAYERED)
 
 
 def _keys_of_blocks(path: str) -> bool:
@@ -122,6 +128,49 @@ def check_exact(tiny: Tiny) -> None:
     assert torch.equal(part[3], stock[3])
     assert not torch.equal(part[2], stock[2])
     assert not torch.equal(part[2], out[2])
+
+
+def check_layers(name: str, tiny: Tiny) -> None:
+    """Deltas of every single layer, in one batch: erased rows move, spared and restored ones are stock's to the bit, and a row with both
+    concepts is erased as its toggles say; keys and values of the next step are not made again."""
+    blocks = TextBlocks.of(tiny.model)
+    assert blocks is not None
+    assert blocks.family is family_named(name)
+    texts = tiny.draw(4, 30)
+    tokens = texts[CONTEXT]
+    concepts = [tokens[i].clone() for i in range(2)]
+    tokens[2] = torch.cat([tokens[0][:1], tokens[1][1:2], tokens[2][2:]])
+    deltas = []
+    for i, own in enumerate(concepts):
+        down = torch.linalg.qr(own[:RANK].double().T).Q.T.float()
+        up = solve(blocks.weights(), own[:RANK], concepts[1 - i][:RANK], down, read=blocks.embed if blocks.embedding else None)
+        deltas.append(ConceptDelta.from_factors(Concept(f"concept {i}"), down, up, GATE, {}))
+    calls: list[str] = []
+    projector = KVProjector(blocks, Composition(tuple(deltas)))
+    stock, on = tiny.predict(texts), torch.ones(4, 2)
+
+    def counting(path: str, module: nn.Module, forward: Forward) -> Forward:
+        return lambda read: (calls.append(path), forward(read))[1]
+
+    def erased(strengths: Tensor) -> Tensor:
+        calls.clear()
+        with patched(blocks.modules, counting), projector.attached(strengths, tokens):
+            first = tiny.predict(texts)
+            again = tiny.predict(texts)
+        assert sorted(calls) == sorted(blocks.modules)
+        assert torch.equal(first, again)
+        return first
+
+    out = erased(on)
+    assert [i for i in range(4) if not torch.equal(out[i], stock[i])] == [0, 1, 2]
+    assert torch.equal(erased(0 * on), stock)
+    part = erased(torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    assert torch.equal(part[0], stock[0])
+    assert torch.equal(part[1], out[1])
+    assert torch.equal(part[3], stock[3])
+    assert not torch.equal(part[2], stock[2])
+    assert not torch.equal(part[2], out[2])
+    assert torch.equal(tiny.predict(texts), stock)  # nothing is left behind
 
 
 def check_lora(name: str, tiny: Tiny) -> None:

@@ -105,8 +105,12 @@ def test_what_is_no_site() -> None:
 
 def test_families_are_apart() -> None:
     """No shapes of one published architecture are recognised as another; messages list all."""
-    published = [(size, name) for f in FAMILIES for size, name in f.sizes.items()]
-    assert len({name for _, name in published}) == len({size for size, _ in published}) == 5
+    published = [(f.keys_and_values[0].site, size, name) for f in FAMILIES for size, name in f.sizes.items()]
+    assert len({name for *_, name in published}) == len({p[:2] for p in published}) == 14
+    for f in FAMILIES:
+        for (d_in, count), name in f.sizes.items():
+            sites = [p.site.replace("*", str(i)) for i in range(count) for p in f.keys_and_values][:count]
+            assert family_of(dict.fromkeys(sites, (64, d_in))).architecture(dict.fromkeys(sites, (64, d_in))) == name
     assert labels() == "SD1.x, SD2.x or SDXL"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....sepme.apply.kv_cache import room
 from ....sepme.apply.projector import KVProjector
 from ....sepme.apply.row_strengths import Match, chunked, row_strengths
 from ....sepme.model.layers import shapes
@@ -58,7 +59,7 @@ class ModelPatch:
             for delta in tables.composition.deltas:
                 delta.check_fits(shapes(layers))
             return
-        self.projector = KVProjector(layers, tables.composition, settings.gate, backend=settings.backend)
+        self.projector = KVProjector(layers, tables.composition, settings.gate, max_bytes=room(self.unet), backend=settings.backend)
         if is_forge(self.model):
             self._patch_forge()
         else:

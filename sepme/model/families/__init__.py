@@ -14,9 +14,10 @@ from .unet import FAMILY as UNET
 _FILES = (import_module(f".{module.name}", __name__) for module in iter_modules(__path__))
 _PUBLISHED = [file.FAMILY for file in _FILES if getattr(file, "FAMILY", UNET) is not UNET]
 FAMILIES: tuple[Family, ...] = (*_PUBLISHED, UNET)  # the first that recognises a model has it
-_PER_LAYER = tuple(f for f in FAMILIES if f.per_layer)
-_HOSTED = tuple(f for f in _PER_LAYER if f.prediction != FLOW)  # hosts that train and patch single layers have discrete timesteps
+_PER_LAYER = tuple(f for f in FAMILIES if f.keys_and_values)
+_HOSTED = tuple(f for f in _PER_LAYER if f.direct and f.prediction != FLOW)  # hosts that train single layers have discrete timesteps
 _PREFIXES = tuple(dict.fromkeys(prefix for f in FAMILIES for prefix in f.prefixes))
+_OTHERS = {group for f in FAMILIES for group in f.texts} - {CONTEXT, POOLED}
 
 __all__ = [
     "CONTEXT",
@@ -31,12 +32,14 @@ __all__ = [
     "Shapes",
     "Text",
     "V",
+    "clip_of_width",
     "context_architecture",
     "encoder_of",
     "ends",
     "family_of",
     "find",
     "fits",
+    "is_other_text",
     "is_site",
     "labels",
     "recognise",
@@ -63,13 +66,21 @@ def encoder_of(weights: Mapping[str, Sequence[int]]) -> str:
     return "" if context is None else context.encoder
 
 
+def clip_of_width(d_in: int) -> str:
+    """What makes contexts of this width for UNets that read them as they are, in words; empty if none of the published ones does."""
+    texts = (f.texts[CONTEXT] for f in _HOSTED if CONTEXT in f.texts)
+    return next((text.encoder for text in texts if d_in in text.widths), "")
+
+
 def _bare(name: str) -> str:
     return next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name)
 
 
 def family_of(shapes: Shapes) -> Family:
-    """The family of a model with these ``(d_out, d_in)`` by site; UNets of unpublished sizes if there is no other."""
-    return next((f for f in _PER_LAYER if f.recognises(shapes)), UNET)
+    """The family of a model with these ``(d_out, d_in)`` by site: of a published size, else of this width, else of these names."""
+    named = [f for f in _PER_LAYER if all(map(f.has, shapes))]
+    alike = [f for f in named if f.published(shapes)] or [f for f in named if f is not UNET and f.recognises(shapes)]
+    return next(iter(alike), UNET if UNET in named or not named else named[0])
 
 
 def find(names: Iterable[str]) -> dict[str, str]:
@@ -79,7 +90,7 @@ def find(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     bare = set(map(_bare, names))
-    if any(f.marked(bare) for f in FAMILIES if not f.per_layer):
+    if any(f.marked(bare) for f in FAMILIES if not f.direct):
         return {}
     return next((found for family in _HOSTED if (found := family.find(names))), {})
 
@@ -90,6 +101,12 @@ SITE = "middle_block.1.transformer_blocks.0.attn2.to_k"  # an example
 def is_site(name: str) -> bool:
     """Whether some family has a single layer of this name that a delta may change."""
     return any(family.has(name) for family in _PER_LAYER)
+
+
+def is_other_text(name: str) -> bool:
+    """Whether some family is given a text of this name beside the context; ``llama.7`` is the eighth of several."""
+    group, _, index = name.partition(".")
+    return group in _OTHERS and (not index or (index.isdecimal() and len(index) < 4))
 
 
 def context_architecture(d_in: int) -> str:
@@ -109,7 +126,7 @@ def fits(architecture: str) -> str:
 @cache
 def ends(layer: str) -> dict[str, str]:
     """Names of a layer's modules by the last part of its sites' names; those of UNets for a layer of no known family."""
-    for family in _PER_LAYER:
+    for family in (f for f in _PER_LAYER if f.direct):
         sites = (f"{layer}.{p.site.rpartition('.')[2]}" for p in family.projections)
         paths = family.file_names(site for site in sites if family.has(site))
         if paths:

@@ -94,6 +94,7 @@ class Family:
             exact. Otherwise text is mixed with the picture, and only the context (or the layer that reads it) can be edited.
         marks: names of weights (without ``.weight``, as in single files or in diffusers) that tell the family from all others: every
             word of one of them must be there, none that begins with ``-``. Families without are told by ``sizes``.
+        embedding: modules that make of the context what keys and values read, one after the other, in single files and in diffusers.
         cannot: what a delta cannot do here, as a sentence; empty if nothing is known.
         sizes: name of the published architecture by d_in and number of projections. A model belongs to the family if its sites have
             names of ``projections`` and its d_in is one of these; empty: any d_in.
@@ -111,6 +112,7 @@ class Family:
     prediction: str = EPSILON
     cross_attention: bool = True
     marks: tuple[str, ...] = ()
+    embedding: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     cannot: str = ""
     sizes: Mapping[tuple[int, int], str] = field(default_factory=dict)
     side: int = 0
@@ -120,18 +122,22 @@ class Family:
     modelspec: str = ""
 
     @property
-    def per_layer(self) -> bool:
-        """Whether its keys and values are made of the context itself, so that a delta may change each of these layers."""
-        found = [p for p in self.projections if p.keys_or_values]
-        return self.cross_attention and bool(found) and all(p.group == CONTEXT for p in found)
+    def keys_and_values(self) -> tuple[Projection, ...]:
+        """Of the blocks whose keys and values are made of text alone, so that a delta may change each of these layers."""
+        return tuple(p for p in self.projections if p.keys_or_values) if self.cross_attention else ()
+
+    @property
+    def direct(self) -> bool:
+        """Whether keys and values are made of the context itself, so that a change of them is a change of their weights."""
+        return bool(self.keys_and_values) and all(p.group == CONTEXT for p in self.keys_and_values)
 
     def marked(self, names: Collection[str]) -> bool:
         """Whether these names of weights, without prefix and ``.weight``, hold one of ``marks``."""
         return any(all((w[1:] not in names) if w.startswith("-") else w in names for w in mark.split()) for mark in self.marks)
 
     def has(self, site: str) -> bool:
-        """Whether a site that reads the context has a name of the family."""
-        projections = tuple(p for p in self.projections if p.group == CONTEXT)
+        """Whether a site has the name of one of the family's :attr:`keys_and_values`."""
+        projections = self.keys_and_values
         return bool(projections) and _any(projections, "site").fullmatch(site) is not None
 
     def recognises(self, shapes: Shapes) -> bool:

@@ -19,6 +19,6 @@ FAMILY = Family(
     prediction=FLOW,
     cross_attention=False,
     marks=("caption_projection.0.linear p_embedder.pooled_embedder.linear_1",),
-    cannot="Every layer of Llama that is read needs an edit of its own; the context alone leaves the concept in the others.",
+    cannot="Every layer of Llama gets an edit of its own, so making one takes as often as long as the encoder has layers.",
     kohya="lora_unet_{path}",
 )

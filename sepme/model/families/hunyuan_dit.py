@@ -23,6 +23,7 @@ FAMILY = Family(
     },
     prediction=V,
     marks=("mlp_t5.0 blocks.0.attn2.kv_proj", "text_embedder.linear_1 text_embedding_padding blocks.0.attn2.to_k"),
-    cannot="Both encoders name the concept: both texts need an edit.",
+    sizes={(1024, 80): "hunyuan-dit"},
+    cannot="Layers: mT5's tokens are left as they are, and they say much; edit the context, and mT5's text is edited with it.",
     kohya="lora_unet_{path}",
 )

@@ -13,5 +13,7 @@ FAMILY = UNet(
     label="Kolors",
     texts={CONTEXT: Text("ChatGLM3 6B", (4096,), "256"), POOLED: Text("ChatGLM3 6B, last token", (4096,))},
     marks=("encoder_hid_proj -encoder_hid_proj.image_projection_layers", "text_encoder_hid_proj"),
+    embedding=((), ("encoder_hid_proj",)),
+    sizes={(4096, 140): "kolors"},
     side=128,
 )

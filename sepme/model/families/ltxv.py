@@ -16,5 +16,7 @@ FAMILY = Family(
         "caption_projection.linear_1 patchify_proj adaln_single.linear -audio_adaln_single.linear -prompt_adaln_single.linear",
         "caption_projection.linear_1 proj_in time_embed.linear transformer_blocks.0.attn2.to_k -audio_proj_in",
     ),
+    embedding=(("caption_projection",), ("caption_projection",)),
+    sizes={(4096, 56): "ltxv-2b", (4096, 96): "ltxv-13b"},
     kohya="lora_unet_{path}",
 )

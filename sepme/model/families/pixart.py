@@ -19,5 +19,7 @@ FAMILY = Family(
         "y_embedder.y_proj.fc1 blocks.0.cross_attn.kv_linear",
         "caption_projection.linear_1 adaln_single.linear pos_embed.proj transformer_blocks.0.attn2.to_k",
     ),
+    embedding=(("y_embedder.y_proj",), ("caption_projection",)),
+    sizes={(4096, 56): "pixart"},
     kohya="lora_unet_{path}",
 )

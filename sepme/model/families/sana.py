@@ -13,5 +13,7 @@ FAMILY = Family(
     texts={CONTEXT: Text("Gemma 2 2B", (2304,), "300")},
     prediction=FLOW,
     marks=("caption_norm caption_projection.linear_1 patch_embed.proj time_embed.linear",),
+    embedding=((), ("caption_projection", "caption_norm")),
+    sizes={(2304, 56): "sana-0.6b", (2304, 40): "sana-1.6b"},
     kohya="lora_unet_{path}",
 )

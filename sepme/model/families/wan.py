@@ -16,6 +16,8 @@ FAMILY = Family(
     texts={CONTEXT: Text("umT5-XXL", (4096,), "512")},
     prediction=FLOW,
     marks=("text_embedding.0 blocks.0.cross_attn.k", "condition_embedder.text_embedder.linear_1 blocks.0.attn2.to_k"),
+    embedding=(("text_embedding",), ("condition_embedder.text_embedder",)),
+    sizes={(4096, 60): "wan-30", (4096, 80): "wan-40"},  # blocks: 1.3B and 5B, 14B
     cannot="Image to video: k_img and v_img read the picture, so a concept that it shows stays.",
     kohya="lora_unet_{path}",
 )

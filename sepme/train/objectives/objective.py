@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PromptNoise = Callable[[Encoding], Tensor]
 Maps = Callable[[Encoding], Sequence[Tensor]]
+Read = Callable[[Tensor], Tensor]  # tokens ``(n, d_in)`` to what layers read of them
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Objective:
         """The scalar loss of one step, with a graph."""
         raise NotImplementedError(f"{self.name} is not trained.")
 
-    def solve(self, weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, down: Tensor) -> dict[str, Tensor]:
+    def solve(
+        self, weights: Mapping[str, Tensor], tokens: Tensor, target: Tensor, down: Tensor, read: Read | None = None
+    ) -> dict[str, Tensor]:
         """Up-factors ``(d_out, k)`` by projection name; arguments as for :func:`~sepme.train.objectives.closed_form.solve`."""
         raise NotImplementedError(f"{self.name} is trained.")
