@@ -27,7 +27,7 @@ from torch import Tensor
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
 from ..files import first_line, safetensors_bytes, write_atomically
-from ..model.families import CONTEXT, context_architecture, fits, is_site
+from ..model.families import CONTEXT, SITE, context_architecture, fits, is_site
 from ..model.layers import architecture
 from ..plan.gate import Certificate
 from ..plan.pooled import Pooled
@@ -254,8 +254,7 @@ class ConceptDelta:
         """
         for name in self.up:
             if name != CONTEXT and not is_site(name):
-                example = "middle_block.1.transformer_blocks.0.attn2.to_k"
-                raise SepMEError(f"A file holds layers under LDM's names, as {example}; {name[:60]!r} is none, rename the model's layers.")
+                raise SepMEError(f"A file holds layers under LDM's names, as {SITE}; {name[:60]!r} is none, rename the model's layers.")
         return write_atomically(path, self.to_bytes())
 
     @staticmethod

@@ -26,6 +26,7 @@ __all__ = [
     "FAMILIES",
     "FLOW",
     "POOLED",
+    "SITE",
     "Family",
     "Projection",
     "Shapes",
@@ -92,6 +93,9 @@ def find(names: Iterable[str]) -> dict[str, str]:
     if any(f.marked(bare) for f in FAMILIES if not f.direct):
         return {}
     return next((found for family in _HOSTED if (found := family.find(names))), {})
+
+
+SITE = "middle_block.1.transformer_blocks.0.attn2.to_k"  # an example
 
 
 def is_site(name: str) -> bool:
