@@ -16,7 +16,7 @@ from . import host, queued, workflow
 from .concepts import lines
 from .deltas import find
 from .facts import facts_of_delta
-from .graph import handed_on
+from .graph import saved
 from .rows import Row, parse_rows
 from .sockets import CATEGORY, Deltas, folded
 from .thumbnails import with_thumbnails
@@ -106,4 +106,4 @@ class SepMEErase(io.ComfyNode):
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
         made = host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)
-        return with_thumbnails(model, clip, made) if handed_on(cls.hidden, 1) else made
+        return with_thumbnails(model, clip, made) if saved(cls.hidden) else made

@@ -93,8 +93,18 @@ class Graph:
 
 def handed_on(hidden: Any, output: int) -> bool:
     """Whether something is connected to an output of the node that runs; it has hidden inputs ``prompt`` and ``unique_id``."""
-    graph = Graph(hidden.prompt if hidden else None, lambda kind: ())
+    graph = _running(hidden)
     return any(graph.link(v) == (hidden.unique_id, output) for n in graph.nodes for v in graph.inputs(n).values())
+
+
+def saved(hidden: Any) -> bool:
+    """Whether the deltas of the node that runs become files."""
+    graph = _running(hidden)
+    return any(graph.kind(n) in ("SepMESaveDeltas", "SepMEExport") for n in graph.below([hidden.unique_id] if graph.nodes else []))
+
+
+def _running(hidden: Any) -> Graph:
+    return Graph(hidden.prompt if hidden else None, lambda kind: ())
 
 
 def _kind(node: dict[str, Any]) -> str:

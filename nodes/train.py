@@ -22,6 +22,7 @@ from ..sepme.train.options import EDITS, MODES
 from . import host, queued
 from .concepts import join, lines
 from .facts import facts_of_delta
+from .graph import saved
 from .live import Live
 from .sockets import CATEGORY, Concepts, Deltas, LossMap, folded
 from .thumbnails import with_thumbnails
@@ -154,7 +155,8 @@ class SepMETrain(io.ComfyNode):
                 raise
             raise SepMEError(too_large(denoiser.latent_shape, options)) from None
         bar.next()
-        made = list(with_thumbnails(model, clip, made, bar.show))
+        if saved(cls.hidden):
+            made = list(with_thumbnails(model, clip, made, bar.show))
         bar.next()
         facts = tuple(facts_of_delta(d) for d in made)
         queued.remember(cls.hidden, facts)

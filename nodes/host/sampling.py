@@ -18,10 +18,10 @@ class Sampling(NamedTuple):
     """What KSampler asks for beside model, prompts and latents."""
 
     seed: int = 0
-    steps: int = 12
+    steps: int = 8
     cfg: float = 4.0
-    sampler: str = "ddim"
-    scheduler: str = "normal"
+    sampler: str = "dpmpp_2m"
+    scheduler: str = "karras"
     denoise: float = 1.0
 
 

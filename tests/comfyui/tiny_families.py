@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -160,10 +161,13 @@ FAMILIES = {
 
 
 def available(name: str) -> bool:
-    """Whether this ComfyUI has the family, and its text encoder."""
+    """Whether this ComfyUI has the family, and its text encoder; copies of it may lack Llama's tokenizer, a large file."""
     family = FAMILIES[name]
-    known = hasattr(comfy.supported_models, family.config)
-    return known and hasattr(import_module(f"comfy.text_encoders.{family.module}"), family.tokenizer)
+    if not hasattr(comfy.supported_models, family.config):
+        return False
+    module = import_module(f"comfy.text_encoders.{family.module}")
+    vocabulary = Path(str(module.__file__)).parent / "llama_tokenizer" / "tokenizer.json"
+    return hasattr(module, family.tokenizer) and ("llama" not in family.sizes or vocabulary.is_file())
 
 
 def build(name: str) -> tuple[Any, Any]:
