@@ -12,7 +12,6 @@ from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError, out_of_memory
 from ..sepme.model.layers import shapes, weights
-from ..sepme.plan.nearby import COUNT
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ..sepme.train.increment import context_site
@@ -87,8 +86,8 @@ class SepMETrain(io.ComfyNode):
                     tooltip="Pictures of a training step; fewer need less memory. 0: 4.",
                 ),
                 io.Int.Input(
-                    "nearby", default=COUNT, min=0, max=4096, optional=True,
-                    tooltip="Words near the concepts that must not change either, of the text encoder's own; 0: none.",
+                    "nearby", default=0, min=0, max=4096, optional=True,
+                    tooltip="Words near the concepts that must not change either, of the text encoder's own: 200 suit real checkpoints. 0: none.",
                 ),
             ], "objective", "mode", "learning_rate", "max_rank", "size", "edit", "batch", "nearby"),
             outputs=[
@@ -107,7 +106,7 @@ class SepMETrain(io.ComfyNode):
         cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
         mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
         deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers", batch: int = 0,
-        nearby: int = COUNT,
+        nearby: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
         given = {"steps": steps, "learning_rate": learning_rate or None, "seed": seed, "edit": edit, "batch": batch or None}
