@@ -87,7 +87,7 @@ class SepMETrain(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "nearby", default=0, min=0, max=4096, optional=True,
-                    tooltip="Words near the concepts that must not change either, of the text encoder's own: 200 suit real checkpoints. 0: none.",
+                    tooltip="Words near the concepts that must not change either, of the text encoder's own. 0: none.",
                 ),
             ], "objective", "mode", "learning_rate", "max_rank", "size", "edit", "batch", "nearby"),
             outputs=[
