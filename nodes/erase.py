@@ -53,6 +53,7 @@ class SepMEErase(io.ComfyNode):
                 Deltas.Output("deltas_out", display_name="DELTAS", tooltip="The erasures as files-to-be: save, verify or export them."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            is_output_node=True,  # of other nodes ComfyUI does not tell a page that was loaded anew what they found when they are cached
             **searched,
         )  # fmt: skip
 

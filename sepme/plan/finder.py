@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,10 +42,16 @@ class Found(NamedTuple):
 
 
 class DirectionFinder:
-    """Finds each concept's directions against everything else that the book names. Results are cached per mode and concept."""
+    """Finds each concept's directions against everything else that the book names. Results are cached per mode and concept.
 
-    def __init__(self, book: EncodedBook, options: PlanOptions) -> None:
-        self.book, self.options = book, options
+    Nearby words, which nobody asked for, are given up where they leave a concept no room; gates are calibrated on them all the same.
+
+    Args:
+        nearby: whether they forbid directions.
+    """
+
+    def __init__(self, book: EncodedBook, options: PlanOptions, nearby: bool = True) -> None:
+        self.book, self.options, self._nearby = book, options, nearby and bool(book.nearby.found.prompts)
         empty = book.empty
         self._fixed_pooled = None if empty.pooled is None else RowSpace(empty.pooled.shape[-1], empty.pooled.device, triangle=True)
         self._found: dict[tuple[Mode, str], Found] = {}
@@ -81,7 +88,7 @@ class DirectionFinder:
 
         take(book.empty)
         book.preserved.read(book.encodings, take)
-        for encoding in book.nearby.encodings:
+        for encoding in book.nearby.encodings if self._nearby else ():
             take(encoding, pooled=False)  # one row a prompt would leave no room there; the row gate spares their pooled vectors
         if dense:
             return Span(d_in), dense[0]
@@ -127,9 +134,15 @@ class DirectionFinder:
         result = []
         for name, found in zip(names, self._find(names, self.mode), strict=True):
             if not self.has_room(found):
-                raise SepMEError(self._refusal(name, found.energy))
+                if not self._nearby:
+                    raise SepMEError(self._refusal(name, found.energy))
+                found = self._without_nearby.find([name])[0]
             result.append(found)
         return result
+
+    @cached_property
+    def _without_nearby(self) -> DirectionFinder:
+        return DirectionFinder(self.book, replace(self.options, mode=self.mode), nearby=False)
 
     def null_space(self, name: str) -> Tensor:
         """Sp ``(d_in, m)`` float64 of a concept against all others of the book (mode ``paper``).

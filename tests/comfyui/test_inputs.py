@@ -173,6 +173,7 @@ KINDS = {  # node: its inputs that are typed in
     "SepMELoadDelta": ("delta", "content_hash"),
     "SepMEExport": ("format", "filename_prefix"),
     "SepMELoadCheckpoint": ("ckpt_name",),
+    "SepMECompare": ("strengths",),
 }
 
 
@@ -190,6 +191,13 @@ def everything(kind: str) -> Graph:
     if kind == "SepMEErase":
         unet = scene.add(kind, model=scene.model[0], clip=scene.model[1], concepts="star")
         scene.draw(scene.text(scene.model[1], "a star")[0], unet[0])
+        return scene
+    if kind == "SepMECompare":
+        unet = scene.add("SepMEApply", model=scene.model[0], deltas=scene.made[0])
+        text = scene.text(scene.model[1], "a star")
+        latent = scene.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        sides = {"model": unet[0], "positive": text[0], "negative": text[0], "latent_image": latent[0], "vae": scene.model[2]}
+        scene.add("PreviewImage", images=scene.add(kind, **sides, steps=1)[2])
         return scene
     saved = scene.saved(filename_prefix="nonsense/")
     if kind in ("SepMEExport", "SepMELoadDelta"):

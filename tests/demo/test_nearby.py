@@ -141,3 +141,15 @@ def test_words(encoder: Remembering) -> None:
     assert "triangle" in few.words
     assert Nearby.of(encoder, book, 40) == few
     assert Nearby.of(encoder, book, 0) == Nearby()
+
+
+def test_words_that_leave_no_room_only_calibrate(encoder: Remembering) -> None:
+    """In mode exact nothing is left beside all the words of this tokenizer: the directions are those without them, the gate spares them."""
+    book = ConceptBook((Concept("star", ("star", "a star")), Concept("heart", ("heart", "a heart"))))
+    plain, nearby = (Planner(encoder, book, PlanOptions(mode="exact", nearby=n), ordinary_prompts()[:40]).plan("star") for n in (0, COUNT))
+    assert torch.equal(plain.down, nearby.down)
+    assert plain.certificate.collateral is None
+    assert nearby.certificate.collateral is not None
+    strict = PlanOptions(mode="exact", nearby=COUNT, min_kept_energy=0.9)
+    with pytest.raises(SepMEError, match="No room is left for 'star'"):
+        Planner(encoder, book, strict, ()).plan("star")
