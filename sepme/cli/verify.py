@@ -49,6 +49,8 @@ def verify(
     deltas = [ConceptDelta.load(path) for path in files]
     paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
     if fix:
+        if len(set(paths)) < len(paths):
+            raise SepMEError("Two of these files hold the same concept; --fix would write one over the other, name one of them at a time.")
         for delta, path in zip(deltas, paths, strict=True):
             check_replaceable(path, delta.concept.name, files)
         check_writable(out)

@@ -126,8 +126,7 @@ def verify(
 def _with_nearby(check: Check, encoder: TextEncoder, delta: ConceptDelta, nearby: int, on_progress: OnProgress) -> Check:
     """A check with what becomes of nearby words, and the verdict."""
     certificate = replace(delta.certificate, leakage_gated=check.leakage_gated, false_touch_rate=check.false_touch_rate)
-    preserve = tuple(p for p in delta.preserve.prompts)
-    found = Nearby.of(encoder, ConceptBook((delta.concept, *delta.known), preserve), nearby, on_progress)
+    found = Nearby.of(encoder, ConceptBook((delta.concept, *delta.known), tuple(delta.preserve.prompts)), nearby, on_progress)
     if not found.words:
         return replace(check, verdict=certificate.verdict(delta.gate))
     values = nearby_values(encoder, found, side_by_side([delta.down]), True, on_progress)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
+from sepme import cli
 from sepme.concepts import Concept, ConceptBook, mentions
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.delta.verify import verify
@@ -153,3 +156,20 @@ def test_words_that_leave_no_room_only_calibrate(encoder: Remembering) -> None:
     strict = PlanOptions(mode="exact", nearby=COUNT, min_kept_energy=0.9)
     with pytest.raises(SepMEError, match="No room is left for 'star'"):
         Planner(encoder, book, strict, ()).plan("star")
+
+
+def test_what_changes_is_drawn_and_nothing_is_written_over(tmp_path: Path) -> None:
+    """Red without nearby words changes some: pictures of them; two files of one concept are not made again into one."""
+    (tmp_path / "book.yaml").write_text("concepts: [{name: red, prompts: [red, a red picture]}]", encoding="utf-8")
+    run, made = CliRunner().invoke, tmp_path / "made" / "red.safetensors"
+    command = ["train", "demo", str(tmp_path / "book.yaml"), "-o", str(made.parent), "--nearby", "0", "--objective", "closed-form"]
+    assert run(cli.app, command).exit_code == 0
+    twin = tmp_path / "twin.safetensors"
+    twin.write_bytes(made.read_bytes())
+    assert run(cli.app, ["verify", "demo", str(made), "--draw", str(tmp_path / "drawn")]).exit_code == 0
+    with Image.open(tmp_path / "drawn" / "red-nearby.png") as picture:
+        assert len(set(picture.convert("RGB").getdata())) > 100
+    refused = run(cli.app, ["verify", "demo", str(made), str(twin), "--fix", "-o", str(tmp_path / "fixed")])
+    assert isinstance(refused.exception, SepMEError)
+    assert "hold the same concept" in str(refused.exception)
+    assert not (tmp_path / "fixed").exists()
