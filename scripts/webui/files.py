@@ -104,6 +104,7 @@ class Made(Entry):
 
     @staticmethod
     def of(delta: ConceptDelta) -> Made:
+        """An entry without a file, of this delta."""
         return Made("", Path(), 0, delta.concept.name, delta.content_hash(), delta.architecture, "", delta)
 
 

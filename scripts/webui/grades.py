@@ -11,6 +11,7 @@ WORDS: dict[str, str] = json.loads(_LOCALE.read_text(encoding="utf-8"))["sepme"]
 
 
 def sentence(grade: str) -> str:
+    """What a grade means, in ComfyUI's words."""
     return WORDS[f"grade.{grade}"]
 
 

@@ -34,6 +34,7 @@ INTRODUCTION = (
 
 
 def train_page() -> None:
+    """The tab's first page: a book of concepts, how they are trained, and what comes of it."""
     gr.HTML(INTRODUCTION)
     with gr.Row():
         with gr.Column(scale=3):

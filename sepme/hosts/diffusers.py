@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,6 +158,29 @@ class DiffusersHost(ScheduledDenoiser):
         uncond = self.encode([negative_text]).rows([0] * len(prompts))
         check_finite(cond.context, "text encoder", "the prompt's encoding")
         check_finite(uncond.context, "text encoder", "the negative prompt's encoding")
+        plain = torch.cat([uncond.context, cond.context])
+        pooled = None if uncond.pooled is None or cond.pooled is None else torch.cat([uncond.pooled, cond.pooled])
+        sample = partial(self._sample, self.latents(seeds), steps, guidance, on_step)
+        with torch.no_grad():
+            if composition is None or not composition.deltas:
+                latents = sample(plain, pooled)
+            else:
+                rows = [merge(toggles or {}, t) for t in tags]
+                table = strengths([merge(toggles or {}, negative_tags)] * len(rows) + rows, composition.deltas)
+                if pooled is not None:
+                    pooled = composition.replace_pooled(pooled, plain, table, gate)
+                edited = composition.edit_context(plain, table, gate)
+                if guidance <= 1:  # the pipeline leaves the negative prompt out
+                    table, plain = table[len(rows) :], plain[len(rows) :]
+                projector = KVProjector(self._layers, composition, gate, keep, room(self.unet), backend)
+                with projector.attached(table, plain) if composition.columns else nullcontext():
+                    latents = sample(edited, pooled)
+            return latents if latents_only else self.decode(latents)
+
+    def _sample(
+        self, latents: Tensor, steps: int, guidance: float, on_step: Callable[[int], None] | None, context: Tensor, pooled: Tensor | None
+    ) -> Tensor:
+        """Latents that the pipeline makes of noise, given negative and then positive prompts' contexts and pooled vectors."""
 
         def step_end(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             check_finite(kwargs["latents"], "UNet", f"step {index + 1} of {steps}")
@@ -163,41 +188,11 @@ class DiffusersHost(ScheduledDenoiser):
                 on_step(index)
             return kwargs
 
-        def run(contexts: tuple[Tensor, Tensor], pooled: tuple[Tensor, Tensor] | None) -> Tensor:
-            extra = {} if pooled is None else {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
-            out = self.pipe(
-                prompt_embeds=contexts[1],
-                negative_prompt_embeds=contexts[0],
-                latents=self.latents(seeds),
-                height=self.side * self.pipe.vae_scale_factor,
-                width=self.side * self.pipe.vae_scale_factor,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent",
-                callback_on_step_end=step_end,
-                **extra,
-            )
-            return out.images if latents_only else self.decode(out.images)
-
-        pooled = None if uncond.pooled is None or cond.pooled is None else (uncond.pooled, cond.pooled)
-        with torch.no_grad():
-            if composition is None or not composition.deltas:
-                return run((uncond.context, cond.context), pooled)
-            base = toggles or {}
-            rows = [merge(base, t) for t in tags]
-            table = strengths([merge(base, negative_tags)] * len(rows) + rows, composition.deltas)
-            plain = torch.cat([uncond.context, cond.context])
-            if pooled is not None:
-                pooled = _halves(composition.replace_pooled(torch.cat(pooled), plain, table, gate))
-            edited = _halves(composition.edit_context(plain, table, gate))
-            if not composition.columns:
-                return run(edited, pooled)
-            if guidance <= 1:
-                table, plain = table[len(rows) :], plain[len(rows) :]
-            with KVProjector(self._layers, composition, gate, keep, room(self.unet), backend).attached(table, plain):
-                return run(edited, pooled)
-
-
-def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = rows.chunk(2)
-    return first, second
+        embeddings = dict(zip(("negative_prompt_embeds", "prompt_embeds"), context.chunk(2), strict=True))
+        if pooled is not None:
+            embeddings |= zip(("negative_pooled_prompt_embeds", "pooled_prompt_embeds"), pooled.chunk(2), strict=True)
+        side = self.image_size
+        return self.pipe(
+            latents=latents, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
+            callback_on_step_end=step_end, **embeddings,
+        ).images  # fmt: skip

@@ -27,6 +27,7 @@ class Tally:
 
     @property
     def share(self) -> float:
+        """``count / of``, 0 of nothing."""
         return self.count / max(self.of, 1)
 
     @staticmethod
