@@ -17,7 +17,7 @@ from .options import Json, ModelOptions, Size, grouped
 @grouped
 def evaluate(
     model: ModelOptions,
-    suite: Annotated[str, typer.Argument(help="demo, tiny, sd14, sd2, sdxl, or a YAML file.")],
+    suite: Annotated[str, typer.Argument(help="demo, tiny, paper, sd14, sd2, sdxl, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json, CSV files, deltas.")],
     judge: Annotated[Path | None, typer.Option(help="Folder of a CLIP model that reads the pictures (suites of real models).")] = None,
     keep_images: Annotated[
@@ -27,15 +27,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure every method of a suite on a model; run the same command again to go on where it stopped."""
+    from ..evaluate.classifiers import make_classifier
     from ..evaluate.run import Run
     from ..evaluate.suite import Suite
 
     chosen = Suite.load(suite)
     check_writable(out)
     host = model.load(size)
+    classifier = make_classifier(chosen, judge, host.device, Path(model.model))
     with interruptible() as check, progress_bar() as bar:
         try:
-            metrics = Run(host, chosen, out, judge, keep_images, progress(bar, check), check)()
+            metrics = Run(host, chosen, out, judge, keep_images, progress(bar, check), check, classifier)()
         except Interrupted:
             log.print("Stopped; run the same command to go on.")
             raise typer.Exit(130) from None

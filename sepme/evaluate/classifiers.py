@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import SepMEError
 from ..files import first_line
 from ..hosts.loading import DEMO
-from .network import Network
+from .network import FILE, Network
 from .suite import Suite
 
 
@@ -41,20 +41,24 @@ class Classifier(Protocol):
 
 
 class EmbeddedClassifier:
-    """The one that was trained with the embedded model."""
+    """The one that lies beside a model whose pictures it was trained to read; the embedded model has one."""
 
-    what, inception, lpips = "the embedded classifier", False, None
+    inception, lpips = False, None
 
-    def __init__(self) -> None:
-        self.model = Network.load(DEMO)
+    def __init__(self, folder: Path = DEMO) -> None:
+        self.model = Network.load(folder)
+        self.what = "the embedded classifier" if folder == DEMO else f"the classifier in {folder.name}"
 
     def correct(self, images: Tensor, names: Sequence[str]) -> Tensor:
         heads, labels = (torch.tensor(v) for v in zip(*map(self.model.place_of, names), strict=True))
         return self.model.predict(images).gather(1, heads[:, None]).squeeze(1) == labels
 
-    @torch.no_grad()
+    def knows(self, name: str) -> bool:
+        """Whether it has a label of this name."""
+        return any(name in names for names in self.model.labels)
+
     def features(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.model.features[:-1](images.float()), 2).flatten(1)
+        return self.model.embed(images)
 
 
 class ClipClassifier:
@@ -98,14 +102,22 @@ def _tensor(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
-def make_classifier(suite: Suite, folder: Path | None, device: Any) -> Classifier:
+def make_classifier(suite: Suite, folder: Path | None, device: Any, model: Path = DEMO) -> Classifier:
     """The suite's classifier.
 
+    Args:
+        folder: CLIP's weights and tokenizer.
+        model: the folder of the model that draws; a classifier that lies there is taken, else the embedded model's.
+
     Raises:
-        SepMEError: CLIP is asked for and no weights are given.
+        SepMEError: CLIP is asked for and no weights are given; or the classifier beside the model has no label for one of the concepts.
     """
     if suite.judge == "demo":
-        return EmbeddedClassifier()
+        classifier = EmbeddedClassifier(model if (model / FILE).is_file() else DEMO)
+        unknown = [name for name in suite.kinds if not classifier.knows(name)]
+        if unknown:
+            raise SepMEError(f"Pictures of {unknown[0]!r} cannot be told apart by {classifier.what}; choose a suite for this model.")
+        return classifier
     if folder is None:
         raise SepMEError("This suite is classified by CLIP; name a folder with its weights and tokenizer (--judge DIR).")
     return ClipClassifier(suite, folder, device)

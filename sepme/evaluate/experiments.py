@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from ..model.protocols import EvaluationHost
 from ..plan.gate import ratios
 from ..plan.planner import Planner
 from ..train import Job, TrainOptions, each, make_delta, train_book
-from .erasers import Separable
+from .erasers import Eraser, Separable
 from .measure import apart
 from .prompt_sets import Batch
 from .sampler import Sampler
@@ -152,43 +152,60 @@ def strength_sweep(sampler: Sampler, eraser: Separable, gate: bool) -> list[dict
     return rows
 
 
-def scene(sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], events: Any, options: TrainOptions) -> list[dict[str, Any]]:
-    """Erasures and recoveries one after the other: a concept is planned against what is known when it comes, and never trained again.
+class Arrivals:
+    """A separable method whose concepts come over time: each is planned against what is known when it comes, and never made again."""
+
+    def __init__(self, sampler: Sampler, planner_of: Callable[[ConceptBook], Planner], options: TrainOptions) -> None:
+        self.sampler, self.planner_of, self.options = sampler, planner_of, options
+        self.deltas: dict[str, ConceptDelta] = {}
+
+    def __call__(self, known: list[str]) -> Separable:
+        """The method once these concepts are known; makes the deltas that are missing."""
+        fresh, check = [n for n in known if n not in self.deltas], self.sampler.check
+        if fresh:
+            job = Job(self.planner_of(self.sampler.suite.book(known)), self.sampler.host, self.options, fresh, each(fresh))
+            train_book(job, lambda d: self.deltas.update({d.concept.name: d}), lambda step: check(), check)
+        return Separable(list(self.deltas.values()))
+
+
+def scene(
+    sampler: Sampler, eraser_of: Callable[[list[str]], Eraser], events: Any, names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Erasures and recoveries one after the other.
+
+    Args:
+        eraser_of: a method once some concepts are known.
+        names: the concepts that are looked at, all of the suite's by default.
 
     Returns:
-        after every event and with the gate on and off, what is erased, recovered and regular (never touched): accuracy, Fréchet and
-        perceptual distance to stock.
+        after every event, with the gate on and (where there is one) off, what is erased, recovered and regular (never touched): accuracy,
+        Fréchet and perceptual distance to stock.
     """
-    suite = sampler.suite
     known: list[str] = []
-    deltas: dict[str, ConceptDelta] = {}
     active: list[str] = []
     rows = []
     for event in events:
-        ((kind, names),) = event.items()
+        ((kind, given),) = event.items()
         if kind == "erase":
-            known += [n for n in names if n not in known]
-            fresh = [n for n in names if n not in deltas]
-            if fresh:
-                job = Job(planner_of(suite.book(known)), sampler.host, options, fresh, each(fresh))
-                train_book(job, lambda d: deltas.update({d.concept.name: d}), lambda step: sampler.check(), sampler.check)
-            active += [n for n in names if n not in active]
+            known += [n for n in given if n not in known]
+            active += [n for n in given if n not in active]
         else:
-            active = [n for n in active if n not in names]
-        eraser = Separable(list(deltas.values()))
+            active = [n for n in active if n not in given]
+        eraser = eraser_of(known)
         groups = {
             "erased": active,
-            "recovered": [n for n in deltas if n not in active],
-            "regular": [n for n in suite.names if n not in known],
+            "recovered": [n for n in known if n not in active],
+            "regular": [n for n in names or sampler.suite.names if n not in known],
         }
-        norms = {n: increment_norm(deltas[n]) for n in active}
-        for gate in (True, False):
+        deltas = eraser.composition.deltas if isinstance(eraser, Separable) else ()
+        norms = {d.concept.name: increment_norm(d) for d in deltas if d.concept.name in active}
+        for gate in (True, False) if eraser.gated else (True,):
             found = {group: _group(sampler, eraser, members, active, gate) for group, members in groups.items() if members}
-            rows.append({"event": f"{kind} {', '.join(names)}", "gate": gate, "norm": norms} | found)
+            rows.append({"event": f"{kind} {', '.join(given)}", "gate": gate, "norm": norms} | found)
     return rows
 
 
-def _group(sampler: Sampler, eraser: Separable, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
+def _group(sampler: Sampler, eraser: Eraser, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
     batches = [sampler.sets.own(n) for n in members]
     sampled = [sampler.sample(b, eraser, active, gate) for b in batches]
     fid, lpips = apart(sampler, list(zip(batches, sampled, strict=True)))

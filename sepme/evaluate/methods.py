@@ -24,8 +24,15 @@ from .closed_forms import speed, uce
 from .erasers import Eraser, KeywordFilter, Merged, NegativePrompt, Separable, summed
 from .lora import train_lora
 
-OWN = {"sepme_gcirs": "gcirs", "sepme_closed_form": "closed-form"}  # objective by key
-BASELINES = tuple(name for name in OBJECTIVES if name not in OWN.values())  # as published; and with weight decoupling, as <name>_wd
+OWN = {  # settings by key
+    "sepme_gcirs": {"objective": "gcirs"},
+    "sepme_closed_form": {"objective": "closed-form"},
+    "sepme_gcirs_context": {"objective": "gcirs", "edit": "context"},
+    "sepme_closed_form_context": {"objective": "closed-form", "edit": "context"},
+}
+BASELINES = tuple(  # as published; and with weight decoupling, as <name>_wd
+    name for name in OBJECTIVES if name not in {settings["objective"] for settings in OWN.values()}
+)
 KEYS = (
     *OWN, *BASELINES, *(f"{name}_wd" for name in BASELINES),
     "uce", "speed", "lora_sum", "negative_prompt", "keyword_filter",
@@ -80,12 +87,12 @@ class MethodMaker:
             return self._closed(key, given)
         if key == "lora_sum":
             return self._lora(given)
-        objective = OWN.get(key, key.removesuffix("_wd"))
+        own = OWN.get(key, {"objective": key.removesuffix("_wd")})
         planner = self._planner(given.pop("anchor", None))
         if key in BASELINES:
-            published = {"source": OBJECTIVES[key].source} | given | {"objective": objective, "mode": "unrestricted"}
+            published = {"source": OBJECTIVES[key].source} | given | own | {"mode": "unrestricted"}
             return self._published(key, planner, _options(key, published))
-        options = _options(key, given | {"objective": objective, "mode": "subspace"})
+        options = _options(key, given | own | {"mode": "subspace"})
         planner.plan_all()
         deltas, seconds = self._deltas(key, planner, options, planner.prompts.names)
         return Made(Separable(list(deltas.values())), seconds)

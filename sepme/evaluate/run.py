@@ -27,7 +27,7 @@ from ..train import TrainOptions
 from .attacks import Budget, attacks
 from .classifiers import Classifier, make_classifier, measures
 from .erasers import Eraser, Separable
-from .experiments import interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
+from .experiments import Arrivals, interference, losses, order_gaps, random_toggles, scene, strength_sweep, subsets
 from .measure import Shown, figures, stock_figures
 from .methods import KEYS, OWN, MethodMaker
 from .report import write_report
@@ -130,8 +130,10 @@ class Run:
                 self.sampler, self._planner, self._options(key), self.suite.names[:: max(1, len(self.suite.names) // 2)]
             ),
         }
-        wanted = [s for s in experiments if s in (*parts, "losses")]
-        for key in (k for k in OWN if k in keys):
+        for key in keys:
+            wanted = [s for s in experiments if s in (*parts, "losses") and (key in OWN or s == "scenes")]
+            if not wanted:
+                continue
             for i, name in enumerate(wanted):
                 self.on_progress(f"{key}: experiments", i, len(wanted))
                 own = (self._settings(key), getattr(self.suite, name, None))
@@ -194,10 +196,19 @@ class Run:
         return Planner(self.encoder, book, self.plan)
 
     def _options(self, key: str) -> TrainOptions:
-        return TrainOptions.for_mode(**{"objective": OWN[key]} | self._settings(key))
+        return TrainOptions.for_mode(**self._settings(key) | OWN[key])
 
     def _scenes(self, key: str) -> dict[str, Any]:
-        return {s["name"]: scene(self.sampler, self._planner, s["events"], self._options(key)) for s in self.suite.scenes}
+        """Every scene from the start; concepts of this project's methods are made as they come, those of others were made before."""
+
+        def method() -> Callable[[list[str]], Eraser]:
+            if key in OWN:
+                return Arrivals(self.sampler, self._planner, self._options(key))
+            eraser = self.maker.make(key).eraser
+            return lambda known: eraser
+
+        kinds = self.suite.concepts
+        return {s["name"]: scene(self.sampler, method(), s["events"], kinds.get(s.get("kind", ""))) for s in self.suite.scenes}
 
     def _capacity(self) -> list[dict[str, Any]]:
         return [r.to_json() for r in capacity(self.host, self.suite.book(), self.suite.counts)]

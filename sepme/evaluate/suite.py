@@ -59,7 +59,7 @@ class Suite:
         subsets: random sets of concepts erased together.
         strengths: of the sweep.
         counts: of the capacity curve.
-        scenes: name, objective and events ({erase: [names]} or {recover: [names]}).
+        scenes: name, events ({erase: [names]} or {recover: [names]}) and, where only one kind of concepts is looked at, kind.
         parts: which of :data:`PARTS` are done.
     """
 
@@ -197,6 +197,8 @@ def parse(data: Any, source: str) -> Suite:
         raise wrong(f"judge is demo or clip, methods are among {', '.join(KEYS)}, parts among {', '.join(PARTS)}")
     names = set(suite.names)
     for scene in suite.scenes:
+        if scene.get("kind", next(iter(suite.concepts))) not in suite.concepts:
+            raise wrong(f"a scene is of kind {str(scene['kind'])[:40]!r}; kinds are {', '.join(suite.concepts)}")
         for event in scene.get("events", [{}]):
             if not (set(event) in ({"erase"}, {"recover"}) and set(next(iter(event.values()))) <= names):
                 raise wrong(f"a scene has an event {str(event)[:60]}; events are erase or recover with names of concepts")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sepme.demo.emoji import diffusion
 from sepme.demo.emoji.captions import words_of
-from sepme.demo.emoji.classifiers import held_out, load_classifier, train_classifier
+from sepme.demo.emoji.classifiers import held_out, train_classifier
 from sepme.demo.emoji.data import BACKGROUND_NAMES, place
 from sepme.demo.emoji.diffusion import Batches, Context, Latents, build_unet, train_diffusion
 from sepme.demo.emoji.export import export, export_flow
@@ -25,6 +25,7 @@ from sepme.demo.emoji.stage import Stage, load_stage
 from sepme.demo.emoji.text import WIDTH, build_text_encoder, build_tokenizer, load_tokenizer, train_text
 from sepme.demo.emoji.things import STUDIOS, STYLES, THINGS
 from sepme.demo.emoji.vae import begin_with_averages, build_vae, to_model, train_vae
+from sepme.evaluate.network import Network
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_what_the_folder_says(work: Path) -> None:
     notice = (folder / "NOTICE").read_text(encoding="utf-8")
     for studio in STUDIOS:
         assert f"@iconify-json/{studio.package} {studio.version}, {studio.licence}" in notice
-    assert load_classifier(folder).predict(torch.zeros(2, 3, 128, 128)).shape == (2, 3)
+    assert Network.load(folder).predict(torch.zeros(2, 3, 128, 128)).shape == (2, 3)
 
 
 def test_the_flow_folder_loads_in_diffusers(work: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
 from .captions import Lexicon, build_words, load_words
-from .classifiers import SceneClassifier, held_out, train_classifier
+from .classifiers import build_classifier, held_out, train_classifier
 from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
 from .export import export, export_flow
@@ -107,7 +107,7 @@ class Stages:
         sheet(paint, chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
-            classifier = load_stage(SceneClassifier(), self.work, "classifier", "classifier")
+            classifier = load_stage(build_classifier(), self.work, "classifier", "classifier")
             print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .captions import load_words
-from .classifiers import SceneClassifier
+from .classifiers import build_classifier
 from .data import BACKGROUND_NAMES, CLDR
 from .diffusion import Latents, build_scheduler, build_unet
 from .flow import build_flow
@@ -72,8 +71,7 @@ def export(work: Path, folder: Path) -> None:
     config.pop("block_out_channels", None)  # AutoencoderTiny writes it and then warns about it
     write_json(folder / "vae" / "config.json", config)
     build_scheduler().save_pretrained(folder / "scheduler")
-    classifier = load_stage(SceneClassifier(), work, "classifier", "classifier")
-    save_file({k: v.half().contiguous() for k, v in classifier.state_dict().items()}, folder / "classifier.safetensors")
+    load_stage(build_classifier(), work, "classifier", "classifier").save(folder)
     parts = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
     index: dict[str, object] = {k: ["diffusers", v] for k, v in parts.items()}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}

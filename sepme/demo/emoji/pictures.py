@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ...evaluate.network import Network
 from .captions import Scene, caption_of
-from .classifiers import SceneClassifier
 from .data import BACKGROUND_NAMES, place
 from .diffusion import build_scheduler, build_unet
 from .flow import LENGTH, build_flow, encode, sample
@@ -84,7 +84,7 @@ def asked(things: int, count: int, seed: int) -> list[tuple[str, Scene]]:
     return result
 
 
-def read_accuracy(paint: Painter, classifier: SceneClassifier, things: int, count: int, seed: int = 500) -> dict[str, float]:
+def read_accuracy(paint: Painter, classifier: Network, things: int, count: int, seed: int = 500) -> dict[str, float]:
     """Share of pictures whose thing, style and background are read as asked."""
     pairs, right = asked(things, count, seed), torch.zeros(3)
     for first in range(0, count, 18):
