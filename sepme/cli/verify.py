@@ -79,6 +79,8 @@ def verify(
         show_table(table, 60 + 12 * len(deltas))
         for c in result.checks:
             print(f"{c.concept}: {c.verdict}")
+            for text, part in c.parts.items():
+                print(f"{c.concept}, text {text}: {'holds' if part.holds else 'does not hold'}")
 
     facts: dict[str, Any] = {}
     if draw is not None:
