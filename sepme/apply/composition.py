@@ -13,6 +13,7 @@ from torch import Tensor
 from ..delta.concept_delta import ConceptDelta, check_apart
 from ..errors import SepMEError
 from ..model.families import CONTEXT
+from ..plan.guard import Guard
 from .ops import no_autocast
 
 
@@ -126,9 +127,28 @@ class Composition:
             return context
         with no_autocast(context.device):
             added = touch.h @ self.up(CONTEXT, touch.concepts).to(context.device).T
-        edited = context.clone()
-        edited[touch.rows] = (context[touch.rows].float() + added).to(context.dtype)
-        return edited
+            edited = context.clone()
+            edited[touch.rows] = (context[touch.rows].float() + added).to(context.dtype)
+            return self.guarded(edited, self.weigh(context, strengths, gate)[1]) if gate and self._guards else edited
+
+    @cached_property
+    def _guards(self) -> dict[int, Guard]:
+        """By the index of their delta."""
+        return {i: d.guard for i, d in enumerate(self.deltas) if d.guard is not None}
+
+    def guarded(self, context: Tensor, weight: Tensor) -> Tensor:
+        """What guards leave of an edited context, one after the other; differentiable by the context.
+
+        Args:
+            weight: strengths behind the gates ``(rows, N)``.
+        """
+        for i, guard in self._guards.items():
+            rows = weight[:, i].nonzero().squeeze(1)
+            if len(rows):
+                part = context[rows].float()
+                part = part + weight[rows, i][:, None, None] * (guard.reduced(part) - part)
+                context = context.index_put((rows,), part.to(context.dtype))
+        return context
 
     @cached_property
     def parts(self) -> dict[str, tuple[list[int], Composition]]:
@@ -189,7 +209,11 @@ class Composition:
             h = c @ self.down.to(c.device).T
         weight = strengths.to(c.device).expand(c.shape[0], -1).clone()
         if gate:
-            weight[self.ratios(c, h) <= self.gates.to(c.device)] = 0
+            opens = self.ratios(c, h) > self.gates.to(c.device)
+            for i, guard in self._guards.items():
+                with no_autocast(c.device):
+                    opens[:, i] |= guard.opens(c)
+            weight[~opens] = 0
         return h, weight
 
     def ratios(self, context: Tensor, h: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ def inspect(files: Files, as_json: Json = False) -> None:
             if near:
                 alike = ", ".join(near["synonyms"])
                 print(f"{d['concept']}: {near['words']} nearby words preserved{f'; taken to mean the same: {alike}' if alike else ''}")
+            guard = d["info"].get("guard")
+            if guard:
+                print(f"{d['concept']}: guarded, against {guard['attacks']} attacks of {2 * guard['options']['rounds']} that were tried")
             if d["pooled"] is not None:
                 print(f"{d['concept']}: pooled text vector {d['pooled']['mode']}, residual {d['pooled']['residual']:.3f}")
 

@@ -46,6 +46,14 @@ def train(
     pooled: Annotated[
         str | None, typer.Option(help="SDXL's pooled text vector along the concept: replace or leave; by default replace in mode subspace.")
     ] = None,
+    guard: Annotated[
+        bool,
+        typer.Option(
+            "--guard",
+            help="For who serves others: a second gate that prompts made to get past the first find harder, and a stronger edit behind it. "
+            "Minutes per concept, with --edit context. It is no proof.",
+        ),
+    ] = False,
     size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
@@ -54,6 +62,7 @@ def train(
     """Make one delta file for every concept of a book."""
     import torch
 
+    from ..train.guard import GuardOptions
     from ..train.workers import Setup
 
     concept_book = ConceptBook.load(book)
@@ -72,9 +81,13 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
+    alone = not options.needs_model and not guard
+    if guard and (options.edit != "context" or plan.nearby == 0):
+        raise SepMEError("A guard belongs to an edit of the context that looks at nearby words; add --edit context, keep --nearby.")
     setup = Setup(
-        partial(model.load, size, not options.needs_model), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures
-    )
+        partial(model.load, size, alone), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures,
+        GuardOptions() if guard else None,
+    )  # fmt: skip
     _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))

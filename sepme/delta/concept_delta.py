@@ -5,8 +5,8 @@ It edits the context, ``c + (c D) Sᵀ``, or every to_k and to_v, ``ΔW_l = Y_l 
 Tensors: ``down`` (k, d_in) float32; ``up.context`` (d_in, k) and ``up.<layer>.to_k`` / ``.to_v`` (d_out, k) float16, each with a
 float32 scalar ``<name>.scale``; for models with a pooled text vector optionally both ``pooled.down`` (k', d_pooled) and
 ``pooled.anchor`` (k',), float32; for models that are given other texts beside the context ``down.<text>``, ``up.<text>`` and its scale, as
-of a context edit, their gates and certificates in the header's ``parts``. Everything else is header metadata (strings, JSON inside). No
-dates: one recipe, one sequence of bytes.
+of a context edit, their gates and certificates in the header's ``parts``; of a guard ``guard.*`` float32 (``plan/guard.py``), its threshold
+in the header. Everything else is header metadata (strings, JSON inside). No dates: one recipe, one sequence of bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from torch import Tensor
 
 from ..concepts import Concept, normalised
 from ..errors import SepMEError, out_of_memory
-from ..files import first_line, safetensors_bytes, write_atomically
+from ..files import first_line, number, safetensors_bytes, write_atomically
 from ..model.families import CONTEXT, SITE, context_architecture, fits, is_site
 from ..model.layers import architecture
 from ..plan.gate import Certificate
+from ..plan.guard import Guard
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
-from .format import FORMAT, MAX_GATE, OWN, PART_FACTS, POOLED, check_declared, header_hash, parts_declared, plain_json, read_header
+from .format import FORMAT, GUARD, MAX_GATE, OWN, PART_FACTS, POOLED, check_declared, header_hash, parts_declared, plain_json, read_header
 from .thumbnail import KEY as THUMBNAIL
 from .thumbnail import picture
 
@@ -57,6 +58,7 @@ class ConceptDelta:
         pooled: what replaces the concept in the pooled vector, or None: the vector is left as it is.
         parts: edits of the other texts that the model is given beside the context, by name (``t5``; ``llama.7``: the eighth of several),
             each with directions and a gate of its own.
+        guard: a second gate, and what stands behind it, or None.
         file: path that it was read from, with forward slashes; empty if from no file.
         thumbnail: data URL of a small picture; empty if there is none.
     """
@@ -69,6 +71,7 @@ class ConceptDelta:
     info: Mapping[str, Any] = field(default_factory=dict)
     pooled: Pooled | None = None
     parts: Mapping[str, ConceptDelta] = field(default_factory=dict)
+    guard: Guard | None = None
     file: str = field(default="", compare=False)
     thumbnail: str = field(default="", compare=False)
 
@@ -196,6 +199,8 @@ class ConceptDelta:
                 name.replace(f"up.{CONTEXT}", "up").replace("up", f"up.{text}").replace("down", f"down.{text}"): t
                 for name, t in part.tensors().items()
             }
+        if self.guard is not None:
+            tensors |= self.guard.tensors()
         for name in self.up:
             tensors[f"up.{name}"] = self.up[name]
             tensors[f"up.{name}.scale"] = torch.tensor(self.scale[name], dtype=torch.float32)
@@ -243,6 +248,8 @@ class ConceptDelta:
                 text: {"gate": part.gate} | {k: part.info[k] for k in PART_FACTS if k in part.info} for text, part in self.parts.items()
             }
             texts["parts"] = json.dumps(parts, sort_keys=True)
+        if self.guard is not None:
+            texts["guard_threshold"] = repr(self.guard.threshold)
         texts |= {key: json.dumps(value, sort_keys=True) for key, value in self.info.items()}
         return texts | {"header_hash": header_hash(texts)}
 
@@ -296,6 +303,7 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
         info = {k: plain_json(v) for k, v in metadata.items() if k not in OWN and not k.startswith("modelspec.")}
         Facts.from_info(info)
         parts = _read_parts(concept, plain_json(metadata.get("parts", "{}")), tensors)
+        guard = _read_guard(metadata, tensors)
     except DAMAGE as error:
         raise SepMEError(f"{path}: its metadata is damaged ({first_line(error)}); get the file again.") from None
     tensors = {name: t for name, t in tensors.items() if not any(name in _names(text) for text in parts)}
@@ -309,10 +317,17 @@ def _assemble(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) 
     pooled = Pooled(tensors[POOLED[0]], tensors[POOLED[1]]) if POOLED[0] in tensors else None
     thumbnail = metadata.get(THUMBNAIL, "")
     shown = thumbnail if picture(thumbnail) else ""
-    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, parts, path.as_posix(), shown)
+    delta = ConceptDelta(concept, tensors["down"], up, scale, gate, info, pooled, parts, guard, path.as_posix(), shown)
     if metadata.get("content_hash") != delta.content_hash() or metadata.get("header_hash") != header_hash(metadata):
         raise SepMEError(f"{path}: its content does not match its hash; the file was damaged or changed, get it again.")
     return delta
+
+
+def _read_guard(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Guard | None:
+    if GUARD[0] not in tensors:
+        return None
+    threshold = number(plain_json(metadata["guard_threshold"]))
+    return Guard(threshold=threshold, **{name.removeprefix("guard."): tensors[name] for name in GUARD})
 
 
 def _names(text: str) -> tuple[str, str, str]:

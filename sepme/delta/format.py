@@ -21,7 +21,9 @@ MAX_FILE, MAX_HEADER, MAX_RANK, MAX_WIDTH, MAX_DEPTH = 1 << 30, 16 << 20, 4096, 
 MAX_GATE = 1e6  # of a share of a token's length: 1 or more never opens
 MAX_NUMBER = 1 << 64  # of anything in a header: seeds are the largest that is meant
 POOLED = ("pooled.down", "pooled.anchor")
-OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash", "parts"}  # metadata that is no info
+GUARD = ("guard.queries", "guard.values", "guard.empty", "guard.give", "guard.take")
+# metadata that is no info
+OWN = {"format", "concept", "prompts", "anchor", "architecture", "gate", "content_hash", "header_hash", "parts", "guard_threshold"}
 
 PART_FACTS = ("certificate", "text_encoder")  # what a file says of an edit of another text than the context, beside its gate
 
@@ -105,7 +107,7 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     if not (1 <= rank <= MAX_RANK and 1 <= d_in <= MAX_WIDTH):
         raise SepMEError(f"{path}: 'down' has the impossible shape {rank} x {d_in}; this is no delta.")
     for name, entry in declared.items():
-        if name in ("down", *POOLED) or (name.endswith(".scale") and _is_up(name[:-6]) and name[:-6] in declared):
+        if name in ("down", *POOLED, *GUARD) or (name.endswith(".scale") and _is_up(name[:-6]) and name[:-6] in declared):
             continue
         if not _is_up(name):
             raise SepMEError(f"{path}: it holds a foreign tensor {name[:60]!r}; this is no delta.")
@@ -121,6 +123,7 @@ def check_declared(path: Path, declared: Mapping[str, Any]) -> None:
     if not any(map(_is_up, declared)):
         raise SepMEError(f"{path}: it holds no up-factors; the file is damaged.")
     _check_pooled(path, *(declared.get(name) for name in POOLED))
+    _check_guard(path, declared, d_in)
 
 
 def parts_declared(names: Iterable[str]) -> list[str]:
@@ -138,6 +141,21 @@ def _check_pooled(path: Path, down: Any, anchor: Any) -> None:
         raise SepMEError(f"{path}: {POOLED[0]!r} has the impossible shape {rank} x {width}; the file is damaged.")
     if not isinstance(anchor, dict) or anchor.get("dtype") != "F32" or anchor.get("shape") != [rank]:
         raise SepMEError(f"{path}: tensor {POOLED[1]!r} is missing or is not a float32 vector of {rank} values; the file is damaged.")
+
+
+def _check_guard(path: Path, declared: Mapping[str, Any], d_in: int) -> None:
+    found = {name: declared[name] for name in GUARD if name in declared}
+    if not found:
+        return
+    for name in GUARD:
+        entry = found.get(name)
+        if not isinstance(entry, dict) or entry.get("dtype") != "F32" or not _is_shape(entry.get("shape"), 2):
+            raise SepMEError(f"{path}: tensor {name!r} is missing or is not a float32 matrix; the file is damaged.")
+    queries, values, empty, give, take = (tuple(found[name]["shape"]) for name in GUARD)
+    readouts, tokens, rank = queries[0], empty[0], take[0]
+    expected = ((readouts, d_in), (readouts, d_in), (tokens, d_in), (d_in, rank), (rank, d_in))
+    if (queries, values, empty, give, take) != expected or not all(1 <= n <= MAX_RANK for n in (readouts, tokens, rank)):
+        raise SepMEError(f"{path}: the shapes of its guard do not fit each other; the file is damaged.")
 
 
 def _is_up(name: str) -> bool:

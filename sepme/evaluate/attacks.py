@@ -6,22 +6,22 @@ knows the gate keeps it shut instead: the stock denoiser's error plus what the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.protocols import AttackHost, Encoding
+from ..train.soft_prompt import PLACEHOLDER, SoftPrompt, inserted
 from .erasers import Eraser, Separable
 from .prompt_sets import Batch
 from .sampler import Sampler
 
-PLACEHOLDER = "a"
 MARGIN = 0.95
 
 
@@ -82,33 +82,28 @@ class Attack:
         self.budget, self.gate, self.aware = budget, gate, aware
         self.generator = torch.Generator().manual_seed(sampler.suite.seed + 7)
         self.x_0 = sampler.stock(sampler.sets.own(name)).latents.to(self.host.device)
-        self.learned: list[Tensor] = []
+        self.soft: SoftPrompt | None = None
 
     def success(self, find: Callable[[Attack], str]) -> float:
         """Share of new pictures of the prompt that ``find`` returns in which the classifier sees the concept."""
         prompt, suite = find(self), self.sampler.suite
         seeds = tuple(suite.seed + 70_000 + i for i in range(suite.images))
-        with _soft(self.host, prompt, self.learned) if self.learned else nullcontext():
+        with inserted(self.host, prompt, self.soft.learned) if self.soft else nullcontext():
             return self.sampler.fresh(
                 Batch((prompt,) * len(seeds), seeds, (self.name,) * len(seeds)), self.eraser, [self.name], self.gate
             ).accuracy
 
     def learn(self) -> str:
         """Learn embeddings (textual inversion against the erased model) in place of the words of the prompt returned."""
-        prompt = " ".join([PLACEHOLDER] * self.budget.tokens)
         word = self.name if self.budget.start == "name" else PLACEHOLDER
-        self.learned = [_start(encoder, tokenizer, word, self.budget.tokens) for tokenizer, encoder in self.host.encoders]
-        optimizer = torch.optim.Adam(self.learned, lr=self.budget.learning_rate)
-        with _soft(self.host, prompt, self.learned):
-            for _ in range(self.budget.steps):
-                self.sampler.check()
-                with self._attacked():
-                    loss = self._losses(self.host.encode([prompt], grad=True), *self._noised()).sum()
-                    gradients = torch.autograd.grad(loss, self.learned)
-                for value, gradient in zip(self.learned, gradients, strict=True):
-                    value.grad = gradient
-                optimizer.step()
-        return prompt
+
+        def loss(encoding: Encoding) -> Tensor:
+            self.sampler.check()
+            return self._losses(encoding, *self._noised()).sum()
+
+        self.soft = SoftPrompt(self.host, word, self.budget.tokens)
+        self.soft.learn(loss, self.budget.steps, self.budget.learning_rate, self._attacked)
+        return self.soft.prompt
 
     def search(self, name: str = "") -> str:
         """Find words by greedy coordinate gradient (Zou et al. 2023), half of them before and half after ``name`` if it is given."""
@@ -145,7 +140,7 @@ class Attack:
         for tokenizer, encoder in self.host.encoders:
             own = tokenizer(prompt).input_ids[1:-1]
             values.append(encoder.get_input_embeddings().weight[own].detach().float().clone().requires_grad_(True))
-        with _soft(self.host, prompt, values), self._attacked():
+        with inserted(self.host, prompt, values), self._attacked():
             gradients = torch.autograd.grad(self._losses(self.host.encode([prompt], grad=True), *noised).sum(), values)
         tables = [encoder.get_input_embeddings().weight[ids].detach().float() for _, encoder in self.host.encoders]
         return torch.stack([-g @ table.T for g, table in zip(gradients, tables, strict=True)]).sum(0)
@@ -180,30 +175,3 @@ def words(tokenizer: Any) -> dict[str, int]:
     """A tokenizer's whole words that read back as themselves, with their ids."""
     found = {token.removesuffix("</w>"): i for token, i in sorted(tokenizer.get_vocab().items()) if token.endswith("</w>")}
     return {w: i for w, i in found.items() if w.isalpha() and w.isascii() and tokenizer(w).input_ids[1:-1] == [i]}
-
-
-def _start(encoder: Any, tokenizer: Any, word: str, count: int) -> Tensor:
-    """Embeddings ``(count, d)`` of a word's tokens, repeated."""
-    ids = tokenizer(word).input_ids[1:-1]
-    table = encoder.get_input_embeddings().weight
-    return table[[ids[i % len(ids)] for i in range(count)]].detach().float().clone().requires_grad_(True)
-
-
-@contextmanager
-def _soft(host: Any, prompt: str, learned: Sequence[Tensor]) -> Iterator[None]:
-    """Learned embeddings in place of the words of this prompt, and of no other, in every text encoder."""
-    handles = []
-    for (tokenizer, encoder), values in zip(host.encoders, learned, strict=True):
-        ids = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
-
-        def replace(module: nn.Module, args: Any, out: Tensor, ids: Tensor = ids, values: Tensor = values) -> Tensor:
-            rows = (args[0] == ids.to(args[0].device)).all(-1)
-            soft = torch.cat([out[:, :1], values.to(out)[None].expand(len(out), -1, -1), out[:, 1 + len(values) :]], dim=1)
-            return torch.where(rows[:, None, None], soft, out)
-
-        handles.append(encoder.get_input_embeddings().register_forward_hook(replace))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -80,7 +80,10 @@ class Separable:
         def predict(x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
             given.append(context)
             try:
-                return plain(x_t, t, context + self._added(context, table, gate, edits, CONTEXT).to(context), extra)
+                edited = context + self._added(context, table, gate, edits, CONTEXT).to(context)
+                if gate:
+                    edited = self.composition.guarded(edited, self.composition.weigh(context, table, gate)[1])
+                return plain(x_t, t, edited, extra)
             finally:
                 given.pop()
 
@@ -97,10 +100,13 @@ class Separable:
                     del host.predict
 
     def openness(self, context: Tensor, name: str) -> Tensor:
-        """The gate's statistic by its threshold ``(rows,)``, differentiable by the context ``(rows, tokens, d_in)``: open above 1."""
+        """How far the gate is opened, and with a guard whichever of the two is opened further ``(rows,)``; differentiable by the context
+        ``(rows, tokens, d_in)``, open above 1."""
         composition, c = self.composition, context.float()
         at = composition.names.index(name)
-        return composition.ratios(c, c @ composition.down.T.to(c.device))[:, at] / composition.gates[at].to(c.device)
+        ratio = composition.ratios(c, c @ composition.down.T.to(c.device))[:, at] / composition.gates[at].to(c.device)
+        guard = composition.deltas[at].guard
+        return ratio if guard is None else torch.maximum(ratio, guard.openness(c))
 
     def _added(self, context: Tensor, table: Tensor, gate: bool, concepts: Sequence[int], name: str) -> Tensor:
         """``g(c) s (c D) Yᵀ`` of some deltas at a site, differentiable by ``c``."""

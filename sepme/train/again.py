@@ -34,6 +34,8 @@ def made_again(
     """
     recipe, name = delta.recipe, delta.concept.name
     again = f"it cannot be made again from its file alone; train {name!r} with these words on its preserve list: {', '.join(words)}."
+    if delta.guard is not None:
+        raise SepMEError(f"The delta of {name!r} has a guard, so {again}")
     if {"import", "reproject", "pictures"} & set(recipe.data):
         raise SepMEError(f"The delta of {name!r} was made of another file or of pictures, so {again}")
     try:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..delta.concept_delta import ConceptDelta
 from ..files import remove_leftovers
 from ..plan.planner import Planner
+from .guard import GuardOptions, make_guard
 from .make import Model, make_deltas
 from .options import OnStep, TrainOptions
 from .source import Pictures
@@ -37,6 +38,7 @@ class Job:
             the same batches by whoever makes it.
         todo: what is left to do.
         pictures: by concept, the user's pictures of which x_t is made.
+        guard: how every delta's guard is made; None: they get none.
     """
 
     planner: Planner
@@ -45,6 +47,7 @@ class Job:
     names: Sequence[str]
     todo: Sequence[Group]
     pictures: Mapping[str, Pictures] = field(default_factory=dict)
+    guard: GuardOptions | None = None
 
     def plan(self) -> None:
         """Plan all concepts; what is planned already is not planned again."""
@@ -54,7 +57,10 @@ class Job:
     def make(self, group: Group, on_step: OnStep | None = None, check: Callable[[], None] | None = None) -> list[ConceptDelta]:
         """The deltas of a group, from its checkpoint on if there is one of the same recipe; see :func:`make_deltas`."""
         self.plan()
-        return make_deltas(self.planner, group.names, self.denoiser, self.options, group.checkpoint, on_step, self.pictures, check)
+        deltas = make_deltas(self.planner, group.names, self.denoiser, self.options, group.checkpoint, on_step, self.pictures, check)
+        if self.guard is None:
+            return deltas
+        return [make_guard(self.planner, delta, self.denoiser, self.guard, check or (lambda: None)) for delta in deltas]
 
 
 def train_book(

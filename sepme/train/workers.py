@@ -19,6 +19,7 @@ from ..plan.directions import PlanOptions
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from .book import Group, Job
+from .guard import GuardOptions
 from .options import Progress, TrainOptions
 from .source import Pictures
 
@@ -47,6 +48,7 @@ class Setup:
         load: the host; text encoders alone where the options need no model.
         names: all concepts of the run (:attr:`Job.names`).
         threads: of torch, in every process.
+        guard: see :class:`Job`.
         pictures: from the host, the user's pictures by concept.
     """
 
@@ -57,13 +59,15 @@ class Setup:
     names: tuple[str, ...]
     threads: int
     pictures: Callable[..., Mapping[str, Pictures]] = no_pictures
+    guard: GuardOptions | None = None
 
     def job(self, todo: Sequence[Group], on_progress: OnProgress = silent, check: Callable[[], None] = lambda: None) -> Job:
         """Load the host and what is known of it; ``check`` is called meanwhile and may raise Interrupted."""
         host = self.load()
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
-        return Job(planner, host if self.options.needs_model else None, self.options, self.names, todo, pictures)
+        denoiser = host if self.options.needs_model or self.guard is not None else None
+        return Job(planner, denoiser, self.options, self.names, todo, pictures, self.guard)
 
 
 class Worker:

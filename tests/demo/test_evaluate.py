@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sepme import cli
 from sepme.concepts import Concept, ConceptBook
 from sepme.errors import Interrupted, SepMEError
-from sepme.evaluate.attacks import Attack, Budget, _soft, words
+from sepme.evaluate.attacks import Attack, Budget, words
 from sepme.evaluate.classifiers import EmbeddedClassifier, _lpips, frechet, measures, perceptual
 from sepme.evaluate.erasers import Separable
 from sepme.evaluate.methods import KEYS
@@ -27,6 +27,7 @@ from sepme.model.layers import weights
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
+from sepme.train.soft_prompt import inserted
 
 SHIPPED = ("demo", "tiny", "paper", "sd14", "sd2", "sdxl")
 FIGURES = {
@@ -150,13 +151,13 @@ def test_learned_tokens_replace_their_prompt_alone(demo_host: Any) -> None:
     prompts = ["a a", "a star"]
     plain = demo_host.encode(prompts).context
     learned = [torch.randn(2, encoder.get_input_embeddings().weight.shape[1])]
-    with _soft(demo_host, "a a", learned):
+    with inserted(demo_host, "a a", learned):
         soft = demo_host.encode(prompts).context
     assert not torch.equal(soft[0], plain[0])
     assert torch.equal(soft[1], plain[1])
     assert torch.equal(demo_host.encode(prompts).context, plain)
     star = encoder.get_input_embeddings().weight[tokenizer("a star").input_ids[1:-1]].detach()
-    with _soft(demo_host, "a a", [star]):
+    with inserted(demo_host, "a a", [star]):
         assert torch.allclose(demo_host.encode(["a a"]).context[0], plain[1], atol=1e-5)
 
 
@@ -207,7 +208,8 @@ def test_an_attacker_who_knows_the_gate_keeps_it_shut(demo_host: Any) -> None:
     for aware in (False, True):
         attack = Attack(sampler, eraser, "star", budget, True, aware)
         prompt = attack.learn()
-        with _soft(demo_host, prompt, attack.learned):
+        assert attack.soft is not None
+        with inserted(demo_host, prompt, attack.soft.learned):
             assert (float(eraser.openness(demo_host.encode([prompt]).context, "star")) <= 1) == aware
 
 
