@@ -29,7 +29,7 @@ from ..errors import SepMEError, out_of_memory
 from ..files import first_line, number, safetensors_bytes, write_atomically
 from ..model.families import CONTEXT, SITE, context_architecture, fits, is_site
 from ..model.layers import architecture
-from ..plan.gate import Certificate
+from ..plan.gate import Certificate, ratios
 from ..plan.guard import Guard
 from ..plan.pooled import Pooled
 from .facts import DAMAGE, Facts, Preserve, Recipe
@@ -180,6 +180,12 @@ class ConceptDelta:
             return f"edits the context: fits any model with {encoder} ({fits(self.architecture)})"
         both = "the context and " if self.edits_context else ""
         return f"edits {both}{len(self.projections)} text projections: fits {self.architecture}"
+
+    def statistic(self, context: Tensor) -> Tensor:
+        """What the gate compares with its threshold ``(rows,)`` float32, of contexts ``(rows, tokens, d_in)``; with a guard that opens
+        further, how far that is opened times the threshold."""
+        own = ratios(context, self.down)
+        return own if self.guard is None else torch.maximum(own, self.gate * self.guard.openness(context))
 
     def up_factor(self, name: str) -> Tensor:
         """Y ``(d_out, k)`` float32 of a projection."""

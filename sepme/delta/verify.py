@@ -6,20 +6,22 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..concepts import ConceptBook, mentions
 from ..errors import SepMEError
 from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
 from ..model.protocols import Encoding, TextEncoder, clip_skip, other_texts
-from ..plan.gate import affordable, leakage_matrix, ratios, side_by_side
-from ..plan.nearby import Nearby, misses, nearby_values
+from ..plan.gate import affordable, leakage_matrix, ratios
+from ..plan.guard import both_precisions
+from ..plan.nearby import Nearby
 from ..plan.pooled import residual
 from ..plan.preserved import PreserveFile
 from ..plan.tally import Tally
-from ..plan.tokens import encode
+from ..plan.tokens import CHUNK, encode
 from ..progress import OnProgress, silent
 from .concept_delta import ConceptDelta, check_apart
 
@@ -107,17 +109,18 @@ def verify(
     for i, delta in enumerate(deltas):
         on_progress("Verifying", i, len(deltas))
         name = delta.concept.name
-        statistic = ratios(own[name].context, delta.down)
+        statistic = delta.statistic(own[name].context)
         prompts = {c.name: [p for p in c.prompts if not mentions(p, name)] for c in delta.known}
         leakage = {n: _worst(encode(encoder, p), delta) for n, p in prompts.items() if p}
         leakage |= {"(empty prompt)": _worst(empty, delta)} | ({"(preserved prompts)": worst[name]} if name in worst else {})
-        foreign = ratios(ordinary, delta.down)[[not mentions(p, name) for p in strangers]]
+        foreign = delta.statistic(ordinary)[[not mentions(p, name) for p in strangers]]
+        gated = {n: linear if statistic > delta.gate else 0.0 for n, (linear, statistic) in leakage.items()}
         check = (
             Check(
                 name, delta.gate, float(statistic.min()), float((statistic > delta.gate).float().mean()),
-                leakage, {n: v if v > delta.gate else 0.0 for n, v in leakage.items()}, float((foreign > delta.gate).float().mean()),
+                {n: linear for n, (linear, _) in leakage.items()}, gated, float((foreign > delta.gate).float().mean()),
                 _pooled(delta, own[name], encode(encoder, [delta.concept.anchor])),
-                bool((statistic > delta.gate).all()) and all(v <= delta.gate for v in leakage.values()),
+                bool((statistic > delta.gate).all()) and not any(gated.values()),
             )
         )  # fmt: skip
         checks.append(_with_nearby(check, encoder, delta, nearby, on_progress))
@@ -157,12 +160,40 @@ def _with_nearby(check: Check, encoder: TextEncoder, delta: ConceptDelta, nearby
     found = Nearby.of(encoder, ConceptBook((delta.concept, *delta.known), tuple(delta.preserve.prompts)), nearby, on_progress)
     if not found.words:
         return replace(check, verdict=certificate.verdict(delta.gate))
-    values = nearby_values(encoder, found, side_by_side([delta.down]), True, on_progress)
-    excess = {p: float(v[0]) - delta.gate for prompts in values.values() for p, v in prompts.items()}
-    collateral = Tally.above({word: max(excess[p] for p in prompts) for word, prompts in values.items()})
-    missed = misses(encoder, found, delta.concept.name, delta.down, delta.gate, True)
-    verdict = replace(certificate, collateral=collateral, misses=missed).verdict(delta.gate)
-    return replace(check, collateral=collateral, misses=missed, examples=Tally.above(excess).worst, verdict=verdict)
+    near = beside_others(encoder, delta, found, on_progress)
+    verdict = replace(certificate, collateral=near.collateral, misses=near.misses).verdict(delta.gate)
+    return replace(check, collateral=near.collateral, misses=near.misses, examples=near.examples, verdict=verdict)
+
+
+class BesideOthers(NamedTuple):
+    """What a delta does to prompts that nothing was planned with; ``examples``: those with nearby words that change most."""
+
+    collateral: Tally
+    misses: Tally
+    examples: tuple[str, ...]
+
+
+def beside_others(encoder: TextEncoder, delta: ConceptDelta, found: Nearby, on_progress: OnProgress = silent) -> BesideOthers:
+    """Measure a delta on the held-out prompts of nearby words, and on those of its own concept beside others."""
+    excess = {
+        p: v - delta.gate for p, v in _extremes(encoder, delta, [p for ps in found.held_out.values() for p in ps], on_progress).items()
+    }
+    own = _extremes(encoder, delta, found.beside[delta.concept.name].held_out, on_progress, least=True)
+    words = {word: max(excess[p] for p in given) for word, given in found.held_out.items() if given}
+    return BesideOthers(Tally.above(words), Tally.above({p: delta.gate - v for p, v in own.items()}), Tally.above(excess).worst)
+
+
+def _extremes(
+    encoder: TextEncoder, delta: ConceptDelta, prompts: Sequence[str], on_progress: OnProgress, least: bool = False
+) -> dict[str, float]:
+    """What the gate compares with its threshold, the largest (or smallest) that half precision makes of each prompt."""
+    found: dict[str, float] = {}
+    for i in range(0, len(prompts), CHUNK):
+        on_progress("Nearby words: measuring", i, len(prompts))
+        part = prompts[i : i + CHUNK]
+        values = torch.stack([delta.statistic(c) for c in both_precisions(encode(encoder, part).context)])
+        found |= zip(part, (values.amin(dim=0) if least else values.amax(dim=0)).tolist(), strict=True)
+    return found
 
 
 def check_encoder(encoder: TextEncoder, deltas: Sequence[ConceptDelta]) -> list[str]:
@@ -220,14 +251,15 @@ def check_named_encoder(deltas: Sequence[ConceptDelta], reads: str) -> None:
             )
 
 
-def _worst(encoding: Encoding, delta: ConceptDelta) -> float:
-    return float(ratios(encoding.context, delta.down).max())
+def _worst(encoding: Encoding, delta: ConceptDelta) -> tuple[float, float]:
+    """The worst ``‖c D‖ / ‖c‖``, and the worst of what opens the gate or a guard."""
+    return float(ratios(encoding.context, delta.down).max()), float(delta.statistic(encoding.context).max())
 
 
 def _preserved(
     encoder: TextEncoder, deltas: Sequence[ConceptDelta], path: str | Path | None, on_progress: OnProgress
-) -> tuple[dict[str, float], list[str]]:
-    """Worst statistic by concept on preserved prompts, the listed and those of the file; and what was not checked."""
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """Worst statistics by concept (:func:`_worst`) on preserved prompts, the listed and those of the file; and what was not checked."""
     listed = {d.concept.name: d.preserve.prompts for d in deltas}
     encodings = {prompts: encode(encoder, prompts) for prompts in set(listed.values()) if prompts}
     worst = {d.concept.name: _worst(encodings[p], d) for d in deltas if (p := listed[d.concept.name])}
@@ -237,7 +269,8 @@ def _preserved(
         for prompts, done in file.batches():
             encoding = encode(encoder, prompts)
             for delta in deltas:
-                worst[delta.concept.name] = max(worst.get(delta.concept.name, 0.0), _worst(encoding, delta))
+                before = worst.get(delta.concept.name, (0.0, 0.0))
+                worst[delta.concept.name] = max(before[0], (now := _worst(encoding, delta))[0]), max(before[1], now[1])
             for digest in digests.values():
                 digest.update("".join(f"{p}\n" for p in prompts).encode())
             on_progress("Preserve file", done, file.size)
