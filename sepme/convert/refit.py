@@ -115,8 +115,11 @@ def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, Attent
         layers: the model's cross-attention; none of edits of the context alone.
 
     Raises:
-        SepMEError: a delta for another model, or no room in the null space; an edit of a text that the planner's encoder does not make.
+        SepMEError: a delta for another model, or no room in the null space; an edit of a text that the planner's encoder does not make;
+            a guard.
     """
+    if delta.guard is not None:
+        raise SepMEError(f"The delta of {delta.concept.name!r} has a guard, fitted on what was known then; train it anew with --guard.")
     if layers or delta.projections:
         delta.check_fits(shapes(layers))
     for text in delta.parts:

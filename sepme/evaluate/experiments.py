@@ -112,12 +112,17 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
     with torch.no_grad():
         stock = host.predict(x, t, encoding.context, encoding.pooled)
         projector = KVProjector(host.attention_layers(), eraser.composition)
+
+        def predicted(strengths: Tensor) -> Tensor:
+            with projector.attached(strengths, encoding.context):
+                edited = eraser.composition.edit_context(encoding.context, strengths)
+                return host.predict(x, t, edited, encoding.pooled)
+
         for _ in range(cycles):
             sampler.check()
-            with projector.attached((torch.rand(len(names), generator=generator) < 0.5).float()):
-                changed += int(not torch.equal(host.predict(x, t, encoding.context, encoding.pooled), stock))
-        with projector.attached(torch.zeros(len(names))):
-            off = host.predict(x, t, encoding.context, encoding.pooled)
+            drawn = (torch.rand(len(names), generator=generator) < 0.5).float()
+            changed += int(not torch.equal(predicted(drawn), stock))
+        off = predicted(torch.zeros(len(names)))
         after = host.predict(x, t, encoding.context, encoding.pooled)
     same = all(torch.equal(p, before[n]) for n, p in _parameters(host))
     return {
