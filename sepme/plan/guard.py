@@ -17,7 +17,7 @@ from .gate import HALVES
 
 CHUNK = 64  # rows at once
 RIDGE, MAP_RIDGE = 1e-2, 1e-3  # of the mean of the diagonal
-MARGIN = 0.05  # of the room between what must stay shut and what must open
+MARGIN = 0.3  # of the room between what must stay shut and what must open
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,9 +35,11 @@ DRAWS = 6  # batches of pictures that queries are taken from
 CLUSTERING = 15  # rounds of k-means
 SHUT = 0.95  # of the threshold: where an attacker who knows it keeps its openness
 WORKS = 0.5  # how much of the way from the empty prompt's error to the concept's own an attack has to go to count as one
-WEIGHTS = {"own": 1.0, "beside": 1.0, "attacks": 2.0, "known": 1.0, "nearby": 1.0, "ordinary": 1.0}  # of the gate's examples
+WEIGHTS = {"own": 1.0, "beside": 1.0, "attacks": 2.0, "known": 1.0, "nearby": 1.0, "mixed": 1.0, "ordinary": 1.0}  # of the gate's examples
+MIXED = 600  # prompts of nearby words in chance company
+COMPANY = ("{0} {1}", "the {0} of a {1}, {2}", "{0} {1} {2} {3}", "my {0} with {1} and {2}", "{0} {1}, {2} {3}", "a {0}, a {1}")
 OPENS = ("own", "beside", "attacks")  # kinds of examples that it opens for
-MAP_WEIGHTS = {"own": 2.0, "beside": 3.0, "attacks": 2.0, "known": 0.3, "nearby": 0.3, "ordinary": 0.3}
+MAP_WEIGHTS = {"own": 2.0, "beside": 3.0, "attacks": 2.0, "known": 0.3, "nearby": 0.3, "mixed": 0.3, "ordinary": 0.3}
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Maker:
             "beside": self._read(beside),
             "known": _joined([self.empty.context, *others, *preserved]),
             "nearby": _joined([e.context for e in prompts.nearby.encodings]),
+            "mixed": self._read(self._mixed(prompts.nearby.found.words)),
             "ordinary": self._read([p for p in prompts.ordinary[0] if not mentions(p, self.name)]),
         }
         self.held_out = self._read([p for p in prompts.ordinary[1] if not mentions(p, self.name)])
@@ -153,6 +156,11 @@ class _Maker:
         self.layers = self._queries()
         self.features = {kind: self._features(c) for kind, c in self.contexts.items()}
         self.facts: dict[str, Any] = {}
+
+    def _mixed(self, words: Sequence[str]) -> list[str]:
+        """Nearby words in chance company."""
+        drawn = torch.randint(len(words), (MIXED, 4), generator=self.generator).tolist()
+        return [COMPANY[i % len(COMPANY)].format(*(words[j] for j in row)) for i, row in enumerate(drawn)]
 
     def _read(self, prompts: Sequence[str]) -> Tensor:
         return encode(self.planner.prompts.encoder, prompts).context.float()
