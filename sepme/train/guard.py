@@ -6,7 +6,7 @@ keeps it shut, and those that draw the concept join what it has to open for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -101,12 +101,13 @@ def make_guard(
     """
     if not delta.edits_context or delta.projections:
         raise SepMEError("A guard belongs to an edit of the context alone; make the delta with --edit context.")
-    if host is None or isinstance(host, TextBlocks) or not host.attention_layers():
+    layers = None if host is None or isinstance(host, TextBlocks) else host.attention_layers()
+    if host is None or not layers or isinstance(host, TextBlocks) or isinstance(layers, TextBlocks):
         raise SepMEError("Guards read a UNet's cross-attention; this model has none.")
     if not planner.prompts.nearby.found.words:
         raise SepMEError("A guard learns what to leave alone from nearby words; look for some (--nearby 200).")
     options, on_progress = options or GuardOptions(), planner.prompts.on_progress
-    maker = _Maker(planner, delta, host, options, check)
+    maker = _Maker(planner, delta, host, layers, options, check)
     maker.fit()
     for i in range(2 * options.rounds):
         on_progress(f"Guard of {delta.concept.name!r}: attacks", i, 2 * options.rounds)
@@ -132,7 +133,15 @@ class _Maker:
         facts: what is known of it.
     """
 
-    def __init__(self, planner: Planner, delta: ConceptDelta, host: Denoiser, options: GuardOptions, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        delta: ConceptDelta,
+        host: Denoiser,
+        layers: Mapping[str, AttentionLayer],
+        options: GuardOptions,
+        check: Callable[[], None],
+    ) -> None:
         self.planner, self.delta, self.host, self.options, self.check = planner, delta, host, options, check
         self.name, self.generator = delta.concept.name, torch.Generator().manual_seed(options.seed)
         prompts = planner.prompts
@@ -153,7 +162,7 @@ class _Maker:
         self.without = self._read([p.replace(self.name, delta.concept.anchor).strip() for p in beside])
         source = make_source(host, self.own, self.empty, self.anchor, TrainOptions.for_mode(trajectories=options.batch), None, check)
         self.draw = lambda: source.draw(self.generator, options.batch)
-        self.layers = self._queries()
+        self.layers = self._queries(layers)
         self.features = {kind: self._features(c) for kind, c in self.contexts.items()}
         self.facts: dict[str, Any] = {}
 
@@ -165,9 +174,9 @@ class _Maker:
     def _read(self, prompts: Sequence[str]) -> Tensor:
         return encode(self.planner.prompts.encoder, prompts).context.float()
 
-    def _queries(self) -> list[_Queries]:
+    def _queries(self, by_name: Mapping[str, AttentionLayer]) -> list[_Queries]:
         """Image queries of every layer while the model looks at the concept's pictures, the centres of their clusters."""
-        layers = list(self.host.attention_layers().values())
+        layers = list(by_name.values())
         taken: list[list[Tensor]] = [[] for _ in layers]
         handles = [layer.to_q.register_forward_hook(_taker(into)) for layer, into in zip(layers, taken, strict=True)]
         try:

@@ -83,7 +83,7 @@ def test_it_opens_for_its_own_prompts_alone(guarded: dict[str, ConceptDelta], pl
 
 def test_answers_are_those_of_the_layers(planner: Planner, plain: dict[str, ConceptDelta], demo_host: DiffusersHost) -> None:
     """To stored queries, as attention itself gives them; and the gate is a sum of them, weighed."""
-    maker = making._Maker(planner, plain["star"], demo_host, replace(SMALL, rounds=0), lambda: None)
+    maker = making._Maker(planner, plain["star"], demo_host, demo_host.attention_layers(), replace(SMALL, rounds=0), lambda: None)
     context = demo_host.encode(["a striped star", ""]).context
     for layer, stored in zip(demo_host.attention_layers().values(), maker.layers, strict=True):
         key, value = (m(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for m in (layer.to_k, layer.to_v))

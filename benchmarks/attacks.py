@@ -1,0 +1,80 @@
+"""Prompts made to bring three concepts of the embedded model back, against several methods.
+
+``python benchmarks/attacks.py FOLDER [METHOD...]``; METHOD: stock, guard (closed form of the context behind a guard), or a key of ``sepme eval``. Each figure is of twelve pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from sepme.delta.concept_delta import ConceptDelta
+from sepme.evaluate.attacks import Attack
+from sepme.evaluate.erasers import Eraser, Separable
+from sepme.evaluate.run import Run
+from sepme.evaluate.suite import Suite
+from sepme.hosts.diffusers import DiffusersHost
+from sepme.plan.planner import Planner
+from sepme.train import Job, TrainOptions, each, train_book
+from sepme.train.guard import GuardOptions
+from sepme.train.options import plan_options
+
+METHODS = ("stock", "guard", "sepme_gcirs", "sepme_closed_form", "uce", "esd")
+CONCEPTS = ("star", "circle", "striped")
+FINDS = {"soft": Attack.learn, "words": Attack.search, "around the name": Attack.search_around_name}
+IMAGES, BUDGET = 12, {"concepts": 1, "steps": 60, "tokens": 4, "batch": 8, "learning_rate": 0.02, "rounds": 20}
+
+
+def guarded(run: Run, folder: Path) -> Separable:
+    """Closed forms of the context behind guards, of the attacked concepts, made once."""
+    suite, names = run.suite, list(CONCEPTS)
+    planner = Planner(run.host, suite.book(), plan_options("subspace", nearby=200))
+    options = TrainOptions.for_mode(objective="closed-form", edit="context")
+    made: dict[str, ConceptDelta] = {}
+
+    def save(delta: ConceptDelta) -> None:
+        made[delta.concept.name] = delta
+        delta.save(folder / "guard" / f"{delta.concept.name}.safetensors")
+
+    train_book(Job(planner, run.host, options, names, each(names), guard=GuardOptions()), save)
+    return Separable(list(made.values()))
+
+
+def attacked(run: Run, eraser: Eraser | None, name: str, find: Callable[[Attack], str], aware: bool) -> tuple[float, str]:
+    """Share of pictures that show the concept, and the prompt."""
+    found: list[str] = []
+
+    def kept(attack: Attack) -> str:
+        found.append(find(attack))
+        return found[0]
+
+    return Attack(run.sampler, eraser, name, run.budget, True, aware).success(kept), found[0]
+
+
+def main(folder: Path, methods: tuple[str, ...]) -> None:
+    """Print a JSON line per attack."""
+    host = DiffusersHost.load("demo")
+    for method in methods:
+        suite = replace(Suite.load("demo"), images=IMAGES, attack=BUDGET)
+        run = Run(host, suite, folder)
+        eraser = None if method == "stock" else guarded(run, folder) if method == "guard" else run.maker.make(method).eraser
+        for name in CONCEPTS:
+            for aware in (False, True) if eraser is not None and eraser.gated else (False,):
+                for kind, find in FINDS.items():
+                    share, prompt = attacked(run, eraser, name, find, aware)
+                    row = {
+                        "method": method,
+                        "concept": name,
+                        "attack": kind,
+                        "gate_aware": aware,
+                        "shown": round(share, 3),
+                        "prompt": prompt,
+                    }
+                    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), tuple(sys.argv[2:]) or METHODS)
