@@ -1,6 +1,7 @@
 """Prompts made to bring three concepts of the embedded model back, against several methods.
 
-``python benchmarks/attacks.py FOLDER [METHOD...]``; METHOD: stock, guard (closed form of the context behind a guard), or a key of ``sepme eval``. Each figure is of twelve pictures.
+``python benchmarks/attacks.py FOLDER [METHOD...]``, where METHOD is stock, guard (closed form of the context behind a guard), or a key of
+``sepme eval``. Each figure is of twelve pictures.
 """
 
 from __future__ import annotations
