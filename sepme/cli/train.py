@@ -52,7 +52,9 @@ def train(
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
     thumbnail: Annotated[
         bool,
-        typer.Option(help="Draw a small picture into each file: the concept's first prompt, unchanged and erased. Large models need a GPU."),
+        typer.Option(
+            help="Draw a small picture into each file: the concept's first prompt, unchanged and erased. Large models need a GPU."
+        ),
     ] = True,
     as_json: Json = False,
 ) -> None:

@@ -71,7 +71,7 @@ def test_rows(page: Page) -> None:
         page.row(erase, "van gogh").locator(".sepme-anchor").click()
         dialog = page.dialog("What takes the place of van gogh?")
         dialog.locator(f"label:has-text('{choice}')").click()
-        dialog.locator("textarea").fill("monet\nsunflowers")
+        dialog.locator(".sepme-stay").fill("monet\nsunflowers")
         page.answer("What takes the place of van gogh?", "OK")
         expect(page.row(erase, "van gogh")).to_contain_text(shown)
         assert rows(page, erase)[1] == {"name": "van gogh"} | anchor
@@ -150,7 +150,17 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     erase = drawn(page)
     row = page.row(erase, "star")
     expect(row).to_contain_text("→ a picture")
-    expect(row.locator(".sepme-dot")).to_have_class("sepme-dot sepme-good")
+    expect(row.locator(".sepme-dot")).to_have_class("sepme-dot sepme-fair")
+    sentence = page.panel(erase).locator(".sepme-sentence")
+    expect(sentence).to_have_text("star: 1 of 53 prompts with it slip through, as a photo of a cross star")
+    sentence.click()
+    dialog = page.dialog("What takes the place of star?")
+    near = dialog.locator(".sepme-near").input_value().split(", ")
+    assert near[:2] == ["triangle", "cross"]
+    dialog.locator(".sepme-near").fill(", ".join([*near[2:], "Cloud"]))
+    dialog.locator(".sepme-same").fill("cross")
+    page.answer("What takes the place of star?", "OK")
+    assert rows(page, erase) == [{"name": "star", "stays": ["cloud"], "same": ["cross"], "free": ["triangle"]}]
     row.locator(".sepme-drop").click()
     done = page.run()
     assert done["kind"] == "execution_error"
