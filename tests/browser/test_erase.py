@@ -151,9 +151,8 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     row = page.row(erase, "star")
     expect(row).to_contain_text("→ a picture")
     expect(row.locator(".sepme-dot")).to_have_class("sepme-dot sepme-fair")
-    sentence = page.panel(erase).locator(".sepme-sentence")
-    expect(sentence).to_have_text("star: 1 of 53 prompts with it slip through, as a photo of a cross star")
-    sentence.click()
+    expect(page.panel(erase).locator(".sepme-sentence")).to_have_text("Nearly safe: 0 of 100 nearby words change")
+    row.locator(".sepme-anchor").click()
     dialog = page.dialog("What takes the place of star?")
     near = dialog.locator(".sepme-near").input_value().split(", ")
     assert near[:2] == ["triangle", "cross"]
