@@ -66,5 +66,10 @@ def report(result: Verification) -> str:
             f"  own prompts touched {check.own_touched:.0%}, smallest statistic {check.own_min:.4f}, gate {check.gate:.4f}",
             f"  worst that must not change: {worst}, {check.leakage_linear[worst]:.4f}, behind the gate {check.leakage_gated[worst]:.4f}",
             f"  ordinary prompts touched: {check.false_touch_rate:.2%}",
+            *(
+                f"  text {text}: {'holds' if part.holds else 'DOES NOT HOLD'}; own prompts touched {part.own_touched:.0%}, worst that must "
+                f"not change {max(part.leakage_linear.values()):.4f}, gate {part.gate:.4f}"
+                for text, part in check.parts.items()
+            ),
         ]
     return "\n".join([*lines, *result.warnings])

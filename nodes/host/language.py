@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import folder_paths
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ...sepme.model.encoder_fingerprint import PROBES
 from ...sepme.model.families import encoder_of
 from ...sepme.model.protocols import Encoding
-from ...sepme.plan.vocabulary import shipped_texts
-from .encodings import StoredEncodings, digest
+from ...sepme.plan.stored import StoredEncodings, StoredReader
 from .jobs import check_interrupted
 
 OTHERS = {"t5": "conditioning_mt5xl", "llama": "conditioning_llama3"}  # by the table's name of a text: its place in a CONDITIONING
-PART = 16  # shipped prompts that are stored together, and are not read again once they are
 
 
 def adapts(model: Any) -> bool:
@@ -67,28 +65,11 @@ class LanguageEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
-        if len(prompts) >= PART and shipped_texts().issuperset(prompts):
-            return _joined([e for i in range(0, len(prompts), PART) for e in _rows(self._remembered(tuple(prompts[i : i + PART])))])
-        return _joined([self._read(p) for p in prompts])
-
-    def _remembered(self, prompts: tuple[str, ...]) -> Encoding:
-        key = digest(self._identity, *prompts)
-        found = self._store.get(key)
-        if found is None:
-            read = _joined([self._read(p) for p in prompts])
-            self._store.put(key, read)
-            found = self._store.get(key) or read  # as it will be read the next time
-        return found
+        return self._reader.encode(prompts)
 
     @cached_property
-    def _store(self) -> StoredEncodings:
-        return StoredEncodings()
-
-    @cached_property
-    def _identity(self) -> bytes:
-        """Of the encoder with its patches and precision: how it reads a prompt, to the bit."""
-        read = self._read(PROBES[0])
-        return read.context.numpy().tobytes()
+    def _reader(self) -> StoredReader:
+        return StoredReader(StoredEncodings(Path(folder_paths.get_user_directory()) / "sepme" / "encodings"), self._read)
 
     def _read(self, prompt: str) -> Encoding:
         """One row, on the CPU in float32."""
@@ -129,17 +110,3 @@ def _adapted(patcher: Any, context: Tensor, facts: dict[str, Any]) -> Tensor:
     comfy.model_management.load_models_gpu([patcher])
     adapted: Tensor = patcher.model.extra_conds(cross_attn=context, device=patcher.load_device, **facts)["c_crossattn"].cond
     return adapted
-
-
-def _joined(rows: Sequence[Encoding]) -> Encoding:
-    """Encodings of one row each as one, with zeros where a prompt has fewer tokens."""
-    pooled = [r.pooled for r in rows if r.pooled is not None]
-    return Encoding(
-        pad_sequence([r.context[0] for r in rows], batch_first=True),
-        pad_sequence([r.mask[0] for r in rows], batch_first=True),
-        torch.cat(pooled) if pooled else None,
-    )
-
-
-def _rows(encoding: Encoding) -> Iterator[Encoding]:
-    return (encoding.rows([i]) for i in range(len(encoding.context)))

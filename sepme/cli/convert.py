@@ -132,8 +132,8 @@ def reproject(
     for delta, path in zip(deltas, paths, strict=True):
         check_replaceable(path, delta.concept.name, files)
     check_writable(out)
-    host = model.load()
-    layers = host.attention_layers()
+    host = model.load(alone=not any(d.projections for d in deltas))
+    layers = host.attention_layers() if hasattr(host, "attention_layers") else {}
     fingerprint = kv_fingerprint(layers)
     about_encoder = check_encoder(host, deltas)
     rows: list[dict[str, Any]] = []

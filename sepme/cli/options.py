@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -60,18 +61,22 @@ def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
 class ModelOptions:
     """Which model a command reads, where and how."""
 
-    model: Annotated[str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL).")]
+    model: Annotated[
+        str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL); or a text encoder.")
+    ]
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = "cpu"
     dtype: Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")] = (
         "float32"
     )
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of CLIP's tokenizer, for single-file checkpoints.", envvar="SEPME_TOKENIZER")
-    ] = None
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer, for single files.", envvar="SEPME_TOKENIZER")] = None
     prediction: Annotated[str | None, typer.Option(help="What the UNet predicts, epsilon or v_prediction; found out if not given.")] = None
+    family: Annotated[
+        str | None,
+        typer.Option(help="Whose prompts a text encoder alone reads, where several families have it: flux1, chroma, z-image ..."),
+    ] = None
 
     def load(self, size: int | None = None, alone: bool = False) -> Any:
-        """The model as a :class:`~sepme.hosts.diffusers.DiffusersHost`, or the text encoders of a folder that holds nothing else.
+        """The model as a :class:`~sepme.hosts.diffusers.DiffusersHost`, or the text encoders of a file or folder that holds no other model.
 
         Args:
             size: pixels of an image's side, if not the model's own.
@@ -85,7 +90,7 @@ class ModelOptions:
             import transformers
 
             from ..hosts.diffusers import DiffusersHost
-            from ..hosts.encoders import encoders_alone, load_encoders
+            from ..hosts.encoders import holds_encoders, load_encoders
             from ..hosts.loading import DTYPES, LoadOptions
         except ImportError as error:
             if out_of_memory(error):
@@ -100,15 +105,22 @@ class ModelOptions:
             raise SepMEError(f"There is no precision {self.dtype!r}; choose one of {', '.join(DTYPES)}.")
         register_kernels()
         tokenizer = str(self.tokenizer) if self.tokenizer else None
-        options = LoadOptions(self.device, DTYPES[self.dtype], tokenizer, self.prediction, size)
-        if self.model != "demo" and encoders_alone(Path(self.model)):
+        cache = cache_folder() if self.device == "cpu" else None  # elsewhere it takes seconds to make them
+        options = LoadOptions(self.device, DTYPES[self.dtype], tokenizer, self.prediction, size, cache)
+        if self.model != "demo" and holds_encoders(Path(self.model)):
             if not alone:
                 raise SepMEError(
-                    f"{self.model} holds text encoders and no model; with them alone there are sepme train --objective closed-form "
-                    "--edit context, and nothing that draws."
+                    f"{self.model} holds text encoders and no model that runs here; with them alone there are sepme train --objective "
+                    "closed-form --edit context, sepme verify of what that makes, and nothing that draws."
                 )
-            return load_encoders(self.model, options)
+            return load_encoders(self.model, options, self.family)
         return DiffusersHost.load(self.model, options=options)
+
+
+def cache_folder() -> Path:
+    """Where the encodings of the shipped prompts are kept: in ``$SEPME_CACHE``, or ``sepme`` in the user's cache folder."""
+    folder = os.environ.get("SEPME_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sepme"
+    return Path(folder) / "encodings"
 
 
 @dataclass(frozen=True)

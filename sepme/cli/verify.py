@@ -54,9 +54,9 @@ def verify(
         for delta, path in zip(deltas, paths, strict=True):
             check_replaceable(path, delta.concept.name, files)
         check_writable(out)
-    host = model.load()
-    layers = host.attention_layers()
-    for delta in deltas:
+    host = model.load(alone=draw is None and not any(d.projections for d in deltas))
+    layers = host.attention_layers() if hasattr(host, "attention_layers") else {}
+    for delta in deltas if layers else ():
         delta.check_fits(shapes(layers))
     fingerprint = kv_fingerprint(layers)
     about_encoder = check_encoder(host, deltas)
@@ -79,6 +79,8 @@ def verify(
         show_table(table, 60 + 12 * len(deltas))
         for c in result.checks:
             print(f"{c.concept}: {c.verdict}")
+            for text, part in c.parts.items():
+                print(f"{c.concept}, text {text}: {'holds' if part.holds else 'does not hold'}")
 
     facts: dict[str, Any] = {}
     if draw is not None:
@@ -103,7 +105,9 @@ def _fixed(host: Any, delta: ConceptDelta, words: Sequence[str], path: Path) -> 
     from ..train.again import made_again
 
     with interruptible() as check, progress_bar() as bar:
-        new = made_again(host, host, delta, words, progress(bar, check), lambda step: check(), check)
+        new = made_again(
+            host, host if hasattr(host, "attention_layers") else None, delta, words, progress(bar, check), lambda step: check(), check
+        )
     remove_leftovers(path)
     new.save(path)
     return summary(new, path) | {"added": list(words)}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..concepts import Concept, ConceptBook, normalised
 from ..delta.concept_delta import ConceptDelta
+from ..delta.format import PART_FACTS
+from ..errors import SepMEError
 from ..model.families import CONTEXT
 from ..model.layers import kv_fingerprint, shapes, weights
 from ..model.protocols import AttentionLayer, clip_skip
@@ -110,17 +112,26 @@ def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, Attent
 
     Args:
         planner: of a book that holds the delta's concept (see :func:`known_to`).
-        layers: the model's cross-attention.
+        layers: the model's cross-attention; none of edits of the context alone.
 
     Raises:
-        SepMEError: a delta for another model, or no room in the null space.
+        SepMEError: a delta for another model, or no room in the null space; an edit of a text that the planner's encoder does not make.
     """
-    delta.check_fits(shapes(layers))
+    if layers or delta.projections:
+        delta.check_fits(shapes(layers))
+    for text in delta.parts:
+        if text not in planner.others:
+            raise SepMEError(
+                f"The delta of {delta.concept.name!r} edits the text {text} too, which this text encoder does not make; train the concept "
+                "anew in ComfyUI (SepME Train), where the model's encoders are."
+            )
     changes = ((name, delta.weight_delta(name)) for name in delta.up)
     facts = {"from": delta.content_hash(), "rank": delta.rank}
     old = {k: v for k, v in delta.info.items() if k in RETAINED}
     recipe = {"reproject": {"from": facts["from"], "recipe": delta.recipe.data}}
-    return _delta(planner, delta.concept, changes, layers, old, "reprojected", facts, recipe)
+    new = _delta(planner, delta.concept, changes, layers, old, "reprojected", facts, recipe)
+    parts = {text: reproject(planner.others[text], replace(part, info={}), {}) for text, part in delta.parts.items()}
+    return replace(new, parts={text: replace(part, info={k: part.info[k] for k in PART_FACTS}) for text, part in parts.items()})
 
 
 def import_eraser(planner: Planner, name: str, path: str | Path, layers: Mapping[str, AttentionLayer]) -> ConceptDelta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..concepts import ConceptBook, mentions
 from ..errors import SepMEError
 from ..model.encoder_fingerprint import RELATED, SAME, EncoderFingerprint
-from ..model.protocols import Encoding, TextEncoder, clip_skip
+from ..model.protocols import Encoding, TextEncoder, clip_skip, other_texts
 from ..plan.gate import affordable, leakage_matrix, ratios, side_by_side
 from ..plan.nearby import Nearby, misses, nearby_values
 from ..plan.pooled import residual
@@ -39,6 +39,7 @@ class Check:
         collateral, misses: of nearby words and of its own prompts, see :class:`~sepme.plan.gate.Certificate`; None if not measured.
         examples: prompts of the nearby words that change most.
         verdict: the certificate as measured now, in a sentence.
+        parts: of its edits of the other texts that the model is given, by text; ``holds`` counts them too.
     """
 
     concept: str
@@ -54,6 +55,7 @@ class Check:
     misses: Tally | None = None
     examples: tuple[str, ...] = ()
     verdict: str = ""
+    parts: Mapping[str, Check] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,33 @@ def verify(
         )  # fmt: skip
         checks.append(_with_nearby(check, encoder, delta, nearby, on_progress))
     matrix = leakage_matrix({d.concept.name: d.down for d in deltas}, {n: e.context for n, e in own.items()})
-    return Verification(tuple(checks), matrix, tuple(warnings))
+    measured = Verification(tuple(checks), matrix, tuple(warnings))
+    return _with_parts(measured, encoder, deltas, preserve, on_progress)
+
+
+def _with_parts(
+    measured: Verification, encoder: TextEncoder, deltas: Sequence[ConceptDelta], preserve: str | Path | None, on_progress: OnProgress
+) -> Verification:
+    """What was measured of the context, with the edits of the other texts that the model is given, by their own encoders."""
+    texts, warnings = other_texts(encoder), list(measured.warnings)
+    found: dict[str, dict[str, Check]] = {c.concept: {} for c in measured.checks}
+    for text in dict.fromkeys(t for d in deltas for t in d.parts):
+        edited = [d for d in deltas if text in d.parts]
+        if text not in texts:
+            names = ", ".join(repr(d.concept.name) for d in edited)
+            warnings.append(
+                f"The edits of the text {text} ({names}) were not checked, as this encoder does not make it; verify them in ComfyUI."
+            )
+            continue
+        shared = ("known", "preserve")  # what stands in the file once
+        own = [replace(d.parts[text], info=dict(d.parts[text].info) | {k: d.info[k] for k in shared if k in d.info}) for d in edited]
+        warnings += check_encoder(texts[text], own)
+        for check in verify(texts[text], own, preserve, on_progress).checks:
+            found[check.concept][text] = check
+    checks = (
+        replace(c, parts=found[c.concept], holds=c.holds and all(p.holds for p in found[c.concept].values())) for c in measured.checks
+    )
+    return replace(measured, checks=tuple(checks), warnings=tuple(warnings))
 
 
 def _with_nearby(check: Check, encoder: TextEncoder, delta: ConceptDelta, nearby: int, on_progress: OnProgress) -> Check:

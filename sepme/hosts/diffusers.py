@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +35,10 @@ __all__ = ["DEMO", "DiffusersHost", "LoadOptions", "thumbnails"]
 
 
 class DiffusersHost(ScheduledDenoiser):
-    """A pipeline as text encoder and denoiser; its parameters are frozen. ``size``: pixels of an image's side, the model's own if None."""
+    """A pipeline as text encoder and denoiser; its parameters are frozen. ``size``: pixels of an image's side, the model's own if None;
+    ``cache``: folder where encodings of the shipped prompts are kept, if anywhere."""
 
-    def __init__(self, pipe: Any, size: int | None = None) -> None:
+    def __init__(self, pipe: Any, size: int | None = None, cache: Path | None = None) -> None:
         self.prediction = pipe.scheduler.config.prediction_type
         if self.prediction not in PREDICTIONS:
             raise SepMEError(f"This model predicts {self.prediction}; only {' and '.join(PREDICTIONS)} are supported.")
@@ -44,7 +46,7 @@ class DiffusersHost(ScheduledDenoiser):
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         pipe.scheduler = self.scheduler
         pipe.set_progress_bar_config(disable=True)
-        self._reader = PipelineEncoder(pipe)
+        self._reader = PipelineEncoder(pipe, cache)
         self.encoders, self.name = self._reader.encoders, self._reader.name
         for part in (pipe.unet, pipe.vae, *(encoder for _, encoder in self.encoders)):
             part.requires_grad_(False).eval()
@@ -67,7 +69,7 @@ class DiffusersHost(ScheduledDenoiser):
             SepMEError: see :func:`load_pipeline`.
         """
         options = options or LoadOptions(dtype=dtype)
-        return DiffusersHost(load_pipeline(model, options), options.size)
+        return DiffusersHost(load_pipeline(model, options), options.size, None if model == "demo" else options.cache)
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]

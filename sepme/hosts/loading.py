@@ -32,6 +32,7 @@ class LoadOptions:
         tokenizer: folder of CLIP's tokenizer, for single files.
         prediction: what the UNet predicts; found out when None.
         size: pixels of an image's side; the model's own when None.
+        cache: folder where encodings of the shipped prompts are kept, if anywhere.
     """
 
     device: str = "cpu"
@@ -39,6 +40,7 @@ class LoadOptions:
     tokenizer: str | None = None
     prediction: str | None = None
     size: int | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +14,11 @@ from ..apply.composition import Composition
 from ..apply.toggles import strengths
 from ..concepts import Concept
 from ..errors import SepMEError
+from ..model.encoder_fingerprint import PROBES
 from ..model.families import clip_of_width
 from ..model.protocols import Encoding
 from ..model.words import WordTable, clip_words
+from ..plan.stored import StoredEncodings, identity, worth_storing
 from ..progress import OnProgress, silent
 from ..train.erasures import Erasures
 
@@ -28,12 +31,16 @@ class PipelineEncoder:
 
     Context as the UNet reads it: last states; of SDXL's two encoders the last but one, side by side, and the pooled vector.
 
+    Args:
+        cache: folder where encodings of the shipped prompts are kept, if anywhere.
+
     Attributes:
         name: in words, as the table of families has it; empty for encoders of unpublished width.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, cache: Path | None = None) -> None:
         self.pipe = pipe
+        self._store = None if cache is None else StoredEncodings(cache, exact=True)
         second = getattr(pipe, "text_encoder_2", None)
         self.encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, second)] if second is not None else [])
         self.name = clip_of_width(sum(encoder.config.hidden_size for _, encoder in self.encoders))
@@ -45,6 +52,11 @@ class PipelineEncoder:
 
     def encode(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`; ``grad`` keeps the graph, for what is put in place of token embeddings."""
+        if self._store is None or grad or not worth_storing(prompts):
+            return self._read(prompts, grad)
+        return self._store.made(self._read, identity(self._read(PROBES[:1])), prompts).to(self.pipe._execution_device)
+
+    def _read(self, prompts: Sequence[str], grad: bool = False) -> Encoding:
         device, states, masks, pooled = self.pipe._execution_device, [], [], None
         for tokenizer, encoder in self.encoders:
             ids = tokenizer(

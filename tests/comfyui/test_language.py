@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -79,22 +78,3 @@ def test_ordinary_prompts_are_read_once_and_stored(inside: Inside, clip: Any, fo
         file.write_bytes(file.read_bytes()[:100])
     assert encode(clip)[1] == 40
     assert torch.equal(encode(clip)[0], first)
-
-
-def test_the_folder_has_a_bound(inside: Inside, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest go first; where nothing can be written, nothing is said."""
-    encodings = import_module(f"{inside.host.__name__}.encodings")
-    store = encodings.StoredEncodings()
-    one = import_module(f"{inside.sepme.__name__}.model.protocols").Encoding(torch.randn(4, 8, 64), torch.ones(4, 8, dtype=torch.bool))
-    store.put("a", one)
-    size = (folder / "a.safetensors").stat().st_size
-    monkeypatch.setattr(encodings, "MOST", 2 * size)
-    for i, name in enumerate("abc"):
-        store.put(name, one)
-        os.utime(folder / f"{name}.safetensors", (1000 + i, 1000 + i))
-    store.put("d", one)
-    assert {f.stem for f in folder.glob("*.safetensors")} == {"c", "d"}
-    assert store.get("a") is None
-    store.folder = folder / "c.safetensors"  # no folder
-    store.put("e", one)
-    assert store.get("e") is None

@@ -187,8 +187,12 @@ def build(name: str) -> tuple[Any, Any]:
     return patcher(model, load_device=device, offload_device=torch.device("cpu")), clip(family)
 
 
-def clip(family: Family) -> Any:
-    """CLIP."""
+def clip(family: Family, spiece: bytes | None = None) -> Any:
+    """CLIP.
+
+    Args:
+        spiece: a SentencePiece vocabulary, of encoders whose file holds it; Pile-T5's if not given.
+    """
     module = import_module(f"comfy.text_encoders.{family.module}")
     make: Callable[..., Any] = getattr(module, family.encoder)
     made = make if isinstance(make, type) else make(**({"t5": False} if family.config == "SD3" else {}))  # T5's 4096 channels are many
@@ -197,9 +201,10 @@ def clip(family: Family) -> Any:
     data = {}
     if name := next((n for n in family.sizes if "mt5" in n), None):  # whose vocabulary lies in the file of its weights
         folder = import_module("comfy.text_encoders.aura_t5").__file__
-        with open(str(folder).replace("aura_t5.py", "t5_pile_tokenizer/tokenizer.model"), "rb") as file:
-            data["spiece_model"] = data["mt5xl.spiece_model"] = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+        spiece = spiece or Path(str(folder).replace("aura_t5.py", "t5_pile_tokenizer/tokenizer.model")).read_bytes()
         sizes[f"{name}_model_config"] = sizes[f"{name}_model_config"] | {"vocab_size": 40000}
+    if spiece is not None:
+        data["spiece_model"] = data["mt5xl.spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
     clip = comfy.sd.CLIP(target, tokenizer_data=data, parameters=1000, model_options={"dtype": torch.float32} | sizes)
     _seed(clip.cond_stage_model, 2)
     return clip

@@ -12,9 +12,12 @@ from planning import D_IN, OPTIONS, ORDINARY, HashedEncoder, book_of
 from safetensors.torch import load_file, save_file
 
 from sepme.apply.composition import Composition
+from sepme.convert import known_to, reproject
 from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.verify import verify
 from sepme.errors import SepMEError
 from sepme.model.protocols import Encoding
+from sepme.plan.gate import ratios
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
 from sepme.train.make import make_deltas
@@ -58,6 +61,42 @@ def test_round_trip(deltas: tuple[ConceptDelta, ...], tmp_path: Path) -> None:
     assert list(back.parts) == ["llama.7", "t5"]
     assert replace(back, file="").to_bytes() == deltas[0].to_bytes()
     assert back.content_hash() != replace(back, parts={}).content_hash()
+
+
+def test_every_text_is_verified(deltas: tuple[ConceptDelta, ...]) -> None:
+    """A gate of a second text that lets others through shows; an encoder that does not make the text says what was not checked."""
+    both = Both()
+    held = verify(both, deltas)
+    assert held.warnings == ()
+    for check in held.checks:
+        assert check.holds
+        assert set(check.parts) == {"t5", "llama.7"}
+        assert check.parts["t5"].own_min > check.parts["t5"].gate
+        assert set(check.parts["t5"].leakage_linear) == set(check.leakage_linear)
+    wide = replace(deltas[0], parts=dict(deltas[0].parts) | {"t5": replace(deltas[0].parts["t5"], gate=0.0)})
+    (check,) = verify(both, [wide]).checks
+    assert [check.holds, check.parts["t5"].holds, check.parts["llama.7"].holds] == [False, False, True]
+    alone = verify(HashedEncoder(), deltas[:1])
+    assert alone.holds
+    assert alone.checks[0].parts == {}
+    assert [w.split(" (")[0] for w in alone.warnings] == ["The edits of the text t5", "The edits of the text llama.7"]
+
+
+def test_every_text_is_reprojected(deltas: tuple[ConceptDelta, ...]) -> None:
+    """Each part spares what came later, along new directions of its own; one that cannot be made is refused, not left out."""
+    book = known_to(deltas[:1], book_of(5))
+    planner = Planner(Both(), book, OPTIONS, ORDINARY)
+    new, late = reproject(planner, deltas[0], {}), book.concepts[-1]
+    for text, encoder in Both().others.items():
+        old, part = deltas[0].parts[text], new.parts[text]
+        context = encoder.encode(late.prompts).context
+        assert float(ratios(context, part.down).max()) < 0.1 * float(ratios(context, old.down).max())
+        own = encoder.encode(deltas[0].concept.prompts).context
+        moved = [Composition((replace(d, parts={}),)).edit_context(own, torch.ones(len(own), 1)) - own for d in (old, part)]
+        assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < 0.5
+        assert part.certificate == planner.others[text].plan("star").certificate
+    with pytest.raises(SepMEError, match="edits the text t5 too"):
+        reproject(Planner(HashedEncoder(), book, OPTIONS, ORDINARY), deltas[0], {})
 
 
 @pytest.mark.parametrize("damage", ["up.t5", "up.t5.scale", "down.t5", "down.pooled", "infinite", "narrow"])

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .family import CONTEXT, EMBEDDED, EPSILON, FLOW, POOLED, Family, Projection, Shapes, Text, V
+from .family import CONTEXT, EMBEDDED, EPSILON, FLOW, POOLED, Family, Projection, Reading, Shapes, Text, V
 from .unet import ENDS
 from .unet import FAMILY as UNET
 
@@ -29,6 +29,7 @@ __all__ = [
     "SITE",
     "Family",
     "Projection",
+    "Reading",
     "Shapes",
     "Text",
     "V",

@@ -14,6 +14,28 @@ EPSILON, V, FLOW = "epsilon", "v", "flow"
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How one encoder that is no CLIP makes a text of a prompt.
+
+    Attributes:
+        model: what the transformers library calls the encoder's architecture: ``t5``, ``qwen3`` ...
+        states: which of its states count: 0 those of the embeddings, -1 the last ones, normalised; several lie side by side.
+        template: what the prompt stands in, in place of ``{}``.
+        cut: whether the states of what stands before the prompt are left out.
+        least: tokens at least; shorter prompts are filled up with ``pad``.
+        hidden: whether encoder and denoiser are kept from reading what fills them up.
+    """
+
+    model: str
+    states: tuple[int, ...] = (-1,)
+    template: str = "{}"
+    cut: bool = False
+    least: int = 1
+    pad: int = 0
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
 class Text:
     """A text that the denoiser is given.
 
@@ -21,11 +43,13 @@ class Text:
         encoder: what makes it, in words.
         widths: channels of the published models.
         tokens: how many of them, in words; empty for one vector a prompt.
+        reading: how it is made, where one encoder makes it alone and the denoiser is given what it makes.
     """
 
     encoder: str
     widths: tuple[int, ...]
     tokens: str = ""
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)

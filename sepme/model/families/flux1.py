@@ -1,6 +1,6 @@
 """Flux.1: T5's tokens enter a stream of their own, CLIP's vector the modulation."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, POOLED, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, POOLED, Family, Projection, Reading, Text
 
 FAMILY = Family(
     "flux1",
@@ -10,7 +10,7 @@ FAMILY = Family(
         Projection("vector_in.out_layer", diffusers="time_text_embed.text_embedder.linear_2", group=EMBEDDED, bias=True),
     ),
     label="Flux.1",
-    texts={CONTEXT: Text("T5-XXL", (4096,), "256 or more"), POOLED: Text("CLIP-L", (768,))},
+    texts={CONTEXT: Text("T5-XXL", (4096,), "256 or more", Reading("t5", least=256)), POOLED: Text("CLIP-L", (768,))},
     prediction=FLOW,
     cross_attention=False,
     marks=(

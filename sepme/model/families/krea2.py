@@ -1,7 +1,9 @@
 """Krea 2: twelve layers of a language model; each token's layers attend to one another, then the tokens."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Reading, Text
+from .qwen_image import TEMPLATE
 
+STATES = tuple(range(2, 36, 3))
 STACKS = tuple((f"txtfusion.{name}_blocks.*", f"text_fusion.{name}_blocks.*") for name in ("layerwise", "refiner"))
 LAYERS = {
     **{f"attn.w{p}": f"attn.to_{p}" for p in "qkv"},
@@ -17,7 +19,14 @@ FAMILY = Family(
         Projection("txtmlp.3", diffusers="txt_in.linear_2", group=EMBEDDED, bias=True),
     ),
     label="Krea 2",
-    texts={CONTEXT: Text("twelve layers of Qwen3-VL 4B side by side", (30720,), "as many as the prompt has")},
+    texts={
+        CONTEXT: Text(
+            "twelve layers of Qwen3-VL 4B side by side",
+            (30720,),
+            "as many as the prompt has",
+            Reading("qwen3_vl", STATES, TEMPLATE, cut=True),
+        )
+    },
     prediction=FLOW,
     cross_attention=False,
     marks=("txtfusion.projector txtmlp.1", "text_fusion.projector txt_in.linear_1"),

@@ -1,6 +1,6 @@
 """LTX-Video 0.9: cross-attention over an embedding of T5's tokens."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Reading, Text
 
 FAMILY = Family(
     "ltxv",
@@ -10,7 +10,7 @@ FAMILY = Family(
         *(Projection(f"transformer_blocks.*.attn2.to_{p}", group=EMBEDDED, bias=True) for p in "kv"),
     ),
     label="LTX-Video 0.9",
-    texts={CONTEXT: Text("T5-XXL", (4096,), "128 or more")},
+    texts={CONTEXT: Text("T5-XXL", (4096,), "128 or more", Reading("t5", least=128, hidden=True))},
     prediction=FLOW,
     marks=(
         "caption_projection.linear_1 patchify_proj adaln_single.linear -audio_adaln_single.linear -prompt_adaln_single.linear",

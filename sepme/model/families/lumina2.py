@@ -1,6 +1,6 @@
 """Lumina 2: Gemma's tokens are normalised and refined among themselves before they meet the picture's."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Reading, Text
 
 REFINER = "context_refiner.*"
 FAMILY = Family(
@@ -15,7 +15,7 @@ FAMILY = Family(
         *(Projection(f"{REFINER}.feed_forward.w{i}", diffusers=f"{REFINER}.feed_forward.linear_{i}", group=EMBEDDED) for i in (1, 3, 2)),
     ),
     label="Lumina 2",
-    texts={CONTEXT: Text("Gemma 2 2B", (2304,), "as many as the prompt has")},
+    texts={CONTEXT: Text("Gemma 2 2B", (2304,), "as many as the prompt has", Reading("gemma2", (-2,)))},
     prediction=FLOW,
     cross_attention=False,
     marks=(

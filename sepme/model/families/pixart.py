@@ -1,6 +1,6 @@
 """PixArt-alpha and -Sigma: cross-attention over an embedding of T5's tokens, the prompts of a batch in one row."""
 
-from .family import CONTEXT, EMBEDDED, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, Family, Projection, Reading, Text
 
 LAYER = "blocks.*.cross_attn"
 FAMILY = Family(
@@ -14,7 +14,7 @@ FAMILY = Family(
         ),
     ),
     label="PixArt",
-    texts={CONTEXT: Text("T5-XXL", (4096,), "as many as the prompt has, up to 120 or 300")},
+    texts={CONTEXT: Text("T5-XXL", (4096,), "as many as the prompt has, up to 120 or 300", Reading("t5"))},
     marks=(
         "y_embedder.y_proj.fc1 blocks.0.cross_attn.kv_linear",
         "caption_projection.linear_1 adaln_single.linear pos_embed.proj transformer_blocks.0.attn2.to_k",

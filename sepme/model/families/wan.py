@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2: cross-attention over an embedding of umT5's tokens."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Reading, Text
 
 FAMILY = Family(
     "wan",
@@ -13,7 +13,7 @@ FAMILY = Family(
         ),
     ),
     label="Wan 2.x",
-    texts={CONTEXT: Text("umT5-XXL", (4096,), "512")},
+    texts={CONTEXT: Text("umT5-XXL", (4096,), "512", Reading("umt5", least=512, hidden=True))},
     prediction=FLOW,
     marks=("text_embedding.0 blocks.0.cross_attn.k", "condition_embedder.text_embedder.linear_1 blocks.0.attn2.to_k"),
     embedding=(("text_embedding",), ("condition_embedder.text_embedder",)),

@@ -1,7 +1,8 @@
 """Z-Image: a language model's tokens are normalised and refined among themselves before they meet the picture's."""
 
-from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Text
+from .family import CONTEXT, EMBEDDED, FLOW, Family, Projection, Reading, Text
 
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 REFINER = "context_refiner.*"
 FAMILY = Family(
     "z-image",
@@ -15,7 +16,7 @@ FAMILY = Family(
         *(Projection(f"{REFINER}.feed_forward.w{i}", group=EMBEDDED) for i in (1, 3, 2)),
     ),
     label="Z-Image",
-    texts={CONTEXT: Text("Qwen3 4B", (2560,), "as many as the prompt has")},
+    texts={CONTEXT: Text("Qwen3 4B", (2560,), "as many as the prompt has", Reading("qwen3", (-2,), TEMPLATE))},
     prediction=FLOW,
     cross_attention=False,
     marks=("cap_embedder.1 cap_pad_token",),
