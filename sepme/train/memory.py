@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..model.layers import weights
-from ..model.protocols import Denoiser, Encoding
+from ..model.protocols import Encoding
+from ..model.schedule import ScheduledDenoiser
 from .increment import Increment, context_site
 from .options import TrainOptions
 from .passes import make_step
@@ -64,7 +65,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak.most
 
 
-def needed(denoiser: Denoiser, model: int, empty: Encoding, options: TrainOptions) -> Need:
+def needed(denoiser: ScheduledDenoiser, model: int, empty: Encoding, options: TrainOptions) -> Need:
     """What training one concept takes on this model at its size.
 
     Args:
@@ -74,14 +75,14 @@ def needed(denoiser: Denoiser, model: int, empty: Encoding, options: TrainOption
     return Need(model, max(peak_bytes(lambda: _step(denoiser, empty, options)), peak_bytes(lambda: _run(denoiser, empty, options))))
 
 
-def _run(denoiser: Denoiser, empty: Encoding, options: TrainOptions) -> None:
+def _run(denoiser: ScheduledDenoiser, empty: Encoding, options: TrainOptions) -> None:
     """A denoising step of the runs that x_t is taken from, with guidance."""
     rows = 2 * options.trajectories
     with torch.no_grad():
         denoiser.predict(*_noise(denoiser, rows), *_rows(denoiser, empty, rows)[::2])
 
 
-def _step(denoiser: Denoiser, empty: Encoding, options: TrainOptions) -> None:
+def _step(denoiser: ScheduledDenoiser, empty: Encoding, options: TrainOptions) -> None:
     """A training step."""
     sites = weights(denoiser.attention_layers()) if options.edit != "context" else {}
     d_in = empty.context.shape[-1]
@@ -97,12 +98,12 @@ def _step(denoiser: Denoiser, empty: Encoding, options: TrainOptions) -> None:
     torch.autograd.grad(loss, list(increment.w.values()), allow_unused=True)
 
 
-def _noise(denoiser: Denoiser, rows: int) -> tuple[Tensor, Tensor]:
+def _noise(denoiser: ScheduledDenoiser, rows: int) -> tuple[Tensor, Tensor]:
     shape = (rows, *denoiser.latent_shape)
     return torch.zeros(shape, dtype=denoiser.dtype, device=denoiser.device), torch.zeros(rows, dtype=torch.int64, device=denoiser.device)
 
 
-def _rows(denoiser: Denoiser, empty: Encoding, rows: int) -> Encoding:
+def _rows(denoiser: ScheduledDenoiser, empty: Encoding, rows: int) -> Encoding:
     """So many prompts of the empty one's shape."""
     where = {"device": denoiser.device}
     context = torch.zeros(rows, *empty.context.shape[1:], dtype=empty.context.dtype, **where)
