@@ -105,11 +105,11 @@ def _noise(denoiser: ScheduledDenoiser, rows: int) -> tuple[Tensor, Tensor]:
 
 def _rows(denoiser: ScheduledDenoiser, empty: Encoding, rows: int) -> Encoding:
     """So many prompts of the empty one's shape."""
-    where = {"device": denoiser.device}
-    context = torch.zeros(rows, *empty.context.shape[1:], dtype=empty.context.dtype, **where)
-    mask = torch.ones(rows, empty.mask.shape[1], dtype=torch.bool, **where)
-    pooled = None if empty.pooled is None else torch.zeros(rows, *empty.pooled.shape[1:], dtype=empty.pooled.dtype, **where)
-    return Encoding(context, mask, pooled)
+
+    def alike(one: Tensor) -> Tensor:
+        return torch.zeros((rows, *one.shape[1:]), dtype=one.dtype, device=denoiser.device)
+
+    return Encoding(alike(empty.context), alike(empty.mask), None if empty.pooled is None else alike(empty.pooled))
 
 
 def told(need: Need, latents: Sequence[int], options: TrainOptions) -> str:
