@@ -333,7 +333,8 @@ def test_other_objectives(server: Server) -> None:
     concept = graph.add("SepMEConcept", name="star", prompts="a star\na red star", anchor="a circle")
     for objective in ("esd", "sdd", "ablation", "fmn"):
         made = graph.add(
-            "SepMETrain", model=model[0], clip=model[1], concepts=concept[0], objective=objective, steps=10, preserve="a heart\nred", nearby=0
+            "SepMETrain", model=model[0], clip=model[1], concepts=concept[0], objective=objective, steps=10, preserve="a heart\nred",
+            nearby=0,
         )  # fmt: skip
         deltas[objective] = graph.add("SepMESaveDeltas", deltas=made[0], filename_prefix=f"objectives/{objective}-")
         unet = graph.add("SepMEApply", model=model[0], deltas=made[0])
