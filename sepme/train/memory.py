@@ -72,7 +72,12 @@ def needed(denoiser: ScheduledDenoiser, model: int, empty: Encoding, options: Tr
         model: bytes of the weights.
         empty: the empty prompt, one row.
     """
-    return Need(model, max(peak_bytes(lambda: _step(denoiser, empty, options)), peak_bytes(lambda: _run(denoiser, empty, options))))
+    return Need(model, max(step_bytes(denoiser, empty, options), peak_bytes(lambda: _run(denoiser, empty, options))))
+
+
+def step_bytes(denoiser: ScheduledDenoiser, empty: Encoding, options: TrainOptions) -> int:
+    """What a training step takes beside the weights."""
+    return peak_bytes(lambda: _step(denoiser, empty, options))
 
 
 def _run(denoiser: ScheduledDenoiser, empty: Encoding, options: TrainOptions) -> None:

@@ -16,7 +16,7 @@ def test_counted_as_it_is(demo_host: Any, options: dict[str, Any]) -> None:
     empty = demo_host.encode([""])
     with memory._Peak() as real:
         memory._step(demo_host, empty, chosen)
-    counted = memory.peak_bytes(lambda: memory._step(demo_host, empty, chosen))
+    counted = memory.step_bytes(demo_host, empty, chosen)
     assert counted == pytest.approx(real.most, rel=0.02)
     need = memory.needed(demo_host, 10**9, empty, chosen)
     assert need.total - 10**9 == max(counted, memory.peak_bytes(lambda: memory._run(demo_host, empty, chosen)))
