@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ...sepme.concepts import normalised
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.facts import DAMAGE, Facts
 from ...sepme.delta.format import plain_json, read_header
 from ...sepme.delta.library import Entry, resolve
+from ...sepme.delta.thumbnail import KEY as THUMBNAIL
+from ...sepme.delta.thumbnail import picture
 from ...sepme.errors import SepMEError
 from ...sepme.files import number
 from .infotext import HASH_LENGTH
@@ -82,18 +85,30 @@ def by_concept(strengths: Mapping[str, float], chosen: Sequence[Entry], entries:
     return table, idle
 
 
-def grade(entry: Entry) -> str:
-    """The certificate in one word; nothing is read but the header, and that once."""
-    return _grade(entry.path, entry.content_hash)
+class About(NamedTuple):
+    """What lists show of a file: its certificate in one word, and its small picture as a data URL, if it has one."""
+
+    grade: str = "unknown"
+    thumbnail: str = ""
+
+
+def about(entry: Entry) -> About:
+    """Nothing is read but the header, and that once for a size and content: a picture changes neither hash nor tensors."""
+    return _about(entry.path, entry.content_hash, entry.bytes)
 
 
 @lru_cache(maxsize=4096)
-def _grade(path: Path, content_hash: str) -> str:
+def _about(path: Path, content_hash: str, size: int) -> About:
     try:
         metadata, _ = read_header(path)
-        return Facts.from_header(metadata).certificate.grade(number(plain_json(metadata["gate"])))
+    except SepMEError:
+        return About()
+    thumbnail = metadata.get(THUMBNAIL, "")
+    shown = thumbnail if picture(thumbnail) else ""
+    try:
+        return About(Facts.from_header(metadata).certificate.grade(number(plain_json(metadata["gate"]))), shown)
     except (SepMEError, *DAMAGE):
-        return "unknown"
+        return About(thumbnail=shown)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,10 @@ def sentence(grade: str) -> str:
     return WORDS[f"grade.{grade}"]
 
 
+def word(grade: str) -> str:
+    return sentence(grade).partition(":")[0]
+
+
 def dot(grade: str) -> str:
     """A coloured dot as HTML; the sentence is its tooltip."""
     text = html.escape(sentence(grade), quote=True)

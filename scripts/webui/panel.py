@@ -15,10 +15,9 @@ from ...sepme.apply.projector import BACKENDS
 from ...sepme.concepts import split_names
 from ...sepme.delta.library import DeltaLibrary, Entry
 from ...sepme.errors import SepMEError
-from ...sepme.model.families import fits
 from . import infotext
-from .files import by_concept, by_hash, find, grade, label_of, labels
-from .grades import dot
+from .cards import LOST, facts, name
+from .files import by_concept, by_hash, find, label_of, labels
 from .host import InputAccordion, missing
 from .settings import Settings
 
@@ -31,7 +30,6 @@ GATE = "Gate: prompts that carry no chosen concept stay as they are, bit for bit
 STRENGTH = "0 keeps, 1 erases, more overshoots, less than 0 amplifies"
 NO_FILES = "There are no delta files yet: make some in the tab SepME, or copy some there."
 NAMED = "by its name"
-LOST = "no such file; refresh, or take it out"
 BACKEND_INFO = "auto: exact, and fused where every prompt is changed anyway"
 
 
@@ -103,19 +101,18 @@ class Panel:
     @staticmethod
     def _row(label: str, files: Sequence[Entry], strengths: Mapping[str, float], without: str = LOST) -> str:
         """The row of what is chosen under this label, of no file or (for different checkpoints) of several."""
-        name = files[0].concept if files else label
-        strength = strengths.get(name, 1.0)
-        facts = "; ".join(f"{fits(e.architecture)}, {e.bytes / 1000:.0f} kB" for e in files) or without
-        quoted = html.escape(name, quote=True)
+        concept = files[0].concept if files else label
+        strength = strengths.get(concept, 1.0)
+        quoted = html.escape(concept, quote=True)
         return (
             f'<div class="sepme-row{"" if strength else " sepme-off"}" data-concept="{quoted}">'
             f'<label title="Erase or keep {quoted}"><input type="checkbox" class="sepme-switch"{" checked" if strength else ""}> '
-            f"{html.escape(label)}{''.join(f' {dot(g)}' for g in sorted({grade(e) for e in files}))}</label>"
+            f"{name(label, files)}</label>"
             f'<input type="range" class="sepme-strength" min="0" max="1.5" step="0.05" value="{strength:g}" '
             f'aria-label="Strength of {quoted}" title="{STRENGTH}">'
             f'<input type="number" class="sepme-number" min="-100" max="100" step="0.05" value="{strength:g}" '
             f'aria-label="Strength of {quoted} as a number" title="{STRENGTH}">'
-            f'<span class="sepme-facts" title="{html.escape(facts, quote=True)}">{html.escape(facts)}</span></div>'
+            f"{facts(files, without)}</div>"
         )
 
     def _read_enabled(self, params: Mapping[str, str]) -> bool | None:

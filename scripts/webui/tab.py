@@ -9,13 +9,17 @@ from typing import Any
 import gradio as gr
 
 from ...sepme.apply.toggles import parse_json
+from ...sepme.checks import check_number
 from ...sepme.concepts import file_name
 from ...sepme.convert import export_checkpoint, export_lora, model_weights
 from ...sepme.delta.concept_delta import ConceptDelta
 from ...sepme.delta.verify import check_encoder, verify
 from ...sepme.errors import SepMEError
 from ...sepme.model.layers import kv_fingerprint, shapes
+from ...sepme.plan.directions import RANGES
+from ...sepme.plan.nearby import COUNT
 from . import host
+from .cards import cards
 from .files import choose, labels, load
 from .panel import delta_choice
 from .progress import TaskStatus, follow, shown, table
@@ -39,9 +43,14 @@ def make_tab() -> list[tuple[Any, str, str]]:
 def _verify_page() -> None:
     gr.HTML("<p>Measures gates and leakage of deltas again, with the text encoder of the loaded checkpoint.</p>")
     files = _file_choice("sepme_verify_files")
+    nearby = gr.Number(
+        COUNT, label="Nearby words", precision=0, elem_id="sepme_verify_nearby",
+        info="of the tokenizer's own that are looked at: which of them change; 0: none",
+    )  # fmt: skip
     start = gr.Button("Verify", variant="primary", elem_id="sepme_verify")
     status, curve = gr.HTML(elem_id="sepme_verify_status"), gr.HTML(visible=False)
-    start.click(check, [files], [status, curve], show_progress=False, api_name="sepme_verify")
+    start.click(check, [files, nearby], [status, curve], show_progress=False, api_name="sepme_verify_nearby")
+    gr.Button(visible=False).click(check, [files], [status, curve], show_progress=False, api_name="sepme_verify")  # for programs
 
 
 def _export_page() -> None:
@@ -63,7 +72,9 @@ def _file_choice(elem_id: str) -> Any:
     with gr.Row():
         files = delta_choice(host.library, "Deltas", elem_id)
         refresh = gr.Button("\u21bb", elem_classes=["tool", "sepme-refresh"], scale=0, min_width=40)
+    shown = gr.HTML(elem_id=f"{elem_id}_cards")
     refresh.click(lambda: gr.update(choices=list(labels(host.library.entries()))), [], [files], show_progress=False)
+    files.change(lambda chosen: cards(chosen, host.library.entries()), [files], [shown], show_progress=False, api_name=f"{elem_id}_cards")
     return files
 
 
@@ -79,18 +90,19 @@ def _deltas(chosen: Sequence[str]) -> list[ConceptDelta]:
     return found
 
 
-def check(chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """A table of what was measured."""
+def check(chosen: Sequence[str], nearby: int = 0) -> Iterator[tuple[str, str]]:
+    """A table of what was measured; ``nearby``: how many words near each concept are looked at."""
 
     def work(progress: TaskStatus) -> str:
         deltas = _deltas(chosen)
+        check_number("nearby words", nearby, *RANGES["nearby"], whole=True)
         with host.job(), host.loaded_model() as model:
             layers = model.attention_layers()
             fingerprint = kv_fingerprint(layers)
             for delta in deltas:
                 delta.check_fits(shapes(layers), "the loaded checkpoint")
             about_encoder = check_encoder(model, deltas)
-            found = verify(model, deltas, on_progress=shown(progress))
+            found = verify(model, deltas, on_progress=shown(progress), nearby=nearby)
         made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
         others = [
             f"{n!r} was made on K/V weights {f}; the loaded checkpoint has {fingerprint}." for n, f in made.items() if f != fingerprint

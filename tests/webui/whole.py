@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
@@ -58,8 +58,8 @@ MATRIX = [False, True, "positive", "comma", 0]  # put at the start, the same see
 class Trial:
     """One host's table."""
 
-    def __init__(self, server: Server, page: Page) -> None:
-        self.server, self.page = server, page
+    def __init__(self, server: Server, page: Page, folder: Path) -> None:
+        self.server, self.page, self.folder = server, page, folder
         self.stock: dict[str, Pictures] = {}
         self.rows: list[tuple[str, str, float]] = []
 
@@ -82,11 +82,11 @@ class Trial:
             request["script_args"] = MATRIX
         return self.server.draw(request.pop("prompt"), *panel, **request)
 
-    def draw_stock(self, known: Path) -> None:
+    def draw_stock(self, cases: Iterable[str], known: Path) -> None:
         """Before the extension is there; or what an earlier run with this host drew."""
         if known.exists():
             self.stock = {case: Pictures.loads(texts) for case, texts in json.loads(known.read_text(encoding="utf-8")).items()}
-        for case in [case for case in STOCK if case not in self.stock]:
+        for case in [case for case in cases if case not in self.stock]:
             self.stock[case] = self.draw(case)
         assert self.draw("txt2img") == self.stock["txt2img"], f"the host does not repeat itself, or is another than that of {known}"
         known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")
@@ -183,11 +183,12 @@ def axes(trial: Trial) -> str:
     return "cells of strength 0 and of no concept are stock"
 
 
-def infotext(trial: Trial, folder: Path) -> str:
+def infotext(trial: Trial) -> str:
     """A picture's text and its file put the panel back; the page's own button then makes that picture."""
     on = trial.other("txt2img", True, ["van gogh"], '{"van gogh": 0.5}', True, "auto")
-    (folder / "dropped.png").write_bytes(on.files[0])
-    for put in (lambda: trial.page.paste(on.infotext), lambda: trial.page.drop(folder / "dropped.png")):
+    dropped = trial.folder / "dropped.png"
+    dropped.write_bytes(on.files[0])
+    for put in (lambda: trial.page.paste(on.infotext), lambda: trial.page.drop(dropped)):
         trial.page.open()
         assert not trial.page.rows
         put()
@@ -221,7 +222,40 @@ def given_deltas(trial: Trial, source: Path) -> str:
     return "deltas of another host"
 
 
-def run(checkout: Path, folder: Path, deltas: Path | None) -> bool:
+class Row(NamedTuple):
+    """A row of the table: what is tried, and which stock pictures it needs beside the first."""
+
+    name: str
+    test: Callable[[Trial], str | None]
+    cases: tuple[str, ...] = ()
+
+
+def drawn(name: str, *cases: str, panel: tuple[Any, ...] = ON) -> Row:
+    """A row of :func:`off_and_on`."""
+    return Row(name, off_and_on(*cases, panel=panel), cases)
+
+
+ROWS = (
+    Row("panel on, off, strength 0, gate", switches, ("without a concept",)),
+    Row("two prompts of different tags in one batch (prompt matrix)", batch_of_tags, ("prompt matrix",)),
+    Row("negative prompts and their tags", negative, ("negative prompt",)),
+    drawn("hires", "hires", "hires without a concept"),
+    drawn("img2img", "img2img"),
+    drawn("AND", "AND"),
+    drawn("prompt editing", "prompt editing"),
+    drawn("LoRA beside", "LoRA", "LoRA without a concept"),
+    drawn("refiner", "refiner", "refiner without a concept"),
+    drawn("context edit", "txt2img", "without a concept", panel=CONTEXT),
+    drawn("context edit, hires", "hires", "hires without a concept", panel=CONTEXT),
+    drawn("context edit, refiner", "refiner", "refiner without a concept", panel=CONTEXT),
+    Row("X/Y/Z plot", axes),
+    Row("second checkpoint between", second_checkpoint),
+    Row("infotext pasted, PNG dropped", infotext),
+    Row("log and page", quiet),
+)
+
+
+def run(checkout: Path, folder: Path, deltas: Path | None, rows: Sequence[Row]) -> bool:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
     models, known = folder / "models", folder / f"stock-{checkout.name}-{commit}.json"
     files.relative(models / "b.safetensors", files.checkpoint(models / "a.safetensors", 0), 1)
@@ -229,29 +263,13 @@ def run(checkout: Path, folder: Path, deltas: Path | None) -> bool:
     data = folder / f"data-{checkout.name}"
     shutil.rmtree(data, ignore_errors=True)
     with started(checkout, data, models, folder / "lora") as server, launched() as browser:
-        trial = Trial(server, Page(browser, server))
-        trial.check("stock pictures", lambda: trial.draw_stock(known))
+        trial = Trial(server, Page(browser, server), folder)
+        cases = {"txt2img": None, **{case: None for row in rows for case in row.cases}}
+        trial.check("stock pictures", lambda: trial.draw_stock(cases, known))
         trial.check("installed", lambda: install(trial, f"file://{ROOT}"))
         trial.check("training", lambda: train(trial) if deltas is None else given_deltas(trial, deltas))
-        for name, test in (
-            ("panel on, off, strength 0, gate", switches),
-            ("two prompts of different tags in one batch (prompt matrix)", batch_of_tags),
-            ("negative prompts and their tags", negative),
-            ("hires", off_and_on("hires", "hires without a concept")),
-            ("img2img", off_and_on("img2img")),
-            ("AND", off_and_on("AND")),
-            ("prompt editing", off_and_on("prompt editing")),
-            ("LoRA beside", off_and_on("LoRA", "LoRA without a concept")),
-            ("refiner", off_and_on("refiner", "refiner without a concept")),
-            ("context edit", off_and_on("txt2img", "without a concept", panel=CONTEXT)),
-            ("context edit, hires", off_and_on("hires", "hires without a concept", panel=CONTEXT)),
-            ("context edit, refiner", off_and_on("refiner", "refiner without a concept", panel=CONTEXT)),
-            ("X/Y/Z plot", axes),
-            ("second checkpoint between", second_checkpoint),
-            ("infotext pasted, PNG dropped", lambda trial: infotext(trial, folder)),
-            ("log and page", quiet),
-        ):
-            trial.check(name, lambda test=test: test(trial))  # type: ignore[misc]
+        for row in rows:
+            trial.check(row.name, lambda row=row: row.test(trial))  # type: ignore[misc]
     width = max(len(name) for name, _, _ in trial.rows)
     print(f"\n{checkout.name} {commit}")
     for name, said, seconds in trial.rows:
@@ -265,8 +283,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "sepme-whole")
     parser.add_argument("--deltas", type=Path, help="a folder that another host's run has made, in place of training")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose names begin so, in place of all")
     given = parser.parse_args()
-    held = [run(checkout, given.folder, given.deltas) for checkout in CHECKOUTS]
+    rows = [row for row in ROWS if row.name.startswith(tuple(given.only))]
+    held = [run(checkout, given.folder, given.deltas, rows) for checkout in CHECKOUTS]
     sys.exit(not all(held))
 
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,10 +88,30 @@ def test_rows_and_refresh(page: SimpleNamespace) -> None:
     assert "not JSON" in rows_of(page, ["star"], "{")
     assert "no such file" in rows_of(page, ["<b>x</b>"], "")
     assert "<b>x" not in rows_of(page, ["<b>x</b>"], "")
+    assert rows.count("<span>Safe</span>, <span>unet-320x3") == 2, rows
     source = next((page.models / "sepme").glob("star*.safetensors"))
     shutil.copy(source, page.models / "sepme" / "copy.safetensors")
     update = call(page, "script_txt2img_sepme_concepts_refresh", ["star"])
     assert [c[0] if isinstance(c, (list, tuple)) else c for c in update["choices"]] == ["heart", "moon", "star"]
+
+
+def test_small_pictures_beside_names(page: SimpleNamespace) -> None:
+    """In the accordion and in the tab's lists, as the file's header has them; what is no picture is not shown."""
+    format = page.ui.part("sepme.delta.concept_delta")
+    picture = "data:image/png;base64,iVBORw0KGgo="
+    delta = format.ConceptDelta.load(page.models / "sepme" / "heart.safetensors")
+    for name, text in (("pictured", picture), ("fake", '" onerror="alert(1)')):
+        made = replace(delta, concept=replace(delta.concept, name=name), thumbnail=text)
+        made.save(page.models / "sepme" / f"{name}.safetensors")
+        for shown in (
+            rows_of(page, [name], ""),
+            call(page, "sepme_verify_files_cards", [name]),
+            call(page, "sepme_export_files_cards", [name]),
+        ):
+            assert ">Safe<" in shown
+            assert shown.count(f'<img class="sepme-thumbnail" src="{picture}"') == (text == picture)
+            assert "onerror" not in shown
+        (page.models / "sepme" / f"{name}.safetensors").unlink()
 
 
 def test_api_arguments_keep_their_order(page: SimpleNamespace) -> None:
@@ -149,6 +170,10 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     assert "certificate" in status
     assert [word for word in words if f">{word}" in status] == grades  # the one that ComfyUI shows
     assert status.count("yes") == 2, status
+    assert "nearby words were not measured" in status
+    status, _ = call(page, "sepme_verify_nearby", ["house"], 12)
+    assert re.search(r"\d+ (of \d+ )?nearby words? change|to the preserve list", status), status
+    assert "must be a whole number from 0" in call(page, "sepme_verify_nearby", ["house"], -1)[0]
     status, _ = call(page, "sepme_export", ["house"], "LoRA", "houses", "")
     assert "Wrote" in status
     assert (page.models / "Lora" / "houses.safetensors").exists()

@@ -54,7 +54,7 @@ class Page:
         self.choose("#sepme_edit", edit)
         self.tab.locator("#sepme_prefix").locator("textarea, input").fill(prefix)
         self.tab.locator("#sepme_train").click()
-        status = self.tab.locator("#sepme_train_status")
+        status = self.tab.locator("#sepme_train_status").first  # Gradio gives two elements the id
         status.locator(".sepme-progress").first.wait_for(state="attached")
         if interrupt:
             self.tab.locator("#sepme_interrupt").click()

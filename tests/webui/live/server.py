@@ -25,7 +25,10 @@ QUIET = (
     "--skip-prepare-environment", "--skip-install", "--skip-torch-cuda-test", "--skip-version-check", "--skip-python-version-check",
     "--no-half", "--no-hashing", "--no-download-sd-model", "--api",
 )  # fmt: skip
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1",
+    "IGNORE_CMD_ARGS_ERRORS": "1",  # Neo lacks some of these flags
+}  # fmt: skip
 DRAWN = {"steps": 2, "width": 64, "height": 64, "seed": 1, "sampler_name": "Euler", "cfg_scale": 7.0}
 
 
@@ -67,8 +70,10 @@ class Server:
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         data.mkdir(parents=True, exist_ok=True)
         (data / "config.json").write_text(json.dumps({"samples_format": "png"}), encoding="utf-8")
-        cpu = ("--always-cpu",) if (checkout / "backend").is_dir() else ("--use-cpu", "all")
-        folders = ("--data-dir", str(data), "--ckpt-dir", str(models), "--lora-dir", str(loras))
+        neo, forge = (checkout / "modules_forge" / "packages").is_dir(), (checkout / "modules_forge").is_dir()
+        cpu = ("--cpu",) if neo else ("--always-cpu",) if forge else ("--use-cpu", "all")
+        several = "s" if neo else ""
+        folders = ("--data-dir", str(data), f"--ckpt-dir{several}", str(models), f"--lora-dir{several}", str(loras))
         folders += ("--gradio-allowed-path", str(checkout))  # Forge's page gets its own scripts only from there
         self.command = [
             str(checkout / "venv" / "bin" / "python"),
@@ -82,7 +87,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | OFFLINE
+        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | VARIABLES
         with self.log_file.open("a", encoding="utf-8") as log:
             self.process = subprocess.Popen(self.command, cwd=self.checkout, env=variables, stdout=log, stderr=subprocess.STDOUT)
         self.wait()
