@@ -223,7 +223,8 @@ def too_large(takes: Sequence[str], options: TrainOptions, ways: Mapping[str, in
         return "The memory ran out; close other programs, or choose the edit context, which does not read the MODEL."
     fitting = [f"{name} (about {size_in_words(count)})" for name, count in ways.items() if count <= free]
     last = "the objective closed-form, which takes no training step"
-    return " ".join(["The memory ran out.", *takes, f"{size_in_words(free)} are free; choose {' or '.join([*fitting, last])}."])
+    known = "".join(f"{sentence} " for sentence in takes)
+    return f"The memory ran out. {known}{size_in_words(free)} are free; choose {' or '.join([*fitting, last])}."
 
 
 def share_done(step: Progress, first: float, options: TrainOptions) -> float:
