@@ -33,6 +33,7 @@ USED = {
         "StableDiffusionProcessing.get_conds", "StableDiffusionProcessing.parse_extra_network_prompts",
     ),
     "devices.py": ("autocast",),
+    "sd_samplers_common.py": ("single_sample_to_image",),
     "shared_state.py": ("State.begin", "State.end", "State.interrupt"),
     "infotext_utils.py": ("quote", "unquote"),
     "ui_components.py": ("InputAccordion",),
