@@ -17,7 +17,7 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.format import PART_FACTS
 from ..errors import SepMEError
 from ..model.families import CONTEXT
-from ..model.layers import kv_fingerprint, shapes, weights
+from ..model.layers import Layers, kv_fingerprint, shapes, weights
 from ..model.protocols import AttentionLayer, clip_skip
 from ..plan.directions import reduce_rows
 from ..plan.planner import Planner
@@ -65,9 +65,7 @@ def response_gap(one: ConceptDelta, other: ConceptDelta, tokens: Tensor) -> floa
     return (gap / whole) ** 0.5 if whole else 0.0
 
 
-def order_gap(
-    delta: ConceptDelta, book: ConceptBook, planner_of: Callable[[ConceptBook], Planner], layers: Mapping[str, AttentionLayer]
-) -> float:
+def order_gap(delta: ConceptDelta, book: ConceptBook, planner_of: Callable[[ConceptBook], Planner], layers: Layers) -> float:
     """What is left of the order in which later concepts came: they arrive one by one in the book's order, and in reverse.
 
     After each arrival the delta is reprojected. In the end D is the same by construction; Y is compared by :func:`response_gap`.
@@ -104,7 +102,7 @@ def known_to(deltas: Sequence[ConceptDelta], book: ConceptBook) -> ConceptBook:
     return replace(book, concepts=tuple(ordered), preserve=tuple(preserve))
 
 
-def reproject(planner: Planner, delta: ConceptDelta, layers: Mapping[str, AttentionLayer]) -> ConceptDelta:
+def reproject(planner: Planner, delta: ConceptDelta, layers: Layers) -> ConceptDelta:
     """The delta along directions that spare everything the planner knows, with the old response on its own prompts refitted.
 
     D and the certificate then depend only on the set of known concepts, not on the order in which they came; ``info["reprojected"]``
@@ -166,7 +164,7 @@ def _delta(
     planner: Planner,
     concept: Concept,
     changes: Iterable[tuple[str, Tensor]],
-    layers: Mapping[str, AttentionLayer],
+    layers: Layers,
     info: dict[str, Any],
     what: str,
     facts: dict[str, Any],

@@ -13,6 +13,7 @@ from ..apply.projector import KVProjector
 from ..concepts import ConceptBook
 from ..convert import order_gap
 from ..delta.concept_delta import ConceptDelta
+from ..model.layers import TextBlocks
 from ..model.protocols import EvaluationHost
 from ..plan.gate import ratios
 from ..plan.planner import Planner
@@ -132,7 +133,8 @@ def random_toggles(sampler: Sampler, eraser: Separable, cycles: int) -> dict[str
 def _parameters(host: EvaluationHost) -> list[tuple[str, Tensor]]:
     """All parameters of the modules that the attention layers belong to."""
     layers = host.attention_layers()
-    return [(f"{name}.{key}", p) for name, layer in layers.items() for key, p in cast(nn.Module, layer).named_parameters()]
+    modules = layers.modules if isinstance(layers, TextBlocks) else layers
+    return [(f"{name}.{key}", p) for name, layer in modules.items() for key, p in cast(nn.Module, layer).named_parameters()]
 
 
 def strength_sweep(sampler: Sampler, eraser: Separable, gate: bool) -> list[dict[str, float]]:

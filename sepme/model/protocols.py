@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .blocks import TextBlocks
 
 
 class Encoding(NamedTuple):
@@ -73,8 +76,9 @@ class Denoiser(Protocol):
         """Predicted noise ε, shape of ``x_t``; ``t`` is ``(batch,)`` int64, ``extra`` the prompts' pooled vectors ``(batch, d_pooled)``."""
         ...
 
-    def attention_layers(self) -> Mapping[str, AttentionLayer]:
-        """Cross-attention modules by canonical (LDM) name, in the order of the forward pass."""
+    def attention_layers(self) -> Mapping[str, AttentionLayer] | TextBlocks:
+        """Cross-attention modules by canonical (LDM) name, in the order of the forward pass; of other models than UNets their
+        :class:`~sepme.model.blocks.TextBlocks`, or none where text and picture are mixed, so that only the context can be edited."""
         ...
 
     def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_finite
+from .blocks import TextBlocks
 from .protocols import AttentionLayer, Denoiser
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -145,7 +146,7 @@ class ScheduledDenoiser(ABC):
         """What the model itself returns; all but ``extra`` are on its device, in its dtype."""
 
     @abstractmethod
-    def attention_layers(self) -> Mapping[str, AttentionLayer]: ...
+    def attention_layers(self) -> Mapping[str, AttentionLayer] | TextBlocks: ...
 
     @property
     def timesteps(self) -> int:

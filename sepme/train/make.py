@@ -109,7 +109,8 @@ def make_deltas(
     if len(names) > 1:
         common["joint"] = [p.concept.name for p in plans]
     recipes = [common | {"concept": p.concept.name} | _facts(pictures.get(n)) for n, p in zip(names, plans, strict=True)]
-    read = denoiser.embed if isinstance(denoiser, TextBlocks) and denoiser.embedding else None
+    blocks = denoiser if denoiser is None or isinstance(denoiser, TextBlocks) else denoiser.attention_layers()
+    read = blocks.embed if isinstance(blocks, TextBlocks) and blocks.embedding else None
     increments = [_start(planner, plan, sites, options, read) for plan in plans]
     losses: list[list[float]] = [[] for _ in names]
     if options.make_objective().trained:
@@ -132,9 +133,15 @@ def _sites(planner: Planner, denoiser: Model, options: TrainOptions) -> tuple[di
     if options.needs_model:
         if denoiser is None:
             raise SepMEError("A model is needed for this training; only context edits in closed form are made without one.")
-        if isinstance(denoiser, TextBlocks) and options.make_objective().trained:
+        objective = options.make_objective()
+        if isinstance(denoiser, TextBlocks) and objective.trained:
             raise SepMEError(f"Layers of {denoiser.family.label} are changed in closed form only; choose the objective closed-form.")
         layers = denoiser if isinstance(denoiser, TextBlocks) else denoiser.attention_layers()
+        if isinstance(layers, TextBlocks) and objective.trained and (objective.moves == "attention" or options.mode != "subspace"):
+            what = f"objective {options.objective}" if objective.moves == "attention" else f"mode {options.mode}"
+            raise SepMEError(
+                f"The {what} is for Stable Diffusion; layers of {layers.family.label} are trained by another, in mode subspace."
+            )
         kv, facts = weights(layers), {"kv_fingerprint": kv_fingerprint(layers)}
         for name, weight in kv.items():
             check_finite(weight, "UNet", f"the weight of {name}")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from ..errors import SepMEError
 from ..model.families import CONTEXT
-from ..model.layers import projections
+from ..model.layers import TextBlocks, projections
 from ..model.patch import Forward, patched
 from ..model.protocols import Denoiser, Encoding
 from .increment import Increment
@@ -21,7 +23,10 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
     """One draw of a concept; ``increments`` are those of all concepts that are trained together."""
     x_t, t, prompts = draw
     layers = denoiser.attention_layers()
-    changed = {name: module for name, module in projections(layers).items() if any(name in i.names for i in increments)}
+    sites = layers.sites if isinstance(layers, TextBlocks) else {name: (name,) for name in projections(layers)}
+    changed = {path: module for path, module in projections(layers).items() if any(s in i.names for s in sites[path] for i in increments)}
+
+    rows = {site: shape[0] for site, shape in layers.shapes.items()} if isinstance(layers, TextBlocks) else {}
 
     def predict(c: Encoding) -> Tensor:
         return _precise(denoiser.predict(x_t, t, c.context, c.pooled))
@@ -36,26 +41,30 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
             c = c._replace(pooled=run.pooled.replace(c.pooled))
         features = [increment.features(c.context) for increment in increments]
 
-        def add(name: str, out: Tensor) -> Tensor:
+        def add(names: Sequence[str], out: Tensor) -> Tensor:
             for increment, h in zip(increments, features, strict=True):
-                if name in increment.names:
-                    out = out + increment.term(name, h).to(out.dtype)
+                if any(name in increment.names for name in names):
+                    terms = [increment.term(n, h) if n in increment.names else h.new_zeros(*h.shape[:2], rows[n]) for n in names]
+                    out = out + _laid(torch.cat(terms, dim=-1), out).to(out.dtype)
             return out
 
         def wrap(name: str, module: nn.Module, forward: Forward) -> Forward:
             def project(x: Tensor) -> Tensor:
-                out = add(name, forward(x))
+                out = add(sites.get(name, (name,)), forward(x))
                 if heard is not None:
                     heard[name] = out
                 return out
 
             return project
 
-        listened = {f"{n}.{p}": getattr(layer, p) for n, layer in layers.items() for p in ("to_q", "to_k")} if heard is not None else {}
-        with patched(listened | changed, wrap):
-            return predict(c._replace(context=add(CONTEXT, c.context)))
+        modules = dict(changed)
+        if heard is not None and not isinstance(layers, TextBlocks):
+            modules = {f"{n}.{p}": getattr(layer, p) for n, layer in layers.items() for p in ("to_q", "to_k")} | modules
+        with patched(modules, wrap):
+            return predict(c._replace(context=add([CONTEXT], c.context)))
 
     def attention(c: Encoding) -> list[Tensor]:
+        assert not isinstance(layers, TextBlocks)
         heard: dict[str, Tensor] = {}
         erased(c, heard)
         return [_map(heard[f"{name}.to_q"], heard[f"{name}.to_k"], layer.heads) for name, layer in layers.items()]
@@ -64,6 +73,21 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
     own, words = run.own.rows(prompts), None if run.words is None else run.words[prompts]
     empty, anchor = (e.rows([0] * batch) for e in (run.empty, run.anchor))
     return Step(frozen, erased, attention, own, empty, anchor, words)
+
+
+def _laid(term: Tensor, out: Tensor) -> Tensor:
+    """What is added for prompts ``(rows, tokens, d_out)`` as their tokens lie in a layer's output: other texts' tokens behind them, or all
+    rows one after the other in a single one.
+
+    Raises:
+        SepMEError: they lie in another way.
+    """
+    if term.shape == out.shape:
+        return term
+    tokens, rest = divmod(out.shape[0] * out.shape[1], len(term))
+    if rest or tokens < term.shape[1] or len(out) not in (1, len(term)):
+        raise SepMEError("This model leaves out tokens of the prompts before its layers read them; edit the context instead of layers.")
+    return pad(term, (0, 0, 0, tokens - term.shape[1])).reshape(out.shape)
 
 
 def _map(q: Tensor, k: Tensor, heads: int) -> Tensor:
