@@ -20,6 +20,7 @@ from .inspect import show_summaries, summary
 from .options import Hyperparameters, Json, ModelOptions, NullSpace, OutFolder, Preserve, Size, grouped
 
 if TYPE_CHECKING:
+    from ..delta.thumbnail import Draw
     from ..model.protocols import ImageEncoder
     from ..train.book import Group
     from ..train.workers import Setup
@@ -49,12 +50,18 @@ def train(
     size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
+    thumbnail: Annotated[
+        bool,
+        typer.Option(
+            help="Draw a small picture into each file: the concept's first prompt, unchanged and erased. Large models need a GPU."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Make one delta file for every concept of a book."""
     import torch
 
-    from ..train.workers import Setup
+    from ..train.workers import Setup, no_drawing
 
     concept_book = ConceptBook.load(book)
     if preserve is not None:
@@ -72,9 +79,8 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
-    setup = Setup(
-        partial(model.load, size, not options.needs_model), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures
-    )
+    load, threads, draw = partial(model.load, size, not options.needs_model), torch.get_num_threads(), _draw if thumbnail else no_drawing
+    setup = Setup(load, concept_book, plan, options, tuple(chosen), threads, pictures, draw)
     _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
@@ -165,3 +171,10 @@ def _pictures(host: ImageEncoder, folder: Path | None, names: list[str], check: 
             read[own] = Pictures(host.encode_images(images, check), digest)
         result[name] = read[own]
     return result
+
+
+def _draw(host: Any, check: Callable[[], None] = lambda: None) -> Draw | None:
+    """See :func:`~sepme.hosts.diffusers.thumbnails`, which is imported no sooner than that."""
+    from ..hosts.diffusers import thumbnails
+
+    return thumbnails(host, check)

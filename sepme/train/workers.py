@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,9 @@ from ..progress import OnProgress, silent
 from .book import Group, Job
 from .options import Progress, TrainOptions
 from .source import Pictures
+
+if TYPE_CHECKING:
+    from ..delta.thumbnail import Draw
 
 RETRIES = 3
 STORE = 256 << 20  # bytes of shared memory; finished deltas pass through it
@@ -39,6 +42,10 @@ def no_pictures(host: Any, check: Callable[[], None] = lambda: None) -> dict[str
     return {}
 
 
+def no_drawing(host: Any, check: Callable[[], None] = lambda: None) -> None:
+    """Nothing that draws."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """Everything a process needs to make any of a book's deltas. It is pickled, so callables must be importable.
@@ -48,6 +55,7 @@ class Setup:
         names: all concepts of the run (:attr:`Job.names`).
         threads: of torch, in every process.
         pictures: from the host, the user's pictures by concept.
+        draw: from the host, what draws small pictures (:attr:`Job.draw`).
     """
 
     load: Callable[[], Any]
@@ -57,13 +65,15 @@ class Setup:
     names: tuple[str, ...]
     threads: int
     pictures: Callable[..., Mapping[str, Pictures]] = no_pictures
+    draw: Callable[..., Draw | None] = no_drawing
 
     def job(self, todo: Sequence[Group], on_progress: OnProgress = silent, check: Callable[[], None] = lambda: None) -> Job:
         """Load the host and what is known of it; ``check`` is called meanwhile and may raise Interrupted."""
         host = self.load()
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
-        return Job(planner, host if self.options.needs_model else None, self.options, self.names, todo, pictures)
+        denoiser = host if self.options.needs_model else None
+        return Job(planner, denoiser, self.options, self.names, todo, pictures, self.draw(host, check=check))
 
 
 class Worker:
