@@ -31,7 +31,7 @@ def thumbnails(model: LoadedModel, check: Callable[[], None] = lambda: None) -> 
     Args:
         check: called after every denoising step; it may raise :class:`~sepme.errors.Interrupted`.
     """
-    if not bearable(model.device.type, sum(p.numel() for p in model.unet.parameters())):
+    if not bearable(model.device.type, sum(weight.numel() for weight in model.unet.parameters())):
         return None
 
     def draw(prompt: str, deltas: Sequence[ConceptDelta]) -> Image:
