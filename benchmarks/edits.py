@@ -1,7 +1,7 @@
 """Which edit erases better: of each layer, or of the context? Both, in closed form and trained by G-CiRs, on the embedded model.
 
-Six concepts of the suite ``demo``, 4 pictures each, the gate on; a JSON line a method: ``python benchmarks/edits.py FOLDER``. Four
-processor minutes on one core.
+Six concepts of the suite ``demo``, 4 pictures each, the gate on, each of them attacked; a JSON line a method:
+``python benchmarks/edits.py FOLDER``. Some twenty processor minutes on one core.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sepme.evaluate.run import Run
 from sepme.evaluate.suite import Suite
 from sepme.hosts.diffusers import DiffusersHost
 
-ATTACK = {"concepts": 2, "steps": 40, "tokens": 4, "batch": 4, "learning_rate": 0.02, "rounds": 20}
+ATTACK = {"concepts": 6, "steps": 40, "tokens": 4, "batch": 4, "learning_rate": 0.02, "rounds": 20}
 
 
 def main(folder: Path) -> None:

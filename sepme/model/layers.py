@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import TextBlocks as TextBlocks
-from .families import Shapes, context_architecture, ends, family_of, find
+from .families import CONTEXT, Shapes, context_architecture, ends, family_of, find, recognise
 from .protocols import AttentionLayer
 
 Layers = Mapping[str, AttentionLayer] | TextBlocks
@@ -70,6 +70,16 @@ def architecture(kv_shapes: Shapes) -> str:
 def fitting(kv_shapes: Shapes) -> tuple[str, ...]:
     """Architectures of the deltas that fit a model with these K/V shapes: its own, and that of edits of the context that it reads."""
     return architecture(kv_shapes), *(context_architecture(d_in) for d_in in sorted({d_in for _, d_in in kv_shapes.values()}))
+
+
+def context_architectures(model: nn.Module) -> tuple[str, ...]:
+    """Architectures of the deltas that edit what a denoiser of any family reads; none where nothing is known of it."""
+    modules = dict(model.named_modules())
+    family = recognise({name: tuple(weight.shape) for name, weight in model.named_parameters()} | dict.fromkeys(modules, ()))
+    if family is None or CONTEXT not in family.texts:
+        return ()
+    readers = (getattr(modules[path], "in_features", 0) for path in family.find(modules).values())  # a packed weight has another shape
+    return tuple(context_architecture(d_in) for d_in in sorted({*readers} - {0} or {*family.texts[CONTEXT].widths}))
 
 
 def latent_side(layers: Layers) -> int:

@@ -122,7 +122,7 @@ FAMILIES = {
             "depth": 2, "adm_in_channels": 128,
             "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
         },
-        "sd3_clip", "SD3Tokenizer", "sd3_clip", {"clip_l": CLIP_L, "clip_g": CLIP_L},
+        "sd3_clip", "SD3Tokenizer", "sd3_clip", {"clip_l": CLIP_L, "clip_g": CLIP_L, "t5xxl": T5 | {"d_model": 4096, "vocab_size": 512}},
     ),
     "hunyuan_video": Family(
         "HunyuanVideo",
@@ -195,7 +195,7 @@ def clip(family: Family, spiece: bytes | None = None) -> Any:
     """
     module = import_module(f"comfy.text_encoders.{family.module}")
     make: Callable[..., Any] = getattr(module, family.encoder)
-    made = make if isinstance(make, type) else make(**({"t5": False} if family.config == "SD3" else {}))  # T5's 4096 channels are many
+    made = make if isinstance(make, type) else make()
     target = comfy.supported_models_base.ClipTarget(getattr(module, family.tokenizer), made)
     sizes: dict[str, Any] = {f"{encoder}_model_config": size for encoder, size in family.sizes.items()}
     data = {}
@@ -207,7 +207,21 @@ def clip(family: Family, spiece: bytes | None = None) -> Any:
         data["spiece_model"] = data["mt5xl.spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
     clip = comfy.sd.CLIP(target, tokenizer_data=data, parameters=1000, model_options={"dtype": torch.float32} | sizes)
     _seed(clip.cond_stage_model, 2)
+    if family.config == "SD3":  # whose T5 has 4096 channels in every size
+        transformer = clip.cond_stage_model.t5xxl.transformer
+        transformer.shared = Folded(transformer.shared.weight)
     return clip
+
+
+class Folded(torch.nn.Module):
+    """An embedding of fewer tokens than the tokenizer has."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids % len(self.weight), self.weight).to(out_dtype)
 
 
 def _seed(model: torch.nn.Module, seed: int) -> None:

@@ -184,6 +184,8 @@ def main() -> None:
         print(f"with a LoRA ({'at run time' if online else 'merged'}): bit-identical in the other row")
 
     edits_of_the_context(engine, book)
+    if not NEO:
+        flow()
     if NEGPIP is not None:
         beside_negpip(engine, NEGPIP, attached)
     sampled = []
@@ -224,6 +226,87 @@ def edits_of_the_context(engine: Engine, book: Any) -> None:
     torch.testing.assert_close(sampled["context"], sampled["layers"], rtol=0, atol=2e-3)
     assert torch.equal(draw(engine, pair), stock)
     print("edit of the context: no patch, as the layers do, bit-identical in the other row")
+
+
+def flow() -> None:
+    """Flux.1 of Forge's own backend: on the conditioning, T5's tokens and CLIP's vector; no patch, exact in the other row."""
+    from backend.modules.k_prediction import PredictionDiscreteFlow
+    from backend.nn.flux import IntegratedFluxTransformer2DModel
+    from backend.patcher.unet import UnetPatcher
+
+    width, vector = 64, 16
+    torch.manual_seed(0)
+    with torch.inference_mode(), using_forge_operations(device=torch.device("cpu"), dtype=torch.float32):
+        model = IntegratedFluxTransformer2DModel(
+            in_channels=4, vec_in_dim=vector, context_in_dim=width, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
+            depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, qkv_bias=True, guidance_embed=False,
+        )  # fmt: skip
+        state = {}
+        for name, module in model.named_modules():
+            if hasattr(module, "in_features"):
+                state[f"{name}.weight"] = torch.randn(module.out_features, module.in_features) / module.in_features**0.5
+                state[f"{name}.bias"] = torch.zeros(module.out_features)
+        state |= {k: torch.ones_like(v) for k, v in model.state_dict().items() if not k.endswith("dummy") and k not in state}
+        model.load_state_dict(state, strict=False)
+    model.storage_dtype = model.computation_dtype = torch.float32
+    model.load_device = model.offload_device = model.initial_device = torch.device("cpu")
+    config = SimpleNamespace(memory_usage_factor=1.0)
+    patcher = UnetPatcher.from_model(model.eval(), diffusers_scheduler=None, config=config, k_predictor=PredictionDiscreteFlow(shift=1.0))
+    reader = TinyEncoder(width, 32)
+
+    class Cond(dict):  # type: ignore[type-arg]
+        """As the host hands out rows of it."""
+
+        def advanced_indexing(self, rows: list[int]) -> Cond:
+            return Cond({key: value[rows] for key, value in self.items()})
+
+    class Flux:
+        forge_objects = SimpleNamespace(unet=patcher)
+
+        @staticmethod
+        def encode(prompts: Any) -> Any:
+            encoding = reader.encode(list(prompts))
+            return encoding._replace(pooled=encoding.context[:, -1, :vector].clone())
+
+    book = ConceptBook.loads("concepts: [star, heart]")
+    delta = make_delta(Planner(Flux, book), "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
+    assert host.architectures_of(Flux) == (f"context-{width}",) == (delta.architecture,)
+    assert delta.pooled is not None
+
+    @torch.inference_mode()
+    def sampled(prompts: list[str], on_step: Any = None) -> torch.Tensor:
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
+        read = Flux.encode(prompts)
+        cond = Cond({"crossattn": read.context, "vector": read.pooled, "guidance": torch.full((len(prompts),), 3.5)})
+        denoiser = SimpleNamespace(inner_model=SimpleNamespace(inner_model=Flux), p=SimpleNamespace(seeds=[0]))
+        sampling_prepare(patcher, x=x)
+        for step, sigma in enumerate(torch.linspace(1, 0.3, 3)):
+            params = SimpleNamespace(x=x, sigma=sigma.expand(len(x)), text_cond=cond, text_uncond=None, image_cond=None, sampling_step=step)
+            if on_step is not None:
+                on_step(params)
+            denoised, _, _ = sampling_function(denoiser, params, cond_scale=1.0, cond_composition=[[(i, 1.0)] for i in range(len(prompts))])
+            x = x + (denoised - x) * 0.3
+        sampling_cleanup(patcher)
+        return x
+
+    prompts = ["a star", "a star", "a heart"]
+    stock = sampled(prompts)
+    tables = Tables.make(Composition((delta,)), {"star": 1.0}, [{}, {"star": 0.0}, {}], [{}] * 3)
+    erasing = host.ModelPatch(SimpleNamespace(sd_model=Flux), tables, Settings(), print)
+    erased = sampled(prompts, erasing.expect)
+    erasing.detach()
+    assert [i for i in range(3) if not torch.equal(erased[i], stock[i])] == [0]
+    assert stock.isfinite().all()
+    assert Flux.forge_objects.unet is patcher
+    assert torch.equal(sampled(prompts), stock)
+    other = make_delta(Planner(TinyEncoder(48, 32), book), "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
+    try:
+        host.ModelPatch(SimpleNamespace(sd_model=Flux), Tables.make(Composition((other,)), {}, [{}], [{}]), Settings(), print)
+    except Exception as error:
+        assert f"this checkpoint reads context-{width}" in str(error)
+    else:
+        raise AssertionError("another width is accepted")
+    print("Flux.1: the conditioning alone is edited, bit-identical in the other rows")
 
 
 def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modules import sd_models, shared
 from torch import Tensor, nn
 
+from ....sepme.delta.concept_delta import ConceptDelta
+from ....sepme.delta.verify import check_named_encoder
 from ....sepme.errors import SepMEError
-from ....sepme.model.families import labels
-from ....sepme.model.layers import fitting, shapes, text_layers
+from ....sepme.model.families import encoder_of, labels
+from ....sepme.model.layers import context_architectures, fitting, shapes, text_layers
 from ....sepme.model.protocols import AttentionLayer
 
 CHUNK = 77  # tokens of a prompt's chunk
@@ -65,7 +67,7 @@ def missing() -> str:
     model = sd_models.model_data.sd_model  # the host's own property would load it
     try:
         if getattr(model, "sd_checkpoint_info", None) is not None:
-            attention_layers(model)
+            architectures_of(model)
     except SepMEError as error:
         return str(error)
     return ""
@@ -79,13 +81,40 @@ def attention_layers(model: Any) -> dict[str, AttentionLayer]:
     """
     layers = text_layers(unet_of(model))
     if not layers:
-        raise SepMEError(f"The loaded checkpoint is no {labels()}; SepME edits the text layers of those only.")
+        raise SepMEError(
+            f"The loaded checkpoint is no {labels()}; deltas are made of those only here. Make one with sepme train or in ComfyUI; "
+            "files that edit the context work here too."
+        )
     return layers
 
 
 def architectures_of(model: Any) -> tuple[str, ...]:
-    """Architectures of the deltas that fit a loaded checkpoint, its own first."""
-    return fitting(shapes(attention_layers(model)))
+    """Architectures of the deltas that fit a loaded checkpoint, its own first; of other models than UNets those that edit the context.
+
+    Raises:
+        SepMEError: it has none that a delta could be for.
+    """
+    unet = unet_of(model)
+    return (
+        context_architectures(unet) if not text_layers(unet) and context_architectures(unet) else fitting(shapes(attention_layers(model)))
+    )
+
+
+def check_contexts(model: Any, deltas: Sequence[ConceptDelta]) -> None:
+    """Raise :class:`SepMEError` unless a loaded checkpoint reads the contexts that these deltas edit."""
+    unet = unet_of(model)
+    if text_layers(unet):
+        for delta in deltas:
+            delta.check_fits(shapes(attention_layers(model)))
+        return
+    known = architectures_of(model)
+    for delta in deltas:
+        if delta.architecture not in known:
+            raise SepMEError(
+                f"The delta of {delta.concept.name!r} is for {delta.architecture}, and this checkpoint reads {' or '.join(known)}; train "
+                "the concept with its text encoder."
+            )
+    check_named_encoder(deltas, encoder_of({name: tuple(weight.shape) for name, weight in unet.named_parameters()}))
 
 
 class ClipSkip:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ....sepme.apply.kv_cache import room
 from ....sepme.apply.projector import KVProjector
 from ....sepme.apply.row_strengths import Match, chunked, row_strengths
-from ....sepme.model.layers import shapes
 from ..settings import Settings, Tables
-from .checkpoint import CHUNK, attention_layers, crossattn, is_forge, load_forge, unet_of
+from .checkpoint import CHUNK, attention_layers, check_contexts, crossattn, is_forge, load_forge, unet_of
 from .hook import ClassForward, Hook, previous
 
 MARK = 1024
@@ -54,11 +53,10 @@ class ModelPatch:
         self.unet = unet_of(self.model)
         self._found: list[tuple[nn.Module, Hook, Any]] = []
         self._patcher: Any = None
-        layers = attention_layers(self.model)
         if not tables.composition.columns:
-            for delta in tables.composition.deltas:
-                delta.check_fits(shapes(layers))
+            check_contexts(self.model, tables.composition.deltas)
             return
+        layers = attention_layers(self.model)
         self.projector = KVProjector(layers, tables.composition, settings.gate, max_bytes=room(self.unet), backend=settings.backend)
         if is_forge(self.model):
             self._patch_forge()
