@@ -66,6 +66,8 @@ def load_pipeline(model: str, options: LoadOptions) -> Any:
     """
     path = DEMO if model == "demo" else Path(model)
     refuse_pickle(path)
+    if path.suffix.lower() == ".gguf":
+        raise SepMEError(f"{path} is a GGUF file, whose weights are quantised; use the .safetensors file in float16, bfloat16 or float32.")
     if path.is_file():
         pipe = _from_file(path, options)
     elif (path / "model_index.json").is_file():

@@ -134,6 +134,8 @@ def test_what_is_missing_is_said(flux: Path, book: Path, tmp_path: Path) -> None
     assert "lacks encoder.block.1" in refused(
         "train", tmp_path / "part.safetensors", book, "-o", tmp_path, *CLOSED, "--family", "flux1", *words
     )
+    (tmp_path / "t5.gguf").write_bytes(b"GGUF")
+    assert "is a GGUF file" in refused("train", tmp_path / "t5.gguf", book, "-o", tmp_path, *CLOSED)
     assert "holds text encoders and no model" in refused("train", file, book, "-o", tmp_path)
     assert "holds text encoders and no model" in refused("generate", file, "a cat", "-o", tmp_path / "x.png")
     for part in ("text_encoder", "tokenizer"):
