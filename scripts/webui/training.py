@@ -104,7 +104,7 @@ def train(
 
         with host.job(), host.loaded_model() as model:
             planner = Planner(model, concepts, plan, on_progress=shown(progress))
-            job = Job(planner, model, options, names, todo)
+            job = Job(planner, model, options, names, todo, draw=host.thumbnails(model, host.check_interrupted))
             train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)
         notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
         return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)
