@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @grouped
 def train(
     model: ModelOptions,
-    book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
+    book: Annotated[Path, typer.Argument(help="The list: names, with prompts if they say more than the name (YAML or JSON).")],
     out: OutFolder,
     parameters: Hyperparameters,
     space: NullSpace,
@@ -58,7 +58,7 @@ def train(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Make one delta file for every concept of a book."""
+    """Make files that erase, one per concept of a list."""
     import torch
 
     from ..train.workers import Setup, no_drawing
