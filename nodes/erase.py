@@ -15,7 +15,7 @@ from ..sepme.train.erasures import Named
 from . import host, queued, workflow
 from .concepts import lines
 from .deltas import find
-from .facts import facts_of_delta
+from .facts import PageFacts, facts_of_delta
 from .graph import saved
 from .rows import Row, parse_rows
 from .sockets import CATEGORY, Deltas, folded
@@ -76,7 +76,7 @@ class SepMEErase(io.ComfyNode):
         made = cls._made(clip, model, [row for row in rows if not row.saved], preserve, before)
         everything = (*before, *made)
         strengths = {row.name: row.strength for row in rows}
-        facts = tuple(facts_of_delta(d) | {"anchor": d.concept.anchor, "preserve": list(d.preserve.prompts)} for d in made)
+        facts = tuple(_facts(d) for d in made)
         queued.remember(cls.hidden, facts)
         return io.NodeOutput(host.apply_deltas(model, everything, strengths, gate), everything, ui={"sepme_made": facts})
 
@@ -103,8 +103,15 @@ class SepMEErase(io.ComfyNode):
                 raise SepMEError(f"{row.name!r} is in a row and among the deltas; leave it out of one of them.")
         if not rows:
             return ()
-        wanted = [Named(row.name, row.prompts, row.anchor) for row in rows]
+        wanted = [Named(row.name, row.prompts, row.anchor, row.said) for row in rows]
         known = sorted((d.concept for d in before), key=lambda c: c.name)
         bar = host.NodeProgress(1)
         made = host.erasures.get(host.text_encoder(clip, model), wanted, lines(preserve), known, bar.stage)
         return with_thumbnails(model, clip, made) if saved(cls.hidden) else made
+
+
+def _facts(delta: ConceptDelta) -> PageFacts:
+    """What the page shows of a row: its certificate, what takes its place, and words near it."""
+    near = delta.facts.nearby
+    words = {"preserve": list(delta.preserve.prompts), "near": list(near.near), "synonyms": list(near.synonyms)}
+    return facts_of_delta(delta) | {"anchor": delta.concept.anchor} | words

@@ -32,6 +32,10 @@ class Live:
         self.next = 0.0
         self.encoded: dict[str, Any] = {}
 
+    def note(self, text: str, concept: str, steps: int) -> None:
+        """Tell the page something before the first step."""
+        host.tell_page("sepme.train", {"node": self.node, "concept": concept, "step": 0, "steps": steps, "note": text})
+
     def step(self, step: Progress, prompt: str) -> None:
         """Tell the page of a step; ``prompt`` is sampled when it is time for a picture. No generator of the training is touched."""
         data = {"node": self.node, "concept": step.concept, "step": step.step, "steps": step.steps, "loss": step.loss}

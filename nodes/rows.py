@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..sepme.concepts import Concept, normalised, split_names
 from ..sepme.errors import SepMEError
+from ..sepme.plan.said import Said, check_said
 
 
 class Row(NamedTuple):
@@ -17,6 +18,7 @@ class Row(NamedTuple):
         strength: 0 where it is switched off.
         prompts, anchor: of a concept that is not saved; None: the anchor is found.
         file, content_hash: of a saved delta.
+        said: of words near a concept that is not saved.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Row(NamedTuple):
     anchor: str | None = None
     file: str = ""
     content_hash: str = ""
+    said: Said = Said()
 
     @property
     def saved(self) -> bool:
@@ -33,7 +36,8 @@ class Row(NamedTuple):
 
 def parse_rows(text: str) -> list[Row]:
     """Rows from ``[{"name": "van gogh", "on": true, "strength": 0.7, "anchor": "a painting", "prompts": [...]}]`` (all but the name may
-    be left out), with ``file`` and ``content_hash`` of saved deltas; or from mere names with commas or lines between.
+    be left out), with ``file`` and ``content_hash`` of saved deltas, or words near the concept under ``stays``, ``same`` and ``free``; or
+    from mere names with commas or lines between.
 
     Raises:
         SepMEError: it can be read as neither; a row without a name, two of one name, a strength that is no number.
@@ -53,6 +57,7 @@ def parse_rows(text: str) -> list[Row]:
         if normalised(row.name) in seen:
             raise SepMEError(f"{row.name!r} is in two rows; remove one of them.")
         seen.add(normalised(row.name))
+    check_said({row.name: row.said for row in rows})
     return rows
 
 
@@ -64,10 +69,15 @@ def _row(entry: dict[str, Any]) -> Row:
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength) or abs(strength) > 100:
         raise SepMEError(f"The strength of {name[:60]!r} is no number between -100 and 100; 1 erases, 0 does nothing.")
     prompts = [] if prompts is None else prompts
+    no_text = SepMEError(f"The row {name[:60]!r} has something in it that is no text; remove the row and add it again.")
+    try:
+        said = Said.from_json(entry)
+    except (TypeError, ValueError):
+        raise no_text from None
     texts = [anchor or "", entry.get("file") or "", entry.get("content_hash") or ""]
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in (*prompts, *texts)):
-        raise SepMEError(f"The row {name[:60]!r} has something in it that is no text; remove the row and add it again.")
+        raise no_text
     concept = Concept(name, tuple(prompts), texts[0])  # its name and prompts are good ones
     own = concept.prompts if prompts else ()
     on = bool(entry.get("on", True))
-    return Row(concept.name, float(strength) if on else 0.0, own, anchor, texts[1], texts[2].strip().lower())
+    return Row(concept.name, float(strength) if on else 0.0, own, anchor, texts[1], texts[2].strip().lower(), said)

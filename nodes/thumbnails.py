@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..sepme.delta.concept_delta import ConceptDelta
-from ..sepme.delta.thumbnail import bearable, beside
+from ..sepme.delta.thumbnail import bearable, with_thumbnail
 from ..sepme.errors import SepMEError
 from . import host
 
 MAX_DRAWN = 256
 
-log = logging.getLogger("sepme")
 _drawn: OrderedDict[Any, str] = OrderedDict()  # by delta and MODEL: switches of SepME Erase draw nothing anew
 
 
@@ -42,21 +41,20 @@ def with_thumbnails(
 def _thumbnail(model: Any, clip: Any, denoiser: host.UNetDenoiser, delta: ConceptDelta, on_progress: Callable[[float], None]) -> str:
     key = (delta.content_hash(), model.patches_uuid)
     if key not in _drawn:
-        try:
-            _drawn[key] = _draw(model, clip, denoiser, delta, on_progress)
-        except (RuntimeError, SepMEError) as error:  # no training is lost for want of a picture
-            log.warning("No picture for the file of %r: %s", delta.concept.name, error)
+        drawn = with_thumbnail(delta, partial(_draw, model, clip, denoiser, on_progress)).thumbnail
+        if not drawn:
             return ""
+        _drawn[key] = drawn
         while len(_drawn) > MAX_DRAWN:
             _drawn.popitem(last=False)
     return _drawn[key]
 
 
-def _draw(model: Any, clip: Any, denoiser: host.UNetDenoiser, delta: ConceptDelta, on_progress: Callable[[float], None]) -> str:
-    positive, negative = (host.conditioning(clip, text) for text in (delta.concept.prompts[0], ""))
+def _draw(
+    model: Any, clip: Any, denoiser: host.UNetDenoiser, on_progress: Callable[[float], None], prompt: str, deltas: Sequence[ConceptDelta]
+) -> Any:
+    positive, negative = (host.conditioning(clip, text) for text in (prompt, ""))
     latent = {"samples": torch.zeros(1, *denoiser.latent_shape)}
-    pictures = []
-    for i, patcher in enumerate((model, host.apply_deltas(model, (delta,), {}))):
-        latents = host.sample(patcher, positive, negative, latent, host.Sampling(), host.part_of(on_progress, i, 2))
-        pictures.append(denoiser.picture(latents))
-    return beside(*pictures)
+    part = host.part_of(on_progress, len(deltas), 2)
+    patcher = host.apply_deltas(model, tuple(deltas), {}) if deltas else model
+    return denoiser.picture(host.sample(patcher, positive, negative, latent, host.Sampling(), part))

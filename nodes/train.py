@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError, out_of_memory
 from ..sepme.model.layers import shapes, weights
+from ..sepme.model.protocols import TextEncoder
+from ..sepme.plan.nearby import COUNT
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ..sepme.train.increment import context_site
+from ..sepme.train.memory import in_words as size_in_words
+from ..sepme.train.memory import needed, told
 from ..sepme.train.objectives import OBJECTIVES, described
 from ..sepme.train.objectives.closed_form import distance
 from ..sepme.train.options import EDITS, MODES
@@ -86,7 +92,7 @@ class SepMETrain(io.ComfyNode):
                     tooltip="Pictures of a training step; fewer need less memory. 0: 4.",
                 ),
                 io.Int.Input(
-                    "nearby", default=0, min=0, max=4096, optional=True,
+                    "nearby", default=COUNT, min=0, max=4096, optional=True,
                     tooltip="Words near the concepts that must not change either, of the text encoder's own. 0: none.",
                 ),
             ], "objective", "mode", "learning_rate", "max_rank", "size", "edit", "batch", "nearby"),
@@ -106,7 +112,7 @@ class SepMETrain(io.ComfyNode):
         cls, model: Any, clip: Any, concepts: ConceptBook, erase: str = "*", preserve: str = "", objective: str = "gcirs",
         mode: str = "subspace", steps: int = 1000, learning_rate: float = 0.0, seed: int = 0, max_rank: int = 0,
         deltas: Sequence[ConceptDelta] | None = None, size: int = 0, edit: str = "layers", batch: int = 0,
-        nearby: int = 0,
+        nearby: int = COUNT,
     ) -> io.NodeOutput:  # fmt: skip
         known = tuple(deltas or ())
         given = {"steps": steps, "learning_rate": learning_rate or None, "seed": seed, "edit": edit, "batch": batch or None}
@@ -114,6 +120,7 @@ class SepMETrain(io.ComfyNode):
         plan = plan_options(mode, max_rank=max_rank or None, nearby=nearby)
         book, names = agenda(concepts, erase, lines(preserve), known)
         made: list[ConceptDelta] = []
+        takes: list[str] = []  # a sentence, once it is known
         losses: dict[str, list[float]] = {name: [] for name in names}
         bar = host.NodeProgress(2 + len(names))
         encoder = host.text_encoder(clip, model)
@@ -147,12 +154,15 @@ class SepMETrain(io.ComfyNode):
         try:
             with memory:
                 planner = Planner(encoder, book, plan, on_progress=bar.stage)
+                if denoiser is not None and live is not None:
+                    takes.append(told(needed(denoiser, model.model_size(), planner.prompts.empty, options), denoiser.latent_shape, options))
+                    live.note(takes[0], names[0], options.steps)
                 job = Job(planner, denoiser or blocks, options, names, each(names))
                 train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
         except Exception as error:
             if not out_of_memory(error) or denoiser is None:
                 raise
-            raise SepMEError(too_large(denoiser.latent_shape, options)) from None
+            raise SepMEError(too_large(takes, options, smaller(model, encoder, denoiser, options), host.free_memory(model))) from None
         bar.next()
         if saved(cls.hidden):
             made = list(with_thumbnails(model, clip, made, bar.show))
@@ -160,7 +170,10 @@ class SepMETrain(io.ComfyNode):
         facts = tuple(facts_of_delta(d) for d in made)
         queued.remember(cls.hidden, facts)
         return io.NodeOutput(
-            (*known, *made), {"loss": [loss for name in names for loss in losses[name]]}, report(book, made), ui={"sepme_made": facts}
+            (*known, *made),
+            {"loss": [loss for name in names for loss in losses[name]]},
+            "\n".join([*takes, report(book, made)]),
+            ui={"sepme_made": facts},
         )
 
 
@@ -184,21 +197,34 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
 
 
-def too_large(latents: Sequence[int], options: TrainOptions) -> str:
-    """What to say when the memory ran out: what of the step that was tried can be smaller, and by how much.
+def smaller(model: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser, options: TrainOptions) -> dict[str, int]:
+    """Bytes that training would take with fewer or smaller pictures, by what to choose for it, as far as they can be counted."""
+    side, found = 8 * denoiser.latent_shape[-1], dict[str, int]()
+    few = replace(options, batch=1)
+    tried = {"batch 1": (few, 0), f"size {side // 2}": (options, side // 2), f"batch 1 and size {side // 2}": (few, side // 2)}
+    with torch.inference_mode(False), torch.enable_grad():
+        for name, (chosen, pixels) in tried.items():
+            if (pixels or chosen.batch < options.batch) and not (pixels and chosen is few and options.batch == 1):
+                with suppress(SepMEError, RuntimeError):  # no model of this size, or the model is not as it was
+                    smaller_model = host.UNetDenoiser(model, pixels) if pixels else denoiser
+                    found[name] = needed(smaller_model, model.model_size(), encoder.encode([""]), chosen).total
+    return found
 
-    A step's memory grows with its pictures and with their area, attention's with the square of it; the closed form takes no step.
+
+def too_large(takes: Sequence[str], options: TrainOptions, ways: Mapping[str, int], free: int) -> str:
+    """What to say when the memory ran out.
 
     Args:
-        latents: shape of one picture's.
+        takes: a sentence about what training takes, if it is known.
+        ways: bytes, by what to choose for it.
+        free: bytes.
     """
-    side = 8 * latents[-1]
     if not OBJECTIVES[options.objective].trained:
         return "The memory ran out; close other programs, or choose the edit context, which does not read the MODEL."
-    ways = [f"batch 1 (a step of {options.batch} pictures needs {options.batch} times as much)"] if options.batch > 1 else []
-    ways += [f"size {side // 2} (a quarter of it or less)"] if side >= 512 else []
-    told = ", ".join([*ways, "or the objective closed-form, which takes no training step"])
-    return f"The memory ran out in training on {options.batch} pictures of {side} x {side} pixels; choose {told}."
+    fitting = [f"{name} (about {size_in_words(count)})" for name, count in ways.items() if count <= free]
+    last = "the objective closed-form, which takes no training step"
+    known = "".join(f"{sentence} " for sentence in takes)
+    return f"The memory ran out. {known}{size_in_words(free)} are free; choose {' or '.join([*fitting, last])}."
 
 
 def share_done(step: Progress, first: float, options: TrainOptions) -> float:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import SepMEError
 from .files import first_line, write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 READABLE = {".png", ".jpg", ".jpeg", ".webp"}
 MAX_PICTURES = 1000
@@ -39,10 +43,17 @@ def jpeg(sheet: Tensor) -> bytes:
     return _encoded(sheet, 1, "JPEG", quality=90)
 
 
+def as_picture(sheet: Tensor) -> Image:
+    """``(3, H, W)`` uint8 as PIL's."""
+    from PIL import Image
+
+    return Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+
+
 def _encoded(sheet: Tensor, scale: int, kind: str, **options: int) -> bytes:
     from PIL import Image
 
-    picture = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+    picture = as_picture(sheet)
     buffer = io.BytesIO()
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, kind, **options)
     return buffer.getvalue()

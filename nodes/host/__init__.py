@@ -4,7 +4,7 @@ from ...sepme.errors import SepMEError
 from .demo import demo_model
 from .denoiser import UNetDenoiser, attention_layers, changeable_layers, text_blocks
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
-from .jobs import NodeProgress, check_interrupted, loaded, part_of, trainable
+from .jobs import NodeProgress, check_interrupted, free_memory, loaded, part_of, trainable
 from .language import LanguageEncoder, adapts
 from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_prompts, web_routes
 from .patch import apply_deltas, deltas_on, toggled
@@ -35,6 +35,7 @@ __all__ = [
     "deltas_on",
     "demo_model",
     "erasures",
+    "free_memory",
     "load_checkpoint",
     "loaded",
     "lora_folder",

@@ -45,6 +45,12 @@ def part_of(show: Callable[[float], None], part: int, parts: int) -> Callable[[f
     return lambda done: show((part + done) / parts)
 
 
+def free_memory(patcher: Any) -> int:
+    """Bytes that a model and what is done with it may take, on the device that it runs on."""
+    device = patcher.load_device
+    return int(comfy.model_management.get_free_memory(device)) + (int(patcher.loaded_size()) if device.type != "cpu" else 0)
+
+
 @contextmanager
 def loaded(patcher: Any) -> Iterator[None]:
     """A model whose weights are read, not trained, as far as it fits into the memory; its LoRAs are in effect."""

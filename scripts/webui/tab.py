@@ -130,11 +130,15 @@ def export(chosen: Sequence[str], kind: str, name: str, strengths: str) -> Itera
         if path.exists():
             raise SepMEError(f"There is already a file {path.name} in {folder}; choose another name.")
         progress.show(f"Writing {path.name}", 0, 1)
-        if kind == LORA:
-            weights = model_weights(host.checkpoint_file()) if any(d.edits_context for d in deltas) else None
-            export_lora(deltas, path, table_, weights=weights)
+        if kind == LORA and not any(d.edits_context for d in deltas):
+            export_lora(deltas, path, table_)
         else:
-            export_checkpoint(deltas, host.checkpoint_file(), path, table_)
+            with host.job():  # the host may have to load it
+                source = host.checkpoint_file()
+            if kind == LORA:
+                export_lora(deltas, path, table_, weights=model_weights(source))
+            else:
+                export_checkpoint(deltas, source, path, table_)
         return f"<p>Wrote {html.escape(str(path))}. Refresh the host's own list to see it.</p>"
 
     yield from follow(work)

@@ -11,6 +11,7 @@ import gradio as gr
 
 from ...sepme.concepts import file_name
 from ...sepme.delta.concept_delta import ConceptDelta
+from ...sepme.plan.nearby import COUNT
 from ...sepme.plan.planner import Planner
 from ...sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ...sepme.train.objectives import OBJECTIVES, described
@@ -61,7 +62,7 @@ def train_page() -> None:
             )  # fmt: skip
             seed = gr.Number(0, label="Seed", precision=0, elem_id="sepme_seed")
             nearby = gr.Number(
-                0, label="Nearby words", precision=0, elem_id="sepme_nearby", info="must not change either; 0: none",
+                COUNT, label="Nearby words", precision=0, elem_id="sepme_nearby", info="must not change either; 0: none",
             )  # fmt: skip
     with gr.Row():
         start = gr.Button("Train", variant="primary", elem_id="sepme_train")
@@ -84,7 +85,7 @@ def train(
     ``more``: the rows' texts, and how many nearby words there are to be.
     """
     rows = [text for text in more if isinstance(text, str)]
-    nearby = next((int(value) for value in more if isinstance(value, (int, float))), 0)
+    nearby = next((int(value) for value in more if isinstance(value, (int, float))), COUNT)
 
     def work(progress: TaskStatus) -> str:
         concepts = parse(book if book.strip() or not rows else book_of(rows))
@@ -104,7 +105,7 @@ def train(
 
         with host.job(), host.loaded_model() as model:
             planner = Planner(model, concepts, plan, on_progress=shown(progress))
-            job = Job(planner, model, options, names, todo)
+            job = Job(planner, model, options, names, todo, draw=host.thumbnails(model, host.check_interrupted))
             train_book(job, lambda d: saved.append((d, host.library.save(d, prefix))), on_step, host.check_interrupted, on_start)
         notes = [f"The words of {a!r} stand in {b!r}: erasing one touches prompts of the other." for a, b in concepts.overlaps()]
         return _summary(saved) + "".join(f"<p>{html.escape(n)}</p>" for n in notes)

@@ -15,7 +15,11 @@ from . import bench, convert, evaluate, generate, inspect, train, verify
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Separable multi-concept erasure.")
+HELP = (
+    "Take things out of what a diffusion model draws (styles, characters, brands, nudity) and put them back: each is a small file, a "
+    "delta, that is switched on and off while everything else stays as it is. Begin with: sepme demo"
+)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=HELP)
 for command in (generate.demo, train.train, inspect.inspect, verify.verify, generate.generate, convert.export, convert.reproject):
     app.command()(command)
 app.command("import")(convert.import_)

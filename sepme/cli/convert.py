@@ -31,7 +31,10 @@ def export(
     dtype: Annotated[str, typer.Option(help="Precision of a LoRA: float16, bfloat16 or float32.")] = "float16",
     as_json: Json = False,
 ) -> None:
-    """Write deltas as a LoRA or merge them into a checkpoint; both act on every prompt, since neither has the gate."""
+    """Write files as a LoRA or a checkpoint.
+
+    Other programs read those; there they act on every prompt, also on those that do not speak of the concept.
+    """
     import torch
 
     from ..apply.toggles import merge, parse_toggle
@@ -69,7 +72,10 @@ def import_(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt that means the concept (repeatable).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make somebody else's eraser a separable delta: projected, factored, certified, and what was lost is stated."""
+    """Make a file of somebody else's LoRA or weights.
+
+    What erases by them then has a switch and leaves other concepts alone; how much of its effect got lost is said.
+    """
     from ..convert import import_eraser
     from ..plan.planner import Planner
 
@@ -114,7 +120,10 @@ def reproject(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make older deltas spare concepts that came later, without training: new directions, old response refitted."""
+    """Make older files spare what was added later.
+
+    They are fitted to new directions, not trained again.
+    """
     from ..convert import known_to, order_gap
     from ..convert import reproject as again
     from ..delta.verify import check_encoder

@@ -26,7 +26,10 @@ def evaluate(
     size: Size = None,
     as_json: Json = False,
 ) -> None:
-    """Measure every method of a suite on a model; run the same command again to go on where it stopped."""
+    """Compare ways of erasing, in figures and pictures.
+
+    Run the same command again to go on where it stopped.
+    """
     from ..evaluate.classifiers import make_classifier
     from ..evaluate.run import Run
     from ..evaluate.suite import Suite

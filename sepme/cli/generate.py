@@ -34,7 +34,7 @@ def generate(
     size: Size = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures with concepts erased."""
+    """Draw pictures with things taken out of them."""
     from ..apply.composition import Composition
     from ..apply.toggles import merge, parse_tags, parse_toggle, strengths
     from ..checks import SEEDS, check_number, following_seed
@@ -78,7 +78,10 @@ def demo(
     full: Annotated[bool, typer.Option(help="Measure everything, on more pictures: some minutes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Erase twelve concepts of the embedded model, one by one and together, and give them back: report.html."""
+    """Try it on a small model that comes along.
+
+    Twelve things are taken out of it, one by one and together, and put back; the pictures are in report.html.
+    """
     from ..checks import check_number
     from ..demo.quick import run_quick
     from ..demo.run import run_demo

@@ -13,7 +13,7 @@ from .options import Files, Json
 
 
 def inspect(files: Files, as_json: Json = False) -> None:
-    """Show what delta files hold."""
+    """Say what files erase, and how safe they are."""
     data = []
     for path in files:
         delta = ConceptDelta.load(path)

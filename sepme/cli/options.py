@@ -127,9 +127,14 @@ def cache_folder() -> Path:
 class NullSpace:
     """How much room a delta leaves to everything else that is known."""
 
-    null_space: Annotated[str | None, typer.Option(help="exact, tolerance (the default), soft, or auto: the strictest that fits.")] = None
-    tolerance: Annotated[float | None, typer.Option(help="Relative singular value that counts as null (default 0.006).")] = None
-    max_rank: Annotated[int | None, typer.Option(help="Cap on the rank of a delta (8).")] = None
+    null_space: Annotated[
+        str | None,
+        typer.Option(
+            help="For experts: how strictly everything else is left alone: exact, tolerance (the default), soft; auto: as strictly as fits."
+        ),
+    ] = None
+    tolerance: Annotated[float | None, typer.Option(help="For experts: relative singular value that counts as null (0.006).")] = None
+    max_rank: Annotated[int | None, typer.Option(help="For experts: cap on the rank, and so the size, of a file (8).")] = None
     nearby: NearbyWords = COUNT
 
     def plan(self, mode: str = "subspace", **more: Any) -> PlanOptions:
@@ -146,18 +151,18 @@ class Hyperparameters:
     mode: Annotated[
         str,
         typer.Option(
-            help="How increments are parametrised: subspace, paper (as published: exact null space, any rank) or unrestricted "
-            "(never to be restored)."
+            help="For experts. subspace: small files that leave everything else alone. paper: as published. unrestricted: any change of "
+            "weights, which cannot be taken back."
         ),
     ] = "subspace"
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 1000
-    batch: Annotated[int, typer.Option(help="Samples per step.")] = 4
+    batch: Annotated[int, typer.Option(help="Pictures per step; fewer need less memory.")] = 4
     learning_rate: Annotated[float | None, typer.Option(help="Adam's; by default 0.03 (subspace), 0.1 (paper), 1e-5 (unrestricted).")] = (
         None
     )
     guidance: Annotated[float, typer.Option(help="How far past the empty prompt ESD aims.")] = 1.0
-    threshold: Annotated[float, typer.Option(help="Training stops when the momentum of the loss falls to this.")] = 0.0
-    regularise: Annotated[str, typer.Option(help="What the L1 term is taken of: w or delta.")] = "w"
+    threshold: Annotated[float, typer.Option(help="For experts: training stops when the running mean of the loss falls to this.")] = 0.0
+    regularise: Annotated[str, typer.Option(help="For experts: what the L1 term is taken of, w or delta.")] = "w"
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
     warm_start: Annotated[bool | None, typer.Option(help="Start G-CiRs from the closed form (default in mode subspace).")] = None
     values_only: Annotated[bool, typer.Option("--values-only", help="Leave to_k as it is.")] = False

@@ -20,6 +20,7 @@ from .inspect import show_summaries, summary
 from .options import Hyperparameters, Json, ModelOptions, NullSpace, OutFolder, Preserve, Size, grouped
 
 if TYPE_CHECKING:
+    from ..delta.thumbnail import Draw
     from ..model.protocols import ImageEncoder
     from ..train.book import Group
     from ..train.workers import Setup
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @grouped
 def train(
     model: ModelOptions,
-    book: Annotated[Path, typer.Argument(help="Concept book (YAML or JSON).")],
+    book: Annotated[Path, typer.Argument(help="The list: names, with prompts if they say more than the name (YAML or JSON).")],
     out: OutFolder,
     parameters: Hyperparameters,
     space: NullSpace,
@@ -57,13 +58,19 @@ def train(
     size: Size = None,
     workers: Annotated[int, typer.Option(help="Processes that train concepts side by side, through Ray; 0: this one.", min=0)] = 0,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster for --workers; without it they run on this machine.")] = None,
+    thumbnail: Annotated[
+        bool,
+        typer.Option(
+            help="Draw a small picture into each file: the concept's first prompt, unchanged and erased. Large models need a GPU."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Make one delta file for every concept of a book."""
+    """Make files that erase, one per concept of a list."""
     import torch
 
     from ..train.guard import GuardOptions
-    from ..train.workers import Setup
+    from ..train.workers import Setup, no_drawing
 
     concept_book = ConceptBook.load(book)
     if preserve is not None:
@@ -81,13 +88,11 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
-    alone = not options.needs_model and not guard
     if guard and (options.edit != "context" or plan.nearby == 0):
         raise SepMEError("A guard belongs to an edit of the context that looks at nearby words; add --edit context, keep --nearby.")
-    setup = Setup(
-        partial(model.load, size, alone), concept_book, plan, options, tuple(chosen), torch.get_num_threads(), pictures,
-        GuardOptions() if guard else None,
-    )  # fmt: skip
+    load, threads = partial(model.load, size, not options.needs_model and not guard), torch.get_num_threads()
+    draw, made = _draw if thumbnail else no_drawing, GuardOptions() if guard else None
+    setup = Setup(load, concept_book, plan, options, tuple(chosen), threads, pictures, draw, made)
     _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
     results = [summary(ConceptDelta.load(paths[n]), paths[n]) for n in chosen]
     finish({"deltas": results}, as_json, lambda: show_summaries(results))
@@ -178,3 +183,10 @@ def _pictures(host: ImageEncoder, folder: Path | None, names: list[str], check: 
             read[own] = Pictures(host.encode_images(images, check), digest)
         result[name] = read[own]
     return result
+
+
+def _draw(host: Any, check: Callable[[], None] = lambda: None) -> Draw | None:
+    """See :func:`~sepme.hosts.diffusers.thumbnails`, which is imported no sooner than that."""
+    from ..hosts.diffusers import thumbnails
+
+    return thumbnails(host, check)

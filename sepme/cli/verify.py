@@ -39,7 +39,7 @@ def verify(
     draw: Annotated[Path | None, typer.Option(help="Folder for pictures of the five nearby prompts that change most.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute certificates with the model's own text encoder: leakage, gate margins, nearby words, false touches."""
+    """Measure what else files change on this model."""
     if capacity:
         return _capacity(model, files, count, as_json)
     from ..delta.verify import check_encoder

@@ -11,6 +11,7 @@ from ..concepts import Concept
 from ..files import number, text
 from ..model.encoder_fingerprint import EncoderFingerprint
 from ..plan.gate import Certificate
+from ..plan.said import Said
 from .format import plain_json
 
 DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RecursionError)  # what reading a damaged part raises
@@ -74,6 +75,25 @@ class ObjectiveUsed:
 
 
 @dataclass(frozen=True)
+class NearbyWords:
+    """Words near a concept that were found: those that it leaves alone, the nearest first; and those that are taken to mean the same.
+
+    Attributes:
+        said: what somebody said of such words.
+    """
+
+    near: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+    said: Said = field(default_factory=Said)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> NearbyWords:
+        """Read it from a header; what is missing is empty."""
+        near, synonyms = (tuple(map(text, data.get(name, ()))) for name in ("near", "synonyms"))
+        return NearbyWords(near, synonyms, Said.from_json(data.get("said", {})))
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that is known of a delta beside its tensors, concept and gate.
 
@@ -85,6 +105,7 @@ class Facts:
         kv_fingerprint: of the checkpoint that it was made on, empty if unknown.
         clip_skip: how many of CLIP's last layers were skipped.
         text_encoder: the encoder that it was made with, None if unknown.
+        nearby: words near it.
     """
 
     certificate: Certificate = field(default_factory=lambda: Certificate.from_json({}))
@@ -96,6 +117,7 @@ class Facts:
     kv_fingerprint: str = ""
     clip_skip: int = 0
     text_encoder: EncoderFingerprint | None = None
+    nearby: NearbyWords = field(default_factory=NearbyWords)
 
     @staticmethod
     def from_info(info: Mapping[str, Any]) -> Facts:
@@ -130,4 +152,5 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "kv_fingerprint": text,
     "clip_skip": number,
     "text_encoder": EncoderFingerprint.from_json,
+    "nearby": NearbyWords.from_json,
 }

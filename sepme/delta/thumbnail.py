@@ -9,11 +9,22 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import logging
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import SepMEError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from .concept_delta import ConceptDelta
+
+    Draw = Callable[[str, Sequence[ConceptDelta]], Image]  # a picture of a prompt with these deltas in it, always of one seed
+
+log = logging.getLogger("sepme")
 
 KEY = "modelspec.thumbnail"
 SIDE = 128  # pixels of each of the two pictures
@@ -44,6 +55,16 @@ def beside(stock: Image, erased: Image) -> str:
     file = io.BytesIO()
     both.save(file, "JPEG", quality=80, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def with_thumbnail(delta: ConceptDelta, draw: Draw) -> ConceptDelta:
+    """A delta with its picture, of the concept's first prompt; as it is where drawing fails: no training is lost for want of a picture."""
+    prompt = delta.concept.prompts[0]
+    try:
+        return replace(delta, thumbnail=beside(draw(prompt, ()), draw(prompt, (delta,))))
+    except (RuntimeError, SepMEError) as error:
+        log.warning("No picture for the file of %r: %s", delta.concept.name, error)
+        return delta
 
 
 def picture(text: str) -> Picture | None:

@@ -157,7 +157,8 @@ def _with_parts(
 def _with_nearby(check: Check, encoder: TextEncoder, delta: ConceptDelta, nearby: int, on_progress: OnProgress) -> Check:
     """A check with what becomes of nearby words, and the verdict."""
     certificate = replace(delta.certificate, leakage_gated=check.leakage_gated, false_touch_rate=check.false_touch_rate)
-    found = Nearby.of(encoder, ConceptBook((delta.concept, *delta.known), tuple(delta.preserve.prompts)), nearby, on_progress)
+    book, said = ConceptBook((delta.concept, *delta.known), tuple(delta.preserve.prompts)), {check.concept: delta.facts.nearby.said}
+    found = Nearby.of(encoder, book, nearby, on_progress, said)
     if not found.words:
         return replace(check, verdict=certificate.verdict(delta.gate))
     near = beside_others(encoder, delta, found, on_progress)

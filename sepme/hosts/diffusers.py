@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -17,15 +17,23 @@ from ..apply.kv_cache import room
 from ..apply.projector import KVProjector
 from ..apply.toggles import Toggles, merge, parse_tags, strengths
 from ..checks import SEEDS, check_finite, check_number
+from ..delta.thumbnail import bearable
 from ..errors import SepMEError
+from ..images import as_picture, grid
 from ..model.layers import text_layers
 from ..model.protocols import AttentionLayer, Encoding
-from ..model.schedule import TRAJECTORY, Schedule, ScheduledDenoiser
+from ..model.schedule import GLANCE, TRAJECTORY, Schedule, ScheduledDenoiser
 from ..model.words import WordTable
 from .loading import DEMO, PREDICTIONS, LoadOptions, load_pipeline
 from .pipeline import PipelineEncoder
 
-__all__ = ["DEMO", "DiffusersHost", "LoadOptions"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..delta.concept_delta import ConceptDelta
+    from ..delta.thumbnail import Draw
+
+__all__ = ["DEMO", "DiffusersHost", "LoadOptions", "thumbnails"]
 
 
 class DiffusersHost(ScheduledDenoiser):
@@ -198,3 +206,21 @@ class DiffusersHost(ScheduledDenoiser):
             latents=latents, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
             callback_on_step_end=step_end, **embeddings,
         ).images  # fmt: skip
+
+
+def thumbnails(host: Any, check: Callable[[], None] = lambda: None) -> Draw | None:
+    """What draws small pictures for delta files; None where the host is no whole model, or would draw for minutes.
+
+    Args:
+        check: called after every denoising step; it may raise :class:`~sepme.errors.Interrupted`.
+    """
+    if not isinstance(host, DiffusersHost) or not bearable(host.device.type, sum(p.numel() for p in host.unet.parameters())):
+        return None
+
+    def draw(prompt: str, deltas: Sequence[ConceptDelta]) -> Image:
+        made = host.generate(
+            [prompt], [0], Composition(tuple(deltas)), steps=GLANCE.steps, guidance=GLANCE.guidance, on_step=lambda step: check()
+        )
+        return as_picture(grid(made))
+
+    return draw

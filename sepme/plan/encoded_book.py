@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from .directions import reduce_rows
 from .gate import affordable
 from .nearby import Nearby, NearbyPrompts
 from .preserved import Preserved
+from .said import Said
 from .tokens import Padding, aligned, encode, token_rows
 
 GROUP_ROWS = 1 << 13  # token rows of several concepts worked on at once
@@ -32,6 +33,7 @@ class EncodedBook:
         padding: whether tokens after a prompt's end count.
         ordinary: calibration corpus; the shipped one by default.
         nearby: how many words near the concepts are looked for.
+        said, near: see :meth:`Nearby.of`.
         on_progress: called while prompts are read; it may raise :class:`~sepme.errors.Interrupted`.
 
     Attributes:
@@ -51,6 +53,8 @@ class EncodedBook:
         ordinary: Sequence[str] | None = None,
         on_progress: OnProgress = silent,
         nearby: int = 0,
+        said: Mapping[str, Said] | None = None,
+        near: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.encoder, self.book, self.padding, self.on_progress = encoder, book, padding, on_progress
         self.names = [c.name for c in book.concepts]
@@ -64,7 +68,7 @@ class EncodedBook:
         ordinary = affordable(self.empty.context) if ordinary is None else ordinary
         self.ordinary = tuple(ordinary[::2]), tuple(ordinary[1::2])
         self.preserved = Preserved(encoder, book, on_progress)
-        self.nearby = NearbyPrompts(encoder, Nearby.of(encoder, book, nearby, on_progress), on_progress)
+        self.nearby = NearbyPrompts(encoder, Nearby.of(encoder, book, nearby, on_progress, said, near), on_progress)
 
     def rows(self, name: str, which: list[bool] | None = None) -> Tensor:
         """Token rows ``(n, d_in)`` float64 of a concept's prompts, or of some of them."""

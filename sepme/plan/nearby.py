@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import cycle, islice
+from itertools import cycle, islice, zip_longest
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from ..model.protocols import Encoding, TextEncoder, free_length
 from ..model.words import word_table
 from ..progress import OnProgress, silent
 from .gate import extremes
+from .said import Said, check_said
 from .tally import Tally
 from .tokens import CHUNK, encode, means
 from .vocabulary import SYNONYM, Vocabulary
 
 COUNT = 200  # words by default
+LISTED = 64  # words near a concept that its file names
 SPREAD = 4  # every so many words are of the rest of the vocabulary
 BESIDE = 160, 1200  # other words that each concept is named with, and all concepts together
 PLAIN = ("a {}", "a photo of {}", "{} style")
@@ -45,7 +47,8 @@ class Nearby:
     """Words near a book's concepts, in prompts.
 
     Attributes:
-        words: none of them a concept's name, synonym or prompt.
+        words: none of them a concept's name, synonym or prompt, unless somebody says that it stays.
+        near: by concept, those of them that are near it, the nearest first.
         synonyms: by concept, words that are taken to mean it.
         prompts: what is preserved and calibrates gates.
         held_out: by word, prompts that nothing is planned with.
@@ -57,22 +60,43 @@ class Nearby:
     prompts: tuple[str, ...] = ()
     held_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     beside: Mapping[str, Beside] = field(default_factory=dict)
+    near: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    said: Mapping[str, Said] = field(default_factory=dict)
 
     @staticmethod
-    def of(encoder: TextEncoder, book: ConceptBook, count: int, on_progress: OnProgress = silent) -> Nearby:
+    def of(
+        encoder: TextEncoder,
+        book: ConceptBook,
+        count: int,
+        on_progress: OnProgress = silent,
+        said: Mapping[str, Said] | None = None,
+        near: Mapping[str, Sequence[str]] | None = None,
+    ) -> Nearby:
         """Find ``count`` words of the tokenizer's own, those nearest to each concept and some of the rest; all of a small vocabulary's.
 
         Encoders that do not tell their words are asked for the shipped ones. Where prompts have any length (T5, language models), nothing
         is looked for: reading so many takes such encoders an hour.
+
+        Args:
+            said: by concept, what is known of words better than it can be found.
+            near: by concept, words that are known to be near it, the nearest first; they count as much as those that are found.
+
+        Raises:
+            SepMEError: it contradicts itself.
         """
+        said = said or {}
+        check_said(said)
         if count == 0 or free_length(encoder):
             return Nearby()
-        every, ranked = _ranked(encoder, book.concepts, 4 * count, on_progress)
+        every, found = _ranked(encoder, book.concepts, 4 * count, on_progress)
+        ranked = [list(_in_turn([(near or {}).get(c.name, ()), r])) for c, r in zip(book.concepts, found, strict=True)]
         alike = [_alike(concept) for concept in book.concepts]
-        kept = {normalised(p) for p in book.preserve}
+        stays = tuple(dict.fromkeys(w for s in said.values() for w in s.stays))
+        other = {w for s in said.values() for w in (*s.same, *s.free)}
+        kept = {normalised(p) for p in book.preserve} | set(stays)
 
         def free(word: str) -> bool:
-            return word in kept or not any(word in a for a in alike)
+            return word in kept or (word not in other and not any(word in a for a in alike))
 
         if len(every) > 2 * count:
             chosen = list(islice((w for w in _in_turn(ranked) if free(w)), count - count // SPREAD))
@@ -81,7 +105,10 @@ class Nearby:
             chosen += rest[:: max(1, len(rest) // (count // SPREAD))][: count // SPREAD]
         else:
             chosen = [w for w in every if free(w)]
+        chosen = list(dict.fromkeys((*stays, *chosen)))
         synonyms = _synonyms(encoder, book, [w for w in chosen if w not in kept], every)
+        for name, of_one in said.items():
+            synonyms[name] = tuple(w for w in dict.fromkeys((*synonyms[name], *of_one.same)) if w not in (*of_one.free, *stays))
         means_one = {w for words in synonyms.values() for w in words}
         words = tuple(w for w in chosen if w not in means_one)
         own = {normalised(p) for c in book.concepts for p in c.prompts}
@@ -98,11 +125,16 @@ class Nearby:
             forms = HELD_OUT[i % len(HELD_OUT)], TOGETHER_HELD_OUT[i % len(TOGETHER_HELD_OUT)]
             held[word] = others([form.format(word, more, yet) for form in forms])
         beside = {c.name: _beside(book, c, words, r, synonyms[c.name]) for c, r in zip(book.concepts, ranked, strict=True)}
-        return Nearby(words, synonyms, others(prompts), held, beside)
+        of_words = frozenset(words)
+        by_name = {c.name: tuple(w for w in r if w in of_words) for c, r in zip(book.concepts, ranked, strict=True)}
+        return Nearby(words, synonyms, others(prompts), held, beside, by_name, said)
 
     def to_json(self, name: str) -> dict[str, Any]:
         """What a delta's header says of it."""
-        return {"words": len(self.words), "prompts": len(self.prompts), "synonyms": list(self.synonyms.get(name, ()))}
+        said = self.said.get(name, Said())
+        near = list(dict.fromkeys((*said.stays, *self.near.get(name, ()))))[:LISTED]
+        facts = {"words": len(self.words), "prompts": len(self.prompts), "synonyms": list(self.synonyms.get(name, ())), "near": near}
+        return facts | ({"said": said.to_json()} if said.to_json() else {})
 
 
 def _ranked(
@@ -126,7 +158,7 @@ def _alike(concept: Concept) -> frozenset[str]:
 
 def _in_turn(lists: Sequence[Sequence[str]]) -> Iterator[str]:
     """The first of each list, the second of each, ..., each word once."""
-    return iter(dict.fromkeys(word for row in zip(*lists, strict=True) for word in row))
+    return iter(dict.fromkeys(word for row in zip_longest(*lists) for word in row if word is not None))
 
 
 def _synonyms(encoder: TextEncoder, book: ConceptBook, words: Sequence[str], every: Sequence[str]) -> dict[str, tuple[str, ...]]:

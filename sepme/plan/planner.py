@@ -6,7 +6,7 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from .encoded_book import EncodedBook
 from .finder import DirectionFinder, Found
 from .gate import Certificate
 from .pooled import Pooled, PooledFacts
+from .said import Said
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Planner:
         book: every known concept (old and new) and what must be preserved.
         ordinary: calibration corpus; the shipped one by default.
         on_progress: called while prompts are read and concepts planned; it may raise :class:`~sepme.errors.Interrupted`.
+        said, near: what is known of nearby words, see :meth:`~.nearby.Nearby.of`.
 
     Attributes:
         prompts: the book's token matrices, which training reads too.
@@ -58,9 +60,11 @@ class Planner:
         options: PlanOptions | None = None,
         ordinary: Sequence[str] | None = None,
         on_progress: OnProgress = silent,
+        said: Mapping[str, Said] | None = None,
+        near: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.book, self.options = book, options or PlanOptions()
-        self.prompts = EncodedBook(encoder, book, self.options.padding, ordinary, on_progress, self.options.nearby)
+        self.book, self.options, self._said, self._near = book, options or PlanOptions(), said, near
+        self.prompts = EncodedBook(encoder, book, self.options.padding, ordinary, on_progress, self.options.nearby, said, near)
         self._finder = DirectionFinder(self.prompts, self.options)
         self._plans: dict[str, Subspace] = {}
         self._pooled: dict[str, tuple[Pooled | None, PooledFacts | None]] = {}
@@ -72,7 +76,8 @@ class Planner:
         ordinary = [""] * (len(first) + len(second))
         ordinary[::2], ordinary[1::2] = first, second
         texts = other_texts(self.prompts.encoder)
-        return {name: Planner(encoder, self.book, self.options, ordinary, self.prompts.on_progress) for name, encoder in texts.items()}
+        more = ordinary, self.prompts.on_progress, self._said, self._near
+        return {name: Planner(encoder, self.book, self.options, *more) for name, encoder in texts.items()}
 
     @property
     def mode(self) -> Mode:

@@ -47,5 +47,5 @@ def made_again(
     more = [text for word in words for text in (word, *(t.format(word) for t in (*PLAIN, *HELD_OUT))) if normalised(text) not in own]
     book = replace(book, preserve=tuple(dict.fromkeys((*book.preserve, *more))))
     plan = replace(plan, nearby=max(plan.nearby, COUNT) if options.mode == "subspace" else 0)
-    planner = Planner(encoder, book, plan, on_progress=on_progress)
+    planner = Planner(encoder, book, plan, on_progress=on_progress, said={name: delta.facts.nearby.said})
     return make_delta(planner, name, denoiser if options.needs_model else None, options, on_step=on_step, check=check)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..delta.concept_delta import ConceptDelta
+from ..delta.thumbnail import with_thumbnail
 from ..files import remove_leftovers
 from ..plan.planner import Planner
 from .guard import GuardOptions, make_guard
 from .make import Model, make_deltas
 from .options import OnStep, TrainOptions
 from .source import Pictures
+
+if TYPE_CHECKING:
+    from ..delta.thumbnail import Draw
 
 
 class Group(NamedTuple):
@@ -38,6 +42,7 @@ class Job:
             the same batches by whoever makes it.
         todo: what is left to do.
         pictures: by concept, the user's pictures of which x_t is made.
+        draw: what draws the small picture of a finished delta; None: it gets none.
         guard: how every delta's guard is made; None: they get none.
     """
 
@@ -47,6 +52,7 @@ class Job:
     names: Sequence[str]
     todo: Sequence[Group]
     pictures: Mapping[str, Pictures] = field(default_factory=dict)
+    draw: Draw | None = None
     guard: GuardOptions | None = None
 
     def plan(self) -> None:
@@ -57,10 +63,10 @@ class Job:
     def make(self, group: Group, on_step: OnStep | None = None, check: Callable[[], None] | None = None) -> list[ConceptDelta]:
         """The deltas of a group, from its checkpoint on if there is one of the same recipe; see :func:`make_deltas`."""
         self.plan()
-        deltas = make_deltas(self.planner, group.names, self.denoiser, self.options, group.checkpoint, on_step, self.pictures, check)
-        if self.guard is None:
-            return deltas
-        return [make_guard(self.planner, delta, self.denoiser, self.guard, check or (lambda: None)) for delta in deltas]
+        made = make_deltas(self.planner, group.names, self.denoiser, self.options, group.checkpoint, on_step, self.pictures, check)
+        if self.guard is not None:
+            made = [make_guard(self.planner, delta, self.denoiser, self.guard, check or (lambda: None)) for delta in made]
+        return made if self.draw is None else [with_thumbnail(d, self.draw) for d in made]
 
 
 def train_book(

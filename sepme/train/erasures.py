@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,22 @@ from ..delta.library import embed, unembed
 from ..errors import SepMEError
 from ..files import write_atomically
 from ..model.encoder_fingerprint import EncoderFingerprint
-from ..model.protocols import TextEncoder, clip_skip
+from ..model.protocols import TextEncoder, clip_skip, free_length
 from ..plan.directions import PlanOptions
 from ..plan.gate import ordinary_prompts
 from ..plan.planner import Planner
+from ..plan.said import Said
 from ..plan.vocabulary import FILE, Vocabulary
 from ..progress import OnProgress, silent
 from .make import make_deltas
 from .options import TrainOptions
 
 OPTIONS = TrainOptions(objective="closed-form", edit="context")
-PLANS = (PlanOptions(), PlanOptions(mode="soft"))  # the second where the first leaves no room
+NEARBY = 100  # words near the concepts that must not change: half as many as in training, for somebody waits
+PLANS = (PlanOptions(nearby=NEARBY), PlanOptions(mode="soft", nearby=NEARBY))  # the second where the first leaves no room
 MAX_SETS = 32  # in memory
 MAX_BYTES = 64 << 20  # on disk
-VERSION = 1  # of what is made of a name
+VERSION = 2  # of what is made of a name
 
 
 class Named(NamedTuple):
@@ -43,16 +46,18 @@ class Named(NamedTuple):
     Attributes:
         prompts: that mean it; those of the templates if empty.
         anchor: what takes its place; found if None.
+        said: of words near it.
     """
 
     name: str
     prompts: tuple[str, ...] = ()
     anchor: str | None = None
+    said: Said = Said()
 
 
 def named(concepts: Sequence[str | Concept | Named]) -> tuple[Named, ...]:
     """Names and concepts as :class:`Named`; a concept's anchor is taken as it is, also the empty one."""
-    given = [Named(c) if isinstance(c, str) else Named(c.name, c.prompts, c.anchor) for c in concepts]
+    given = [Named(c) if isinstance(c, str) else c if isinstance(c, Named) else Named(c.name, c.prompts, c.anchor) for c in concepts]
     return tuple(n._replace(name=Concept(n.name, n.prompts, n.anchor or "").name) for n in given)
 
 
@@ -75,15 +80,17 @@ def book_of(
     concepts = []
     for n in sorted(wanted, key=lambda n: normalised(n.name)):
         found = Vocabulary.of(encoder, on_progress).anchor(encoder, n.name) if n.anchor is None else n.anchor
-        concepts.append(Concept(n.name, n.prompts, found))
-    return ConceptBook((*known, *concepts), tuple(dict.fromkeys(preserve)))
+        concept = Concept(n.name, n.prompts, found)
+        prompts = dict.fromkeys((*concept.prompts, *n.said.same))
+        concepts.append(replace(concept, prompts=tuple(prompts)) if n.said.same else concept)
+    return ConceptBook((*known, *concepts), tuple(dict.fromkeys((*preserve, *(w for n in wanted for w in n.said.stays)))))
 
 
-def neighbours(encoder: TextEncoder, book: ConceptBook, names: Sequence[str]) -> list[str]:
-    """The words nearest to these concepts that stand in no prompt of the book, for gates to stay shut on."""
+def neighbours(encoder: TextEncoder, book: ConceptBook, names: Sequence[str]) -> dict[str, list[str]]:
+    """The shipped words nearest to each of these concepts that stand in no prompt of the book."""
     texts = [t for c in book.concepts for t in (c.name, *c.prompts)]
     vocabulary = Vocabulary.of(encoder)
-    return list(dict.fromkeys(word for name in names for word in vocabulary.nearby(encoder, name, texts)))
+    return {name: vocabulary.nearby(encoder, name, texts) for name in names}
 
 
 class Erasures:
@@ -166,7 +173,7 @@ def _key(encoder: TextEncoder, wanted: Sequence[Named], preserve: Sequence[str],
         hashlib.sha256(FILE.read_bytes()).hexdigest(),
         EncoderFingerprint.of(encoder).to_json(),
         clip_skip(encoder),
-        wanted,
+        [(n.name, n.prompts, n.anchor, n.said.to_json()) for n in wanted],
         list(preserve),
         [(c.name, c.prompts, c.anchor) for c in known],
     ]
@@ -178,13 +185,15 @@ def _made(
 ) -> tuple[ConceptDelta, ...]:
     book = book_of(encoder, wanted, preserve, known, on_progress)
     names = [n.name for n in wanted]
-    near = [word for word in neighbours(encoder, book, names) for _ in range(2)]  # one half calibrates gates, the other is held out
-    ordinary = (*ordinary_prompts(), *near)
-    planner = Planner(encoder, book, PLANS[0], ordinary, on_progress)
+    near, said = neighbours(encoder, book, names), {n.name: n.said for n in wanted}
+    ordinary: tuple[str, ...] = ordinary_prompts()
+    if free_length(encoder):  # no other words are looked for: these calibrate gates, and are held out
+        ordinary += tuple(word for word in dict.fromkeys(chain(*near.values())) for _ in range(2))
+    planner = Planner(encoder, book, PLANS[0], ordinary, on_progress, said, near)
     try:
         planner.plan_all(names)
     except SepMEError:
-        planner = Planner(encoder, book, PLANS[1], ordinary, on_progress)
+        planner = Planner(encoder, book, PLANS[1], ordinary, on_progress, said, near)
         planner.plan_all(names)
     made = [make_deltas(planner, [n], None, OPTIONS)[0] for n in names]
     return tuple(replace(d, file="") for d in made)

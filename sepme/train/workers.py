@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,9 @@ from .book import Group, Job
 from .guard import GuardOptions
 from .options import Progress, TrainOptions
 from .source import Pictures
+
+if TYPE_CHECKING:
+    from ..delta.thumbnail import Draw
 
 RETRIES = 3
 STORE = 256 << 20  # bytes of shared memory; finished deltas pass through it
@@ -40,6 +43,10 @@ def no_pictures(host: Any, check: Callable[[], None] = lambda: None) -> dict[str
     return {}
 
 
+def no_drawing(host: Any, check: Callable[[], None] = lambda: None) -> None:
+    """Nothing that draws."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """Everything a process needs to make any of a book's deltas. It is pickled, so callables must be importable.
@@ -48,8 +55,9 @@ class Setup:
         load: the host; text encoders alone where the options need no model.
         names: all concepts of the run (:attr:`Job.names`).
         threads: of torch, in every process.
-        guard: see :class:`Job`.
         pictures: from the host, the user's pictures by concept.
+        draw: from the host, what draws small pictures (:attr:`Job.draw`).
+        guard: see :class:`Job`.
     """
 
     load: Callable[[], Any]
@@ -59,6 +67,7 @@ class Setup:
     names: tuple[str, ...]
     threads: int
     pictures: Callable[..., Mapping[str, Pictures]] = no_pictures
+    draw: Callable[..., Draw | None] = no_drawing
     guard: GuardOptions | None = None
 
     def job(self, todo: Sequence[Group], on_progress: OnProgress = silent, check: Callable[[], None] = lambda: None) -> Job:
@@ -67,7 +76,7 @@ class Setup:
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
         denoiser = host if self.options.needs_model or self.guard is not None else None
-        return Job(planner, denoiser, self.options, self.names, todo, pictures, self.guard)
+        return Job(planner, denoiser, self.options, self.names, todo, pictures, self.draw(host, check=check), self.guard)
 
 
 class Worker:

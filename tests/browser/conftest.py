@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         graph = Graph()
         model = graph.add("SepMEDemoModel")
         book = graph.add("SepMEConceptBook", book=BOOK)
-        made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=book[0], objective="closed-form")
+        made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=book[0], objective="closed-form", nearby=0)
         graph.add("SepMESaveDeltas", deltas=made[0])
         run = run_prompt(running, graph.prompt)
         assert run.error is None, run.message

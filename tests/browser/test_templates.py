@@ -68,10 +68,28 @@ def test_template(checkpoint_server: Server, open_page: Callable[..., Page], sav
     pictures = [pixels(checkpoint_server, image) for out in page.queue().values() for image in shown(out)]
     assert all(p.std() > 0 for p in pictures)
     assert len(pictures) == {"6": 3, "7": 1, "8": 3}[name[0]]
+    photograph(page, name)
+    check_layout(page)
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes2"])
+def test_layout(checkpoint_server: Server, open_page: Callable[..., Page], vue: bool) -> None:
+    """Of the templates that train, which other tests run."""
+    page = open_page(checkpoint_server, vue=vue, size=SIZE)
+    for name in TEMPLATES:
+        if name[0] in "12345":
+            page.load_workflow(TEMPLATES[name], here=True)
+            page.frames()
+            photograph(page, name)
+            half(page)
+            assert (name, overlapping(page), outside(page)) == (name, [], [])
+
+
+def photograph(page: Page, name: str) -> None:
+    """Where somebody wants to look at it, a picture of a template at half size."""
     if folder := os.environ.get("SEPME_PICTURES"):
         half(page)
-        page.picture(Path(folder) / f"template-{name[0]}-{'nodes2' if vue else 'canvas'}.png")
-    check_layout(page)
+        page.picture(Path(folder) / f"template-{name[0]}-{'nodes2' if page.vue else 'canvas'}.png")
 
 
 def check_layout(page: Page) -> None:

@@ -47,7 +47,7 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
         if node["class_type"] == "SepMELoadCheckpoint":
             node["inputs"]["ckpt_name"] = NAME
         if node["class_type"] == "SepMETrain":
-            node["inputs"] |= {"steps": 10, "size": 64}
+            node["inputs"] |= {"steps": 10, "size": 64, "nearby": 0}
     run = server.run(prompt)
     assert run.error is None, run.error
     told = [t for o in run.outputs.values() for t in o.get("text", [])]

@@ -48,6 +48,8 @@ def test_a_name_is_enough(inside: Inside, erase: Any) -> None:
     assert torch.equal(inside.sample(made.model, inside.text("a heart")), kept)
     assert torch.equal(inside.sample(inside.model, inside.text("a star")), stock)
     assert made.facts[0]["anchor"] == "a picture"
+    assert made.facts[0]["collateral"] == {"count": 0, "of": 100, "worst": ()}
+    assert made.facts[0]["near"][:2] == ["triangle", "cross"]
 
 
 def test_switches_strengths_and_order_read_nothing(inside: Inside, erase: Any) -> None:
@@ -110,6 +112,9 @@ def test_beside_deltas_and_saved_rows(inside: Inside, erase: Any) -> None:
         ([{"name": "star", "prompts": "a star"}], "no text"),
         ([{"name": "star", "anchor": 3}], "no text"),
         ([{"name": "star", "prompts": [""]}], "empty prompt"),
+        ([{"name": "star", "stays": "moon"}], "no text"),
+        ([{"name": "star", "free": [3]}], "no text"),
+        ([{"name": "star", "stays": ["moon"]}, {"name": "heart", "same": ["Moon"]}], "'moon' is in two lists"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(erase: Any, rows: Any, message: str) -> None:
@@ -123,3 +128,14 @@ def test_prompts_anchor_and_preserve_of_ones_own(inside: Inside, erase: Any) -> 
     (delta,) = erase(rows, preserve="a blue star\n\na heart\n").deltas
     assert delta.concept == inside.sepme.Concept("red star", ("a red star", "one red star"), "a circle")
     assert delta.preserve.prompts == ("a blue star", "a heart")
+
+
+def test_words_of_ones_own(erase: Any) -> None:
+    """What a row says of words near its concept makes the erasure anew, and a shared workflow says the same."""
+    row = {"name": "star", "stays": ["cloud"], "same": ["cross"], "free": ["triangle"]}
+    made = erase([row])
+    assert made.facts[0]["near"][0] == "cloud"
+    assert not {"triangle", "cross"} & set(made.facts[0]["near"])
+    assert made.facts[0]["synonyms"] == ["cross"]
+    assert "cross" in made.deltas[0].concept.prompts
+    assert made.facts[0]["preserve"] == ["cloud"]

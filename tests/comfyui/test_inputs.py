@@ -27,7 +27,8 @@ class Scene(Graph):
         link = {}
         for name in names:
             link = {"concepts": self.add("SepMEConcept", name=name, anchor="a circle", **link)[0]}
-        self.made = self.add("SepMETrain", model=self.model[0], clip=self.clip, objective="closed-form", **link, **options)
+        chosen = {"objective": "closed-form", "nearby": 0} | link | options
+        self.made = self.add("SepMETrain", model=self.model[0], clip=self.clip, **chosen)
 
     def saved(self, **options: Any) -> Node:
         return self.add("SepMESaveDeltas", deltas=self.made[0], **options)

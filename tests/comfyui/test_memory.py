@@ -13,6 +13,12 @@ from comfyui.inside import PACK, Inside
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 
 
+WAYS = (
+    r"ran out\. Training by gcirs on 2 pictures of 64 x 64 pixels takes about \d+ MB of memory: \d+ MB for the model, \d+ MB for a step\. "
+    r"\S+ GB are free; choose batch 1 \(about \d+ MB\) or size 32 \(about \d+ MB\) or batch 1 and size 32 .* or the objective closed"
+)
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
@@ -26,13 +32,16 @@ def test_what_can_be_smaller(inside: Inside, monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setattr(train, "train_book", fail)
     monkeypatch.setattr(train.SepMETrain, "hidden", SimpleNamespace(prompt=None, unique_id="me"))
     book = inside.sepme.ConceptBook((inside.sepme.Concept("star"),))
-    with pytest.raises(ValueError, match=r"2 pictures of 64 x 64 pixels; choose batch 1 .*, or the objective closed-form"):
+    with pytest.raises(ValueError, match=WAYS):
         train.SepMETrain.execute(inside.model, inside.clip, book, batch=2)
 
 
 def test_sentences(inside: Inside) -> None:
     train = importlib.import_module(f"{PACK}.nodes.train")
     options = inside.sepme.TrainOptions
-    assert "batch 1 (a step of 4 pictures needs 4 times as much), size 256" in train.too_large((4, 64, 64), options())
-    assert "batch 1 (" not in train.too_large((4, 64, 64), options(batch=1))
-    assert "edit context" in train.too_large((4, 64, 64), options(objective="closed-form"))
+    ways = {"batch 1": 3 * 10**9, "size 256": 9 * 10**9}
+    assert "It takes 9. 5.0 GB are free; choose batch 1 (about 3.0 GB) or the obj" in train.too_large(
+        ["It takes 9."], options(), ways, 5 * 10**9
+    )
+    assert "are free; choose the objective closed-form" in train.too_large([], options(), ways, 10**9)
+    assert "edit context" in train.too_large([], options(objective="closed-form"), {}, 0)

@@ -23,7 +23,7 @@ class Scene(Graph):
         star = self.add("SepMEConcept", name="star", prompts="a star\na picture of a star", anchor="a circle")
         heart = self.add("SepMEConcept", name="heart", prompts="a heart\na picture of a heart", anchor="a circle", concepts=star[0])
         self.made = self.add(
-            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=heart[0], objective="closed-form", erase=erase
+            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=heart[0], objective="closed-form", erase=erase, nearby=0
         )  # fmt: skip
         self.applied = self.add("SepMEApply", model=self.model[0], deltas=self.made[0], toggles=toggles)
 

@@ -93,7 +93,7 @@ def trained(server: Server) -> Run:
     graph = Graph()
     model = graph.add("SepMEDemoModel")
     concepts = graph.add("SepMEConceptBook", book=BOOK)
-    made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concepts[0], erase="star, striped", seed=3)
+    made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concepts[0], erase="star, striped", seed=3, nearby=0)
     graph.add("SepMESaveDeltas", deltas=made[0])
     graph.add("LossGraphNode", loss=made[1], filename_prefix="loss")
     graph.add("PreviewAny", source=made[2])
@@ -314,7 +314,7 @@ def test_the_same_seed_gives_the_same_file(server: Server, trained: Run) -> None
         graph = Graph()
         model = graph.add("SepMEDemoModel")
         concept = graph.add("SepMEConcept", name="circle")
-        made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concept[0], steps=12, seed=seed)
+        made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concept[0], steps=12, seed=seed, nearby=0)
         graph.add("SepMESaveDeltas", deltas=made[0], filename_prefix=prefix)
         assert server.run(graph.prompt).error is None
         return (files(server) / f"{prefix}circle.safetensors").read_bytes()
@@ -333,7 +333,8 @@ def test_other_objectives(server: Server) -> None:
     concept = graph.add("SepMEConcept", name="star", prompts="a star\na red star", anchor="a circle")
     for objective in ("esd", "sdd", "ablation", "fmn"):
         made = graph.add(
-            "SepMETrain", model=model[0], clip=model[1], concepts=concept[0], objective=objective, steps=10, preserve="a heart\nred"
+            "SepMETrain", model=model[0], clip=model[1], concepts=concept[0], objective=objective, steps=10, preserve="a heart\nred",
+            nearby=0,
         )  # fmt: skip
         deltas[objective] = graph.add("SepMESaveDeltas", deltas=made[0], filename_prefix=f"objectives/{objective}-")
         unet = graph.add("SepMEApply", model=model[0], deltas=made[0])
@@ -403,7 +404,7 @@ def concept_only(server: Server, kind: str, **inputs: Any) -> Run:
     graph = Graph()
     model = graph.add("SepMEDemoModel")
     concepts = graph.add(kind, **inputs)
-    made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concepts[0], objective="closed-form")
+    made = graph.add("SepMETrain", model=model[0], clip=model[1], concepts=concepts[0], objective="closed-form", nearby=0)
     graph.add("SepMESaveDeltas", deltas=made[0])
     return server.run(graph.prompt)
 
@@ -412,7 +413,7 @@ def train_only(server: Server, name: str = "star", save: dict[str, Any] | None =
     graph = Graph()
     model = graph.add("SepMEDemoModel")
     concepts = graph.add("SepMEConcept", name=name)
-    given = {"model": model[0], "clip": model[1], "concepts": concepts[0], "objective": "closed-form"} | inputs
+    given = {"model": model[0], "clip": model[1], "concepts": concepts[0], "objective": "closed-form", "nearby": 0} | inputs
     made = graph.add("SepMETrain", **given)
     graph.add("SepMESaveDeltas", deltas=made[0], **(save or {}))
     return server.run(graph.prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from sepme import cli
 from sepme.concepts import Concept
 from sepme.delta.concept_delta import ConceptDelta
+from sepme.delta.thumbnail import picture
 from sepme.demo.run import demo_suite
 
 Run = Callable[..., tuple[int, str, str]]
@@ -67,6 +70,22 @@ def test_inspect_and_verify(run: Run, trained: Path) -> None:
     assert report["holds"]
     assert all(v == 0 for d in report["deltas"] for v in d["leakage_gated"].values())
     assert len(report["matrix"]) == 12
+
+
+def test_files_carry_a_small_picture(run: Run, trained: Path, tmp_path: Path) -> None:
+    """Stock beside erased, unless it is not wanted."""
+    (tmp_path / "book.json").write_text(demo_suite().book().dumps())
+    code, _, err = run(
+        "train", "demo", tmp_path / "book.json", "-o", tmp_path, "--only", "star", "--objective", "closed-form", "--no-thumbnail"
+    )
+    assert code == 0, err
+    with_picture, without = (ConceptDelta.load(folder / "star.safetensors") for folder in (trained, tmp_path))
+    shown = picture(with_picture.thumbnail)
+    assert shown is not None
+    image = Image.open(io.BytesIO(shown.data)).convert("L")
+    stock, erased = (torch.tensor(list(image.crop((x, 0, x + 128, 128)).tobytes())).float() for x in (0, 128))
+    assert (stock - erased).abs().mean() > 3
+    assert without.thumbnail == ""
 
 
 def test_verify_fails_for_a_gate_that_lets_others_in(run: Run, trained: Path, tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ from conftest import TinyEncoder
 
 from sepme.apply.composition import Composition
 from sepme.concepts import Concept
+from sepme.delta.library import embed, unembed
 from sepme.errors import SepMEError
+from sepme.plan.said import Said
 from sepme.plan.vocabulary import Vocabulary, kinds, nearby_words
 from sepme.presets import Preset, presets
 from sepme.train import erasures
+from sepme.train.again import made_again
 from sepme.train.erasures import Erasures, Named, book_of, named, neighbours
 
 
@@ -88,17 +91,47 @@ def test_book_has_what_was_given_and_what_was_found(encoder: TinyEncoder) -> Non
     assert book_of(encoder, [Named("star", anchor="")], ["a cat", "a cat"]).preserve == ("a cat",)
 
 
-def test_gates_are_calibrated_on_neighbours(encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words that stand in no prompt of the concepts are read beside the ordinary ones, once for either half."""
+def test_gates_are_calibrated_on_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of encoders that are asked for no words: those that stand in no prompt of the concepts are read beside the ordinary ones, once for
+    either half."""
+    encoder = TinyEncoder(d_in=96)
+    monkeypatch.setattr(encoder, "free_length", True, raising=False)
     monkeypatch.setattr(erasures, "ordinary_prompts", lambda: ("a cat", "a dog"))
     book = book_of(encoder, [Named("star"), Named("heart", ("a heart", "a moon"))])
-    near = neighbours(encoder, book, ["heart", "star"])
+    found = neighbours(encoder, book, ["heart", "star"])
+    near = list(dict.fromkeys([*found["heart"], *found["star"]]))
     assert len(near) == len(set(near)) > 32
     assert not {"star", "heart", "moon"} & set(near)
     encoder.calls.clear()
     Erasures().get(encoder, [Named("star"), Named("heart", ("a heart", "a moon"))])
     assert [c for c in encoder.calls if "a cat" in c] == [["a cat", *near]]
     assert [c for c in encoder.calls if "a dog" in c] == [["a dog", *near]]
+
+
+def test_words_near_a_concept_are_found_and_what_is_said_of_them_counts(encoder: TinyEncoder) -> None:
+    """What must stay is preserved and measured, what means the same changes along, what is free is neither; a file says all of it."""
+    made, plain = Erasures(), Erasures().get(encoder, ["star"])[0]
+    near = plain.facts.nearby.near
+    assert len(near) == len(set(near)) > 20
+    assert "star" not in near
+    assert plain.certificate.collateral is not None
+    assert plain.certificate.collateral.of == 100
+    first, second, third = near[:3]
+    row = Named("star", said=Said(("heirloom",), (first,), (second,)))
+    delta = made.get(encoder, [row])[0]
+    assert delta.facts.nearby.near[:2] == ("heirloom", third)
+    assert not {first, second} & set(delta.facts.nearby.near)
+    assert delta.concept.prompts == (*Concept("star").prompts, first)
+    assert edited([delta], encoder, first)
+    assert not edited([delta], encoder, "heirloom")
+    assert delta.preserve.prompts == ("heirloom",)
+    assert unembed(embed(delta)).facts.nearby.said == row.said
+    assert made_again(encoder, None, delta, ["a cup"]).facts.nearby.said == row.said
+    encoder.calls.clear()
+    assert made.get(encoder, [row])[0] is delta
+    assert all(len(c) == 3 for c in encoder.calls)  # its fingerprint
+    with pytest.raises(SepMEError, match="'moon' is in two lists"):
+        made.get(encoder, [Named("star", said=Said(stays=("moon",))), Named("tree", said=Said(free=("moon",)))])
 
 
 def test_a_set_is_made_once_in_any_order(encoder: TinyEncoder, tmp_path: Path) -> None:
@@ -161,7 +194,7 @@ def test_names_that_are_none() -> None:
 @pytest.mark.parametrize("preset", presets(), ids=lambda p: p.key)
 def test_presets_are_planned(preset: Preset) -> None:
     """All of its concepts at once; each is edited by its own erasure, and what it preserves is not."""
-    encoder = TinyEncoder(d_in=384, tokens=10)
+    encoder = TinyEncoder(d_in=768, tokens=10)
     made = Erasures().get(encoder, preset.book.concepts, preset.book.preserve)
     assert len(made) == len(preset.book.concepts)
     for delta in made:

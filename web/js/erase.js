@@ -2,11 +2,13 @@
 import { openDialog, repairButton } from "./dialog.js";
 import { el } from "./dom.js";
 import { library } from "./library.js";
+import { said, sentences, typed, words } from "./nearby.js";
 import { TogglePanel } from "./panel.js";
 import { t } from "./text.js";
-import { same, splitNames } from "./toggles.js";
+import { quoteName, same, splitNames } from "./toggles.js";
 
 const FOOT = 34; // pixels of the line that adds rows
+const FOUND = 20; // of a sentence about nearby words
 const MOST = 40; // choices shown at once
 
 /** The rows of a value: what the server's parse_rows reads; null when it can be read as none. */
@@ -45,12 +47,26 @@ export class ErasePanel extends TogglePanel {
     });
     const add = el("button.sepme-small.sepme-add", { type: "button", onclick: () => (this.field.value.trim() ? this.addTyped() : this.field.focus()) }, t("erase.add"));
     this.element.classList.add("sepme-erase");
-    this.element.append(el("div.sepme-foot", {}, this.field, add));
+    this.found = el("div.sepme-found", { role: "status", hidden: true });
+    this.element.append(this.found, el("div.sepme-foot", {}, this.field, add));
     this.draw();
   }
 
   get height() {
-    return super.height + FOOT;
+    const lines = this.found?.children.length ?? 0;
+    return super.height + FOOT + (lines ? FOUND * lines + 4 : 0);
+  }
+
+  draw() {
+    super.draw();
+    if (!this.found) return; // while the panel is made
+    const lines = sentences(this.rows).map(({ grade, text, row }) => {
+      const parts = [el(`span.sepme-dot.sepme-${grade}`), el("span.sepme-name", {}, text)];
+      if (!row || row.entry.file || row.entry.content_hash) return el("div.sepme-sentence", { title: text }, ...parts);
+      return el("button.sepme-sentence", { type: "button", title: `${text}\n${t("erase.changeWords")}`, onclick: () => this.ask(row) }, ...parts);
+    });
+    this.found.replaceChildren(...lines);
+    this.found.hidden = !lines.length;
   }
 
   read() {
@@ -87,7 +103,7 @@ export class ErasePanel extends TogglePanel {
     const anchor = row.entry.anchor ?? row.delta.anchor;
     const shown = anchor ?? t("erase.automatic");
     const stays = row.delta.preserve?.length ? `\n${t("erase.stays", { words: row.delta.preserve.join(", ") })}` : "";
-    const change = el("button.sepme-anchor", { type: "button", title: `${t("erase.becomes", { anchor: shown || t("erase.nothing") })}${stays}\n${t("erase.change")}`, onclick: () => this.askAnchor(row, anchor ?? "") }, anchor == null ? "→ …" : `→ ${anchor || t("erase.nothing")}`);
+    const change = el("button.sepme-anchor", { type: "button", title: `${t("erase.becomes", { anchor: shown || t("erase.nothing") })}${stays}\n${t("erase.change")}`, onclick: () => this.ask(row) }, anchor == null ? "→ …" : `→ ${anchor || t("erase.nothing")}`);
     this.inCell(part, change);
     return element;
   }
@@ -104,18 +120,22 @@ export class ErasePanel extends TogglePanel {
     this.byName.get(row.name).drop.hidden = false;
   }
 
-  /** Ask what takes a concept's place: found by itself, nothing in particular, or the user's own words; and what must stay. */
-  askAnchor(row, value) {
-    const own = el("input.sepme-text", { type: "text", value: value, "aria-label": t("erase.own"), oninput: () => (radios[2].checked = true) });
+  /** Ask what takes a concept's place: found by itself, nothing in particular, or the user's own words; what must stay; what changes along. */
+  ask(row) {
+    const own = el("input.sepme-text", { type: "text", value: row.entry.anchor ?? row.delta.anchor ?? "", "aria-label": t("erase.own"), oninput: () => (radios[2].checked = true) });
     const kind = row.entry.anchor == null ? 0 : row.entry.anchor ? 2 : 1;
     const radios = ["erase.byItself", "erase.nothing", "erase.own"].map((key, i) => el("input", { type: "radio", name: "sepme-anchor", value: key, checked: i === kind }));
     const choices = radios.map((radio) => el("label.sepme-choice", {}, radio, t(radio.value)));
     const stays = row.delta.preserve?.length ? el("p", {}, t("erase.stays", { words: row.delta.preserve.join(", ") })) : null;
-    const words = this.preserve && el("textarea.sepme-text", { rows: 4, value: this.preserve.get() });
-    const must = words && el("label", {}, t("erase.mustStay"), words);
-    const dialog = openDialog(t("erase.anchorTitle", row), el("div.sepme-options", {}, ...choices, own, el("p", {}, t("erase.anchorLabel")), stays, must), [[t("dialog.ok"), () => {
-      if (words && words.value !== this.preserve.get()) this.preserve.set(words.value);
-      const { anchor: _, ...rest } = row.entry;
+    const list = this.preserve && el("textarea.sepme-text.sepme-stay", { rows: 3, value: this.preserve.get() });
+    const must = list && el("label", {}, t("erase.mustStay"), list);
+    const near = words(row.entry, row.delta);
+    const placeholder = row.delta.near ? "" : t("erase.atFirstRun");
+    const [stay, alike] = [["near", 3, near.stay], ["same", 1, near.same]].map(([name, rows, shown]) => el(`textarea.sepme-text.sepme-${name}`, { rows, placeholder, value: shown.map(quoteName).join(", ") }));
+    const nearby = [el("label", {}, t("erase.near"), stay), el("label", {}, t("erase.same"), alike)];
+    const dialog = openDialog(t("erase.anchorTitle", row), el("div.sepme-options", {}, ...choices, own, el("p", {}, t("erase.anchorLabel")), stays, ...nearby, must), [[t("dialog.ok"), () => {
+      if (list && list.value !== this.preserve.get()) this.preserve.set(list.value);
+      const { anchor: _, ...rest } = said(row.entry, row.delta, typed(stay.value), typed(alike.value));
       const chosen = radios.findIndex((radio) => radio.checked);
       const text = own.value.trim();
       this.replace(row, chosen === 1 ? { ...rest, anchor: "" } : chosen === 2 && text ? { ...rest, anchor: text } : rest);

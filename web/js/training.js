@@ -2,7 +2,7 @@
 import { api, grow, nodes, rootGraph, serverIds } from "./host.js";
 import { el, figure } from "./dom.js";
 import { refresh } from "./nodes.js";
-import { t } from "./text.js";
+import { t, told } from "./text.js";
 import { spare, verdict } from "./verdict.js";
 
 const SIZE = [300, 96];
@@ -63,7 +63,7 @@ function step(node, { concept, step, steps, loss, sample, note }) {
   }
   if (!losses.has(concept)) losses.set(concept, []);
   if (loss != null) losses.get(concept).push(loss);
-  state.textContent = note ?? t("training.step", { concept, step, steps, loss: figure(loss) });
+  state.textContent = note ? told(note) : t("training.step", { concept, step, steps, loss: figure(loss) });
   if (sample) {
     picture.src = sample;
     picture.hidden = false;

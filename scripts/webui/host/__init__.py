@@ -3,7 +3,8 @@
 Automatic1111 and its Forges differ in where the UNet is, how it is patched and in which order rows come. Everything else is shared.
 """
 
-from .checkpoint import ClipSkip, architectures_of, missing
+from .checkpoint import ClipSkip, architectures_of, checkpoint_file, missing
+from .drawing import thumbnails
 from .hook import Hook
 from .interface import (
     AlwaysVisible,
@@ -11,7 +12,6 @@ from .interface import (
     InputAccordion,
     Script,
     check_interrupted,
-    checkpoint_file,
     checkpoint_folder,
     interrupt,
     job,
@@ -52,4 +52,5 @@ __all__ = [
     "on_ui_tabs",
     "register_extra_network",
     "script_modules",
+    "thumbnails",
 ]

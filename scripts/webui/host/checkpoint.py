@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from modules import sd_models, shared
@@ -48,6 +49,15 @@ def chosen_model() -> Any:
     if hasattr(sd_models, "forge_model_reload"):
         sd_models.forge_model_reload()
     return shared.sd_model
+
+
+def checkpoint_file() -> Path:
+    """The file of :func:`chosen_model`.
+
+    Raises:
+        SepMEError: see there.
+    """
+    return Path(chosen_model().sd_checkpoint_info.filename)
 
 
 def missing() -> str:

@@ -33,11 +33,6 @@ def checkpoint_folder() -> Path:
     return Path(getattr(shared.cmd_opts, "ckpt_dir", None) or Path(paths.models_path) / "Stable-diffusion")
 
 
-def checkpoint_file() -> Path:
-    """The file of the loaded checkpoint."""
-    return Path(shared.sd_model.sd_checkpoint_info.filename)
-
-
 def script_modules() -> list[Any]:
     """The modules of all scripts that the host has loaded."""
     return [data.module for data in scripts.scripts_data]

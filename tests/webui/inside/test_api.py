@@ -19,6 +19,7 @@ import modules.call_queue
 import modules.infotext_utils
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
@@ -155,3 +156,10 @@ def test_bad_arguments_are_one_sentence_and_change_nothing(server: Server, args:
     assert len(note) < 300
     assert str(server.ui.folder) not in json.dumps(answer)  # pictures are shared
     assert sampled(answer) == sampled(server.post([]))
+
+
+def test_a_bare_nan(server: Server) -> None:
+    """JSON has no NaN: where a request brings one all the same, the hosts cannot send it back with their answer, and we draw as stock."""
+    stock = server.ui.draw()
+    assert torch.equal(server.ui.draw("a star", True, ["star"], {"star": float("nan")}), stock)
+    assert "'nan' of 'star' is no number" in server.ui.infotexts[0]

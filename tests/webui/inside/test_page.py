@@ -166,6 +166,7 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
     grades = [word for word in words if f">{word}" in status]
     assert "certificate" in status
     assert grades
+    assert 'src="data:image/jpeg;base64,' in rows_of(page, ["house"], "")  # drawn by the tab
     status, _ = call(page, "sepme_verify", ["house", "tree"])
     assert "certificate" in status
     assert [word for word in words if f">{word}" in status] == grades  # the one that ComfyUI shows
@@ -182,13 +183,13 @@ def test_train_verify_export(page: SimpleNamespace) -> None:
 
 
 def test_what_is_missing_is_one_sentence(page: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No checkpoint at all; one of a family that has no deltas: at the accordion, at training, and of a picture."""
+    """No checkpoint at all; one of a family that has no deltas: at the accordion and on every page of the tab."""
     import modules.sd_models
     import modules.shared
 
-    def said() -> tuple[str, str]:
-        status, _ = call(page, "sepme_train", "concepts: [star]", "closed-form", "subspace", "auto", 5, 0, "missing/")
-        return rows_of(page, ["star"], ""), status
+    def said() -> list[str]:
+        train = call(page, "sepme_train", "concepts: [star]", "closed-form", "subspace", "auto", 5, 0, "missing/")
+        return [rows_of(page, ["star"], ""), train[0], call(page, "sepme_verify", ["star"])[0]]
 
     other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)), sd_checkpoint_info=SimpleNamespace(filename="x"))
     with monkeypatch.context() as patch:
@@ -198,7 +199,8 @@ def test_what_is_missing_is_one_sentence(page: SimpleNamespace, monkeypatch: pyt
             assert text.count(". ") < 2
     with monkeypatch.context() as patch:
         patch.setattr(modules.sd_models, "checkpoints_list", {})
-        for text in said():
+        merged = page.ui.part("scripts.webui.tab").CHECKPOINT
+        for text in (*said(), call(page, "sepme_export", ["star"], merged, "missing", "")[0]):
             assert "put one into models/Stable-diffusion" in text
     assert not (page.models / "sepme" / "missing").exists()
     assert "sepme-error" not in rows_of(page, ["star"], "")

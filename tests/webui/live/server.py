@@ -69,7 +69,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         data.mkdir(parents=True, exist_ok=True)
-        (data / "config.json").write_text(json.dumps({"samples_format": "png"}), encoding="utf-8")
+        (data / "config.json").write_text(json.dumps({"samples_format": "png", "live_previews_enable": False}), encoding="utf-8")
         neo, forge = (checkout / "modules_forge" / "packages").is_dir(), (checkout / "modules_forge").is_dir()
         cpu = ("--cpu",) if neo else ("--always-cpu",) if forge else ("--use-cpu", "all")
         several = "s" if neo else ""
