@@ -82,10 +82,10 @@ def train(
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Status and loss plot, until every concept of the book has its file; the book is the text if there is any, or what the rows say.
 
-    ``more``: the rows' texts, and how many nearby words there are to be.
+    ``more``: the rows' texts, and how many nearby words there are to be; programs that do not say get none, as ever.
     """
     rows = [text for text in more if isinstance(text, str)]
-    nearby = next((int(value) for value in more if isinstance(value, (int, float))), COUNT)
+    nearby = next((int(value) for value in more if isinstance(value, (int, float))), 0)
 
     def work(progress: TaskStatus) -> str:
         concepts = parse(book if book.strip() or not rows else book_of(rows))
