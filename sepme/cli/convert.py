@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..concepts import Concept, ConceptBook, file_name
+from ..concepts import Concept, ConceptBook
 from ..delta.concept_delta import ConceptDelta
 from ..delta.format import check_replaceable
 from ..errors import SepMEError
 from ..files import check_writable, remove_leftovers
 from .common import finish, interruptible, log, progress, progress_bar
+from .files import model_of, targets
 from .inspect import show_summaries, summary
 from .options import Files, Json, ModelOptions, NullSpace, OutFolder, grouped
 
@@ -126,25 +127,15 @@ def reproject(
     """
     from ..convert import known_to, order_gap
     from ..convert import reproject as again
-    from ..delta.verify import check_encoder
-    from ..model.layers import kv_fingerprint
     from ..plan.gate import ratios
     from ..plan.planner import Planner
 
     deltas = [ConceptDelta.load(path) for path in files]
     book = known_to(deltas, ConceptBook.load(against))
-    paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
-    if len(set(paths)) < len(paths):
-        raise SepMEError("Two of the files are deltas of one concept; reproject them one by one, into different folders.")
     if len({d.pooled is None for d in deltas}) > 1:
         raise SepMEError("Some of the files replace the pooled text vector and some leave it; reproject them apart.")
-    for delta, path in zip(deltas, paths, strict=True):
-        check_replaceable(path, delta.concept.name, files)
-    check_writable(out)
-    host = model.load(alone=not any(d.projections for d in deltas))
-    layers = host.attention_layers() if hasattr(host, "attention_layers") else {}
-    fingerprint = kv_fingerprint(layers)
-    about_encoder = check_encoder(host, deltas)
+    paths = targets(out, deltas, files, "reproject them one by one, into different folders")
+    host, layers, warnings = model_of(deltas, model)
     rows: list[dict[str, Any]] = []
     with interruptible() as check, progress_bar() as bar:
         pooled = "leave" if deltas[0].pooled is None else "replace"
@@ -155,12 +146,10 @@ def reproject(
 
         planner = planner_of(book)
         planner.plan_all([d.concept.name for d in deltas])
-        for warning in about_encoder:
+        for warning in warnings:
             log.print(f"Warning: {warning}")
         for delta, path in zip(deltas, paths, strict=True):
             name = delta.concept.name
-            if delta.facts.kv_fingerprint not in ("", fingerprint):
-                log.print(f"Warning: {name!r} was made on K/V weights {delta.facts.kv_fingerprint}, this model has {fingerprint}.")
             new = again(planner, delta, layers)
             linear = {c: float(ratios(planner.prompts.encodings[c].context, delta.down).max()) for c in planner.prompts.names if c != name}
             row: dict[str, Any] = {"from": delta.content_hash(), "leakage_before": max(linear.values(), default=0.0)}

@@ -82,14 +82,14 @@ def train(
         raise SepMEError("Two concepts of the book differ in hyphens alone and would get the same file name; rename one.")
     for name, path in paths.items():
         check_replaceable(path, name)
+    if guard and (options.edit != "context" or plan.nearby == 0):
+        raise SepMEError("A guard belongs to an edit of the context that looks at nearby words; add --edit context, keep --nearby.")
     if workers and joint:
         raise SepMEError("Joint training is one piece of work; leave out --joint or --workers.")
     check_writable(out)
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
-    if guard and (options.edit != "context" or plan.nearby == 0):
-        raise SepMEError("A guard belongs to an edit of the context that looks at nearby words; add --edit context, keep --nearby.")
     load, threads = partial(model.load, size, not options.needs_model and not guard), torch.get_num_threads()
     draw, made = _draw if thumbnail else no_drawing, GuardOptions() if guard else None
     setup = Setup(load, concept_book, plan, options, tuple(chosen), threads, pictures, draw, made)

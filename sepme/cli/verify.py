@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ..concepts import ConceptBook, file_name
 from ..delta.concept_delta import ConceptDelta
-from ..delta.format import check_replaceable
 from ..errors import SepMEError
-from ..files import check_writable, remove_leftovers
+from ..files import remove_leftovers
 from ..plan.nearby import COUNT
 from .common import finish, interruptible, log, progress, progress_bar, show_table
+from .files import model_of, targets
 from .inspect import summary
 from .options import Files, Json, ModelOptions, NearbyWords, Preserve, grouped
+
+if TYPE_CHECKING:
+    from ..delta.verify import Verification
 
 
 @grouped
@@ -42,45 +45,14 @@ def verify(
     """Measure what else files change on this model."""
     if capacity:
         return _capacity(model, files, count, as_json)
-    from ..delta.verify import check_encoder
     from ..delta.verify import verify as measure
-    from ..model.layers import kv_fingerprint, shapes
 
     deltas = [ConceptDelta.load(path) for path in files]
-    paths = [out / f"{file_name(d.concept.name)}.safetensors" for d in deltas]
-    if fix:
-        if len(set(paths)) < len(paths):
-            raise SepMEError("Two of these files hold the same concept; --fix would write one over the other, name one of them at a time.")
-        for delta, path in zip(deltas, paths, strict=True):
-            check_replaceable(path, delta.concept.name, files)
-        check_writable(out)
-    host = model.load(alone=draw is None and not any(d.projections for d in deltas))
-    layers = host.attention_layers() if hasattr(host, "attention_layers") else {}
-    for delta in deltas if layers else ():
-        delta.check_fits(shapes(layers))
-    fingerprint = kv_fingerprint(layers)
-    about_encoder = check_encoder(host, deltas)
-    made = {d.concept.name: d.facts.kv_fingerprint or fingerprint for d in deltas if d.projections}
+    paths = targets(out, deltas, files, "--fix would write one over the other, name one of them at a time") if fix else []
+    host, _, warnings = model_of(deltas, model, draws=draw is not None)
     with interruptible() as check, progress_bar() as bar:
         result = measure(host, deltas, preserve, progress(bar, check), nearby)
-    warnings = [f"{n!r} was made on K/V weights {f}, this model has {fingerprint}." for n, f in made.items() if f != fingerprint]
-    warnings += [*about_encoder, *result.warnings]
-
-    def show() -> None:
-        for warning in warnings:
-            log.print(f"Warning: {warning}")
-        table = Table(
-            "delta \\ prompts of", *(c.concept for c in result.checks), "worst known", "gate", "own prompts", "false touch", "holds"
-        )
-        for c, line in zip(result.checks, result.matrix.tolist(), strict=True):
-            worst = max(c.leakage_linear.values(), default=0.0)
-            figures = (f"{worst:.4f}", f"{c.gate:.4f}", f"{c.own_touched:.0%}", f"{c.false_touch_rate:.2%}", "yes" if c.holds else "NO")
-            table.add_row(c.concept, *(f"{v:.3f}" for v in line), *figures)
-        show_table(table, 60 + 12 * len(deltas))
-        for c in result.checks:
-            print(f"{c.concept}: {c.verdict}")
-            for text, part in c.parts.items():
-                print(f"{c.concept}, text {text}: {'holds' if part.holds else 'does not hold'}")
+    warnings += result.warnings
 
     facts: dict[str, Any] = {}
     if draw is not None:
@@ -92,12 +64,28 @@ def verify(
             for d, c, path in rows
             if c.collateral and c.misses and c.collateral.count + c.misses.count
         ]
-    finish(result.to_json() | {"warnings": warnings} | facts, as_json, show)
+    finish(result.to_json() | {"warnings": warnings} | facts, as_json, lambda: _show(result, warnings))
     if not as_json:
         for name, rows_ in ((n, r) for n, r in facts.items() if r):
             log.print("\n".join(f"{name}: {row if isinstance(row, str) else row['file'] + ': ' + row['verdict']}" for row in rows_))
     if not result.holds:
         raise typer.Exit(1)
+
+
+def _show(result: Verification, warnings: Sequence[str]) -> None:
+    """Print what was measured."""
+    for warning in warnings:
+        log.print(f"Warning: {warning}")
+    table = Table("delta \\ prompts of", *(c.concept for c in result.checks), "worst known", "gate", "own prompts", "false touch", "holds")
+    for c, line in zip(result.checks, result.matrix.tolist(), strict=True):
+        worst = max(c.leakage_linear.values(), default=0.0)
+        figures = (f"{worst:.4f}", f"{c.gate:.4f}", f"{c.own_touched:.0%}", f"{c.false_touch_rate:.2%}", "yes" if c.holds else "NO")
+        table.add_row(c.concept, *(f"{v:.3f}" for v in line), *figures)
+    show_table(table, 60 + 12 * len(result.checks))
+    for c in result.checks:
+        print(f"{c.concept}: {c.verdict}")
+        for text, part in c.parts.items():
+            print(f"{c.concept}, text {text}: {'holds' if part.holds else 'does not hold'}")
 
 
 def _fixed(host: Any, delta: ConceptDelta, words: Sequence[str], path: Path) -> dict[str, Any]:
