@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError, out_of_memory
 from ..sepme.model.layers import shapes, weights
-from ..sepme.model.protocols import TextEncoder
+from ..sepme.model.protocols import Encoding, TextEncoder
 from ..sepme.plan.nearby import COUNT
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
@@ -154,9 +155,10 @@ class SepMETrain(io.ComfyNode):
         try:
             with memory:
                 planner = Planner(encoder, book, plan, on_progress=bar.stage)
-                if denoiser is not None and live is not None:
-                    takes.append(told(needed(denoiser, model.model_size(), planner.prompts.empty, options), denoiser.latent_shape, options))
-                    live.note(takes[0], names[0], options.steps)
+                if denoiser is not None and live is not None and options.make_objective().trained:
+                    takes += foretold(denoiser, model.model_size(), planner.prompts.empty, options)
+                    for sentence in takes:
+                        live.note(sentence, names[0], options.steps)
                 job = Job(planner, denoiser or blocks, options, names, each(names))
                 train_book(job, save, on_step, host.check_interrupted, lambda names: bar.next())
         except Exception as error:
@@ -195,6 +197,18 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     new = tuple(c for c in concepts.concepts if normalised(c.name) not in erased)
     book = join(ConceptBook(tuple(d.concept for d in known)) if known else None, ConceptBook(new, concepts.preserve))
     return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
+
+
+def foretold(denoiser: host.UNetDenoiser, size: int, empty: Encoding, options: TrainOptions) -> list[str]:
+    """A sentence about the memory that training takes; none where it cannot be counted, which must stop nothing.
+
+    What other extensions put into a model may look at numbers, and the tensors of a count hold none.
+    """
+    try:
+        return [told(needed(denoiser, size, empty, options), denoiser.latent_shape, options)]
+    except Exception as error:
+        logging.getLogger(__name__).info("The memory that training takes could not be counted: %s", error)
+        return []
 
 
 def smaller(model: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser, options: TrainOptions) -> dict[str, int]:
