@@ -70,7 +70,7 @@ def _facts(concept: str, content_hash: str, architecture: str, rank: int, prompt
         "rank": rank,
         "prompts": list(prompts[:SHOWN]),
         "known": [c.name for c in facts.known[:MAX_KNOWN]],
-        "train": {k: v for k, v in facts.recipe.train.items() if isinstance(v, (int, float, str))},
+        "train": facts.recipe.settings,
         "clip_skip": facts.clip_skip,
         "gate": None if isnan(gate) else gate,
         **{key: figures[key] for key in ("gate_low", "gate_high", "false_touch_rate", "kept_energy")},

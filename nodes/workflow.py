@@ -13,6 +13,7 @@ from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.delta.library import embed, unembed
 
 KEY = "sepme"
+SETTINGS = ("objective", "mode", "steps", "learning_rate", "seed", "edit", "batch", "max_rank", "nearby")  # inputs of SepME Train
 MAX_KNOWN = 32 << 10  # characters: beyond, a record keeps the known concepts' names without their prompts
 DeltaRecord = dict[str, Any]
 
@@ -25,7 +26,7 @@ def record(delta: ConceptDelta, file: str, embedded: bool) -> DeltaRecord:
         "anchor": delta.concept.anchor,
         "file": file,
     }
-    facts["train"] = {k: v for k, v in delta.recipe.train.items() if k in ("objective", "mode", "steps", "learning_rate", "seed")}
+    facts["train"] = {k: v for k, v in delta.recipe.settings.items() if k in SETTINGS}
     known = [{"name": c.name, "prompts": list(c.prompts)} for c in delta.known]
     facts["known"] = known if len(json.dumps(known)) <= MAX_KNOWN else [c.name for c in delta.known]
     facts["preserve"] = list(delta.preserve.prompts)

@@ -56,6 +56,12 @@ class Recipe:
         return self.data.get("plan", {})
 
     @property
+    def settings(self) -> dict[str, int | float | str]:
+        """Plain values of both; of files from before nearby words, that there were none."""
+        found = {"nearby": 0} | {k: self.plan[k] for k in ("max_rank", "nearby") if k in self.plan} | dict(self.train)
+        return {k: v for k, v in found.items() if isinstance(v, (int, float, str))}
+
+    @property
     def book(self) -> Any:
         """The concept book."""
         return self.data.get("book")

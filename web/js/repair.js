@@ -111,7 +111,7 @@ function insertTraining(node, record) {
   const wire = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex((i) => i.name === input));
   const known = [{ name: record.concept, prompts: record.prompts, anchor: record.anchor }, ...(record.known ?? []).map((k) => (typeof k === "string" ? { name: k } : k))];
   const book = make("SepMEConceptBook", -760, 0, { book: JSON.stringify({ concepts: known.map(plain), preserve: record.preserve ?? [] }, null, 1) });
-  const train = make("SepMETrain", -340, 0, { erase: quoteName(record.concept), ...record.train });
+  const train = make("SepMETrain", -340, 0, { erase: quoteName(record.concept), nearby: 0, ...record.train });
   const save = make("SepMESaveDeltas", 60, 0, {});
   wire(book, 0, train, "concepts");
   wire(train, 0, save, "deltas");
