@@ -76,13 +76,16 @@ def test_template(checkpoint_server: Server, open_page: Callable[..., Page], sav
 def test_layout(checkpoint_server: Server, open_page: Callable[..., Page], vue: bool) -> None:
     """Of the templates that train, which other tests run."""
     page = open_page(checkpoint_server, vue=vue, size=SIZE)
+    page.load()  # without the pictures that nodes of the same number have drawn before
+    found = {}
     for name in TEMPLATES:
         if name[0] in "12345":
             page.load_workflow(TEMPLATES[name], here=True)
             page.frames()
             photograph(page, name)
             half(page)
-            assert (name, overlapping(page), outside(page)) == (name, [], [])
+            found[name] = overlapping(page), outside(page)
+    assert found == dict.fromkeys(found, ([], []))
 
 
 def photograph(page: Page, name: str) -> None:

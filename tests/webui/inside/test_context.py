@@ -204,7 +204,7 @@ def test_one_file_for_every_checkpoint_of_the_encoder(webui: Any, files: dict[st
     entry = next(e for e in webui.part("scripts.webui.host").library.entries() if e.concept == "star")
     row = webui.part("scripts.webui.panel").Panel._row("star", [entry], {})
     assert "any model with a text encoder of 320 channels" in row
-    assert "any SD1.x" in webui.part("scripts.webui.panel").fits("context-768")
+    assert "any SD1.x" in webui.part("sepme.model.families").fits("context-768")
 
 
 def remade(ui: WebUI, folder: Path, width: int = modules.toy.D_IN, turn: float = 1.0) -> None:
