@@ -107,7 +107,10 @@ class Composition:
         Raises:
             SepMEError: the strengths do not fit the batch.
         """
-        return self._touch(context, strengths, gate, [bool(d.projections) for d in self.deltas])
+        acting = [bool(d.projections) for d in self.deltas]
+        if not any(acting):
+            return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
+        return self._touch(*self.weigh(context, strengths, gate), acting)
 
     def edit_context(self, context: Tensor, strengths: Tensor, gate: bool = True) -> Tensor:
         """The context edit ``c' = c + g(c) s (c D) Sᵀ``, all deltas at once, from the context as the text encoder made it.
@@ -122,14 +125,18 @@ class Composition:
         Raises:
             SepMEError: the strengths do not fit the batch.
         """
-        touch = self._touch(context, strengths, gate, [d.edits_context for d in self.deltas])
+        acting = [d.edits_context for d in self.deltas]
+        if not any(acting):
+            return context
+        h, weight = self.weigh(context, strengths, gate)
+        touch = self._touch(h, weight, acting)
         if len(touch.rows) == 0:
             return context
         with no_autocast(context.device):
             added = touch.h @ self.up(CONTEXT, touch.concepts).to(context.device).T
             edited = context.clone()
             edited[touch.rows] = (context[touch.rows].float() + added).to(context.dtype)
-            return self.guarded(edited, self.weigh(context, strengths, gate)[1]) if gate and self._guards else edited
+            return self.guarded(edited, weight) if gate else edited
 
     @cached_property
     def _guards(self) -> dict[int, Guard]:
@@ -162,12 +169,9 @@ class Composition:
         which, composition = self.parts[text]
         return composition.edit_context(tokens, strengths[..., which], gate)
 
-    def _touch(self, context: Tensor, strengths: Tensor, gate: bool, acting: list[bool]) -> Touch:
-        """Project, gate and weigh with the deltas of which ``acting`` is true."""
-        if not any(acting):
-            return Touch(torch.zeros(0, dtype=torch.int64), torch.zeros(0, context.shape[1], 0), ())
-        h, weight = self.weigh(context, strengths, gate)
-        weight *= torch.tensor(acting, device=weight.device)
+    def _touch(self, h: Tensor, weight: Tensor, acting: list[bool]) -> Touch:
+        """What :meth:`weigh` found, of the deltas of which ``acting`` is true."""
+        weight = weight * torch.tensor(acting, device=weight.device)
         owner, active = self.owner.to(h.device), weight.any(dim=0)
         rows, concepts, columns = (mask.nonzero().squeeze(1) for mask in (weight.any(dim=1), active, active[owner]))
         scale = weight.index_select(0, rows).index_select(1, owner.index_select(0, columns))

@@ -6,6 +6,7 @@ keeps it shut, and those that draw the concept join what it has to open for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -159,7 +160,9 @@ class _Maker:
             "ordinary": self._read([p for p in prompts.ordinary[0] if not mentions(p, self.name)]),
         }
         self.held_out = self._read([p for p in prompts.ordinary[1] if not mentions(p, self.name)])
-        self.without = self._read([p.replace(self.name, delta.concept.anchor).strip() for p in beside])
+        self.without = self._read(
+            [re.sub(rf"(?<!\w){re.escape(self.name)}(?!\w)", lambda _: delta.concept.anchor, p).strip() for p in beside]
+        )
         source = make_source(host, self.own, self.empty, self.anchor, TrainOptions.for_mode(trajectories=options.batch), None, check)
         self.draw = lambda: source.draw(self.generator, options.batch)
         self.layers = self._queries(layers)
@@ -245,7 +248,8 @@ class _Maker:
         return fit_map(parts, self.options.rank)
 
     def _linear(self, context: Tensor) -> Tensor:
-        return context + (context @ self.delta.down.T) @ self.delta.up_factor(CONTEXT).T
+        down, up = self.delta.down.to(context.device), self.delta.up_factor(CONTEXT).to(context.device)
+        return context + (context @ down.T) @ up.T
 
     def attack(self, aware: bool) -> None:
         """Learn a soft prompt that draws the concept; it joins the examples if it does.
