@@ -239,12 +239,14 @@ class _Maker:
     def _map(self) -> tuple[Tensor, Tensor]:
         """The map, fitted on contexts as the delta edits them."""
         empty, anchor = self.empty.context.float(), self.anchor.context.float()
-        targets = self.contexts | {kind: anchor.expand_as(self.contexts[kind]) for kind in ("own", "attacks") if kind in self.contexts}
+        targets = self.contexts | {kind: anchor for kind in ("own", "attacks") if kind in self.contexts}
         targets["beside"] = self.without
         parts = {}
         for kind, context in self.contexts.items():
             given = self._linear(context) if kind in OPENS else context
-            parts[kind] = ((given - empty).flatten(0, 1), (targets[kind] - empty).flatten(0, 1), MAP_WEIGHTS[kind])
+            longest = max(given.shape[1], targets[kind].shape[1])  # of prompts of several chunks the shorter one is repeated
+            x, y, nothing = (c.repeat(1, longest // c.shape[1], 1) for c in (given, targets[kind], empty))
+            parts[kind] = ((x - nothing).flatten(0, 1), (y - nothing).expand_as(x).flatten(0, 1), MAP_WEIGHTS[kind])
         return fit_map(parts, self.options.rank)
 
     def _linear(self, context: Tensor) -> Tensor:
