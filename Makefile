@@ -44,9 +44,10 @@ bench: .venv/.ready
 kernels: .venv/.ready
 	$(BIN)/sepme bench kernel --aot --width 768 --width 1024 --width 2048 --out benchmarks/results
 
-# the larger drawing world: an hour or two of training
+# the embedded model and its flow-matching sibling, anew: some hours (needs npm)
 world: .venv/.ready
-	$(BIN)/python -m sepme.demo.train --world large
+	$(BIN)/pip install -qq --disable-pip-version-check --editable ".[world]"
+	$(BIN)/python -m sepme.demo.emoji
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -1,7 +1,7 @@
 """What takes an erased concept's place: anchors found by themselves, against the empty prompt, on the embedded model.
 
 ``python benchmarks/anchors.py`` prints a table: how often the classifier still reads the concept, how often it reads the others and the
-colour that the prompt names.
+background that the prompt names.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from sepme.apply.composition import Composition
-from sepme.demo.world import OBJECT_PROMPTS, SMALL, STYLE_PROMPTS
+from sepme.demo.run import demo_suite
 from sepme.evaluate.classifiers import EmbeddedClassifier
-from sepme.evaluate.suite import with_article
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.plan.vocabulary import nearby_words
 from sepme.train.erasures import Erasures, Named
@@ -28,8 +27,12 @@ WAYS: dict[str, tuple[str | None, bool]] = {  # anchor (None: found), whether ne
 }
 
 
+SUITE = demo_suite()
+GROUNDS = {"a red background": "red", "a blue background": "blue"}
+
+
 def prompts(name: str) -> list[str]:
-    return [with_article(t.format(name)) for t in (OBJECT_PROMPTS if name in SMALL.objects else STYLE_PROMPTS)[1:4]]
+    return list(SUITE.prompts(name)[1:4])
 
 
 def share(host: DiffusersHost, classifier: EmbeddedClassifier, cases: list[tuple[str, str]], deltas: Composition | None) -> float:
@@ -37,23 +40,23 @@ def share(host: DiffusersHost, classifier: EmbeddedClassifier, cases: list[tuple
     texts = [p for p, _ in cases for _ in SEEDS]
     words = [w for _, w in cases for _ in SEEDS]
     seeds = [s for _ in cases for s in SEEDS]
-    return classifier.correct(host.generate(texts, seeds, deltas, steps=8), words).float().mean().item()
+    return classifier.correct(host.generate(texts, seeds, deltas, steps=SUITE.steps), words).float().mean().item()
 
 
 def main() -> None:
     host, classifier, made = DiffusersHost.load("demo"), EmbeddedClassifier(), Erasures()
-    names = (*SMALL.objects, *SMALL.styles)
+    names = SUITE.names
     rows = {}
     for way, (anchor, preserved) in WAYS.items():
-        figures: dict[str, list[float]] = {"erased": [], "others": [], "colour": []}
+        figures: dict[str, list[float]] = {"erased": [], "others": [], "background": []}
         for name in names:
             preserve = nearby_words(host, name, prompts(name), 8) if preserved else []
             delta = Composition(made.get(host, [Named(name, anchor=anchor)], preserve))
             figures["erased"].append(share(host, classifier, [(p, name) for p in prompts(name)], delta))
             others = [(prompts(n)[0], n) for n in names if n != name]
             figures["others"].append(share(host, classifier, others, delta))
-            coloured = [(with_article(f"a {c} {name}" if name in SMALL.objects else f"a {name} {c} picture"), c) for c in SMALL.colours]
-            figures["colour"].append(share(host, classifier, coloured, delta))
+            coloured = [(f"{prompts(name)[0]} on {text}", word) for text, word in GROUNDS.items()]
+            figures["background"].append(share(host, classifier, coloured, delta))
         every = Composition(made.get(host, [Named(n, anchor=anchor) for n in names]))
         figures["erased, all on"] = [share(host, classifier, [(p, n) for n in names for p in prompts(n)], every)]
         rows[way] = {key: round(sum(v) / len(v), 3) for key, v in figures.items()}

@@ -24,7 +24,7 @@ from sepme.train.guard import GuardOptions
 from sepme.train.options import plan_options
 
 METHODS = ("stock", "guard", "sepme_gcirs", "sepme_closed_form", "uce", "esd")
-CONCEPTS = ("star", "circle", "striped")
+CONCEPTS = ("rocket", "church", "openmoji")
 FINDS = {"soft": Attack.learn, "words": Attack.search, "around the name": Attack.search_around_name}
 IMAGES, BUDGET = 12, {"concepts": 1, "steps": 60, "tokens": 4, "batch": 8, "learning_rate": 0.02, "rounds": 20}
 

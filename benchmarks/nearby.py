@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["closed-form", "gcirs"])
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
     given = parser.parse_args()
-    suite = demo_suite(12, given.images)
+    suite = demo_suite(images=given.images)
     host = DiffusersHost.load("demo")
     sampler = Sampler(host, EmbeddedClassifier(), suite, lambda: None)
     chosen = demo_suite(given.concepts).names

@@ -25,7 +25,7 @@ FOLDER = Path(demo.__file__).parent / "model"
 
 
 def demo_model() -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE of the embedded model; pictures of 64 x 64 pixels, latents of 8 x 8."""
+    """MODEL, CLIP and VAE of the embedded model; pictures of 128 x 128 pixels, latents of 16 x 16."""
     return _unet(), _clip(), _vae()
 
 
@@ -41,7 +41,7 @@ class DemoLatents(comfy.latent_formats.LatentFormat):
     @staticmethod
     def picture(latents: torch.Tensor) -> Image.Image:
         pixels = _decoder().decode(latents.to("cpu", torch.float32))[0].movedim(0, -1)
-        return Image.fromarray((pixels / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy()).resize((128, 128), Image.Resampling.NEAREST)
+        return Image.fromarray((pixels / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy())
 
 
 @lru_cache(maxsize=1)

@@ -22,8 +22,8 @@ from .progress import TaskStatus, follow, shown, table
 
 BOOK = """concepts:
   - van gogh          # templates make the prompts
-  - name: striped
-    prompts: [striped style, a striped picture]
+  - name: openmoji
+    prompts: [openmoji style, a picture by openmoji]
     anchor: a picture  # takes its place
 preserve: [a company logo]  # never changes
 """

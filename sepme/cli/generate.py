@@ -73,22 +73,22 @@ def generate(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the deltas and the report.")] = Path("demo"),
-    images: Annotated[int | None, typer.Option(help="Images per concept and condition; 4, or 20 with --full.")] = None,
-    concepts: Annotated[int, typer.Option(help="How many of the twelve concepts (for a quick look).")] = 12,
+    images: Annotated[int | None, typer.Option(help="Images per concept and condition; 2, or 20 with --full.")] = None,
+    concepts: Annotated[int, typer.Option(help="How many of the eighteen concepts (for a quick look).")] = 18,
     full: Annotated[bool, typer.Option(help="Measure everything, on more pictures: some minutes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Try it on a small model that comes along.
 
-    Twelve things are taken out of it, one by one and together, and put back; the pictures are in report.html.
+    Nine things and nine studios' styles are taken out of it, one by one and together, and put back; the pictures are in report.html.
     """
     from ..checks import check_number
     from ..demo.quick import run_quick
     from ..demo.run import run_demo
 
-    images = images if images is not None else 20 if full else 4
+    images = images if images is not None else 20 if full else 2
     check_number("images", images, 1, 10_000, whole=True)
-    check_number("concepts", concepts, 1, 12, whole=True)
+    check_number("concepts", concepts, 1, 18, whole=True)
     check_writable(out)
     host = ModelOptions("demo").load()
     with interruptible() as check, progress_bar() as bar:

@@ -27,7 +27,7 @@ from ..images import grid, png, save_grid
 from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from ..train import Job, TrainOptions, each, train_book
-from .run import demo_suite
+from .run import MOST, chance, demo_suite
 
 TEMPLATE = Path(__file__).with_name("page.html")
 COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
@@ -58,11 +58,12 @@ class QuickDemo:
         self.host, self.out, self.on_progress, self.say = host, out, on_progress, say
         self.suite = demo_suite(concepts, images)
         host.pipe.vae.to(memory_format=torch.channels_last)  # decodes twice as fast on a CPU
-        self.sampler = Sampler(host, EmbeddedClassifier(), self.suite, lambda: None)
+        classifier = EmbeddedClassifier()
+        self.sampler = Sampler(host, classifier, self.suite, lambda: None)
         self.rows = [PictureRow(n, self.sampler.sets.own(n).prompts[0]) for n in self.suite.names]
         self.found: dict[str, list[Sampled]] = {column: [] for column in (*COLUMNS[1:], "both", "others")}
         facts = {"images_per_condition": images, "denoising_steps": self.suite.steps, "threads": torch.get_num_threads()}
-        self.metrics: dict[str, Any] = facts
+        self.metrics: dict[str, Any] = facts | {"chance_accuracy": chance(self.suite, classifier)}
 
     def __call__(self) -> dict[str, Any]:
         """Write ``first.png``, ``report.html`` and ``metrics.json``; returns the metrics."""
@@ -159,8 +160,8 @@ def _uri(images: Tensor) -> str:
 def run_quick(
     host: DiffusersHost,
     out: Path,
-    images: int = 4,
-    concepts: int = 12,
+    images: int = 2,
+    concepts: int = MOST,
     on_progress: OnProgress = silent,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:

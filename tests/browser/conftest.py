@@ -20,14 +20,14 @@ LIMIT = 240  # seconds of a test; a page that hangs is waited for no longer
 BOOK = """
 concepts:
   - {name: star, prompts: [star, a star, a picture of a star, a drawing of a star]}
-  - {name: heart, prompts: [heart, a heart, a picture of a heart, a drawing of a heart]}
-  - {name: striped, prompts: [striped style, a striped picture, in striped style]}
+  - {name: tulip, prompts: [tulip, a tulip, a picture of a tulip, a drawing of a tulip]}
+  - {name: openmoji, prompts: [openmoji style, an openmoji picture, in openmoji style]}
 """
 
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With the deltas of star, heart and striped in models/sepme, made on it."""
+    """With the deltas of star, tulip and openmoji in models/sepme, made on it."""
     with serving(tmp_path_factory.mktemp("browser")) as running:
         graph = Graph()
         model = graph.add("SepMEDemoModel")

@@ -38,35 +38,35 @@ def test_rows(page: Page) -> None:
     page.wire(page.add("SepMEDemoModel", 60, 140), 0, erase, "model")
     expect(page.panel(erase)).to_contain_text("Type what must not be in the pictures")
     field(page, erase).click()
-    page.tab.keyboard.type("heart, blue star")
+    page.tab.keyboard.type("tulip, blue star")
     page.tab.keyboard.press("Enter")
-    page.wait_rows(erase, "heart", "blue star")
-    assert rows(page, erase) == [{"name": "heart"}, {"name": "blue star"}]
-    page.switch(erase, "heart")
+    page.wait_rows(erase, "tulip", "blue star")
+    assert rows(page, erase) == [{"name": "tulip"}, {"name": "blue star"}]
+    page.switch(erase, "tulip")
     number = page.row(erase, "blue star").locator(".sepme-number")
     number.fill("0.4")
     number.press("Enter")
-    assert rows(page, erase) == [{"name": "heart", "on": False}, {"name": "blue star", "strength": 0.4}]
+    assert rows(page, erase) == [{"name": "tulip", "on": False}, {"name": "blue star", "strength": 0.4}]
     field(page, erase).click()
     page.tab.keyboard.type("nud")
     page.tab.locator(".sepme-choices li").first.click()
-    page.wait_rows(erase, "heart", "blue star", "nudity")
+    page.wait_rows(erase, "tulip", "blue star", "nudity")
     assert len(rows(page, erase)[2]["prompts"]) > 10
     assert rows(page, erase)[2]["anchor"] == "a person wearing clothes"
     page.tab.keyboard.type("gogh")
     page.tab.keyboard.press("ArrowDown")
     page.tab.keyboard.press("Enter")
-    page.wait_rows(erase, "heart", "blue star", "nudity", "van gogh")
+    page.wait_rows(erase, "tulip", "blue star", "nudity", "van gogh")
     assert rows(page, erase)[3] == {"name": "van gogh", "anchor": "a painting"}
     page.tab.keyboard.press("Escape")
     page.row(erase, "nudity").locator(".sepme-drop").click()
-    page.row(erase, "heart").locator(".sepme-drop").click()
+    page.row(erase, "tulip").locator(".sepme-drop").click()
     page.wait_rows(erase, "blue star", "van gogh")
     page.row(erase, "blue star").locator(".sepme-anchor").click()
     dialog = page.dialog("What takes the place of blue star?")
-    dialog.locator("input[type=text]").fill("a blue circle")
+    dialog.locator("input[type=text]").fill("a blue church")
     dialog.locator("input[type=text]").press("Enter")
-    expect(page.row(erase, "blue star")).to_contain_text("→ a blue circle")
+    expect(page.row(erase, "blue star")).to_contain_text("→ a blue church")
     for choice, shown, anchor in (("nothing in particular", "→ nothing in particular", {"anchor": ""}), ("Found by itself", "→ …", {})):
         page.row(erase, "van gogh").locator(".sepme-anchor").click()
         dialog = page.dialog("What takes the place of van gogh?")
@@ -79,34 +79,34 @@ def test_rows(page: Page) -> None:
     saved = page.workflow()
     page.load_workflow(saved)
     page.wait_rows(erase, "blue star", "van gogh")
-    assert rows(page, erase)[0] == {"name": "blue star", "strength": 0.4, "anchor": "a blue circle"}
+    assert rows(page, erase)[0] == {"name": "blue star", "strength": 0.4, "anchor": "a blue church"}
 
 
 def test_saved_concepts_by_search_and_from_the_sidebar(page: Page) -> None:
     erase = page.add("SepMEErase", 460, 140)
     page.wire(page.add("SepMEDemoModel", 60, 600), 0, erase, "model")
     field(page, erase).click()
-    page.tab.keyboard.type("striped")
+    page.tab.keyboard.type("openmoji")
     page.tab.locator(".sepme-choices li:has-text('saved')").click()
-    page.wait_rows(erase, "striped")
+    page.wait_rows(erase, "openmoji")
     page.tab.keyboard.press("Escape")
     page.open_concepts()
-    page.tab.click(".sepme-delta:has(b:text-is('heart')) summary")
-    page.tab.click(".sepme-delta:has(b:text-is('heart')) button:text-is('Add to graph')")
-    page.wait_rows(erase, "striped", "heart")
+    page.tab.click(".sepme-delta:has(b:text-is('tulip')) summary")
+    page.tab.click(".sepme-delta:has(b:text-is('tulip')) button:text-is('Add to graph')")
+    page.wait_rows(erase, "openmoji", "tulip")
     at = page.tab.evaluate("(id) => app.canvasPosToClientPos([sepmeTest.node(id).pos[0] + 200, sepmeTest.node(id).pos[1] - 14])", erase)
     entry = page.tab.locator(".sepme-delta:has(b:text-is('star')) summary")
     entry.drag_to(page.tab.locator("body"), target_position={"x": at[0], "y": at[1]})
-    page.wait_rows(erase, "striped", "heart", "star")
+    page.wait_rows(erase, "openmoji", "tulip", "star")
     page.row(erase, "star").locator(".sepme-drop").click()
     assert page.ids("SepMELoadDelta") == []
-    assert [(r["file"], len(r["content_hash"])) for r in rows(page, erase)] == [("striped.safetensors", 64), ("heart.safetensors", 64)]
+    assert [(r["file"], len(r["content_hash"])) for r in rows(page, erase)] == [("openmoji.safetensors", 64), ("tulip.safetensors", 64)]
 
 
 def test_rows_whose_file_is_missing_are_repaired(page: Page) -> None:
     title, gone = (
         "Missing concept deltas",
-        [{"name": name, "file": f"gone-{name}.safetensors", "content_hash": "0" * 64} for name in ("star", "heart")],
+        [{"name": name, "file": f"gone-{name}.safetensors", "content_hash": "0" * 64} for name in ("star", "tulip")],
     )
     erase = page.add("SepMEErase", 300, 140, concepts=json.dumps(gone))
     page.look()
@@ -118,7 +118,7 @@ def test_rows_whose_file_is_missing_are_repaired(page: Page) -> None:
     assert rows(page, erase)[0]["file"] == "star.safetensors"
     dialog.locator("text=Work it out anew from its name").click()
     expect(dialog).to_have_count(0)
-    assert rows(page, erase)[1] == {"name": "heart"}
+    assert rows(page, erase)[1] == {"name": "tulip"}
     page.load_workflow(
         json.loads(
             json.dumps(page.workflow())
@@ -155,11 +155,11 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     row.locator(".sepme-anchor").click()
     dialog = page.dialog("What takes the place of star?")
     near = dialog.locator(".sepme-near").input_value().split(", ")
-    assert near[:2] == ["triangle", "cross"]
+    assert near[:2] == ["cactus", "airplane"]
     dialog.locator(".sepme-near").fill(", ".join([*near[2:], "Cloud"]))
-    dialog.locator(".sepme-same").fill("cross")
+    dialog.locator(".sepme-same").fill("airplane")
     page.answer("What takes the place of star?", "OK")
-    assert rows(page, erase) == [{"name": "star", "stays": ["cloud"], "same": ["cross"], "free": ["triangle"]}]
+    assert rows(page, erase) == [{"name": "star", "stays": ["cloud"], "same": ["airplane"], "free": ["cactus"]}]
     row.locator(".sepme-drop").click()
     done = page.run()
     assert done["kind"] == "execution_error"

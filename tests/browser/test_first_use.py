@@ -155,7 +155,7 @@ def test_png_with_the_recipe_alone(shared: dict[str, Any], elsewhere: tuple[Page
 
 def test_renamed_and_other_deltas(page: Page, delta_folder: Path) -> None:
     loader = page.add("SepMELoadDelta", 200, 200, delta="star.safetensors")
-    other = page.add("SepMELoadDelta", 600, 200, delta="heart.safetensors")
+    other = page.add("SepMELoadDelta", 600, 200, delta="tulip.safetensors")
     for node in (loader, other):
         page.sees(lambda node=node: len(page.value(node, "content_hash")), 64)
     page.until("Object.keys((app.rootGraph ?? app.graph).extra.sepme ?? {}).length === 2")
@@ -170,7 +170,7 @@ def test_renamed_and_other_deltas(page: Page, delta_folder: Path) -> None:
     expect(dialog.locator(".sepme-missing")).to_have_count(2)
     dialog.locator("text=Use my-star.safetensors").click()
     expect(dialog.locator(".sepme-missing")).to_have_count(1)
-    dialog.locator("text=Use another delta of this concept: heart.safetensors").click()
+    dialog.locator("text=Use another delta of this concept: tulip.safetensors").click()
     expect(dialog).to_have_count(0)
     assert (page.value(loader, "delta"), page.value(loader, "content_hash")) == ("my-star.safetensors", content_hash)
     assert page.value(other, "content_hash") == page_hash(saved, other)

@@ -34,11 +34,11 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     page = open_page(server)
     ids = build(page)
     page.open_concepts()
-    for concept in ("heart", "striped"):
+    for concept in ("tulip", "openmoji"):
         page.tab.click(f".sepme-delta:has(b:text-is('{concept}')) summary")
         page.tab.click(f".sepme-delta:has(b:text-is('{concept}')) button:text-is('Add to graph')")
     page.sees(lambda: len(page.ids("SepMELoadDelta")), 3)
-    page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
+    page.wait_rows(ids["SepMEApply"], "star", "tulip", "openmoji")
     loaders = [str(n["id"]) for n in page.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
     places = {ids["SepMEDemoModel"]: (380, 140), ids["EmptyLatentImage"]: (380, 900), ids["SepMEApply"]: (720, 140)}
     places |= {ids["positive"]: (720, 440), ids["negative"]: (720, 610), ids["KSampler"]: (1130, 140)}
@@ -46,9 +46,9 @@ def test_panel_sidebar_and_picture(server: Server, open_page: Callable[..., Page
     places |= dict(zip(loaders, ((380, 270), (380, 480), (380, 690)), strict=True))
     page.tab.evaluate("(ids) => ids.forEach((id) => sepmeTest.node(id).setSize([370, 120]))", [ids["positive"], ids["negative"]])
     page.tab.evaluate("(places) => { for (const [id, at] of Object.entries(places)) sepmeTest.node(id).pos = at; }", places)
-    page.wait_rows(ids["SepMEApply"], "star", "heart", "striped")
+    page.wait_rows(ids["SepMEApply"], "star", "tulip", "openmoji")
     page.home()
-    page.switch(ids["SepMEApply"], "heart")
+    page.switch(ids["SepMEApply"], "tulip")
     page.queue()
     page.tab.evaluate(
         "app.canvas.deselectAll?.(); app.canvas.ds.scale = 0.8; app.canvas.ds.offset = [60, 0]; app.canvas.setDirty(true, true)"
@@ -61,7 +61,7 @@ def test_erase(server: Server, open_page: Callable[..., Page], folder: Path) -> 
     page = open_page(server)
     erase = drawn(page)
     field(page, erase).click()
-    page.tab.keyboard.type("heart, neon")
+    page.tab.keyboard.type("tulip, twemoji")
     page.tab.keyboard.press("Enter")
     field(page, erase).click()
     page.tab.locator(".sepme-choices li").first.wait_for()

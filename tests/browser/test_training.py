@@ -17,8 +17,8 @@ PAINTED = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.
 @pytest.mark.usefixtures("delta_folder")
 def test_curve_picture_certificates(page: Page) -> None:
     model = page.add("SepMEDemoModel", 80, 120)
-    book = page.add("SepMEConceptBook", 80, 300, book="concepts: [circle, {name: neon, prompts: [neon style, a neon picture]}]")
-    train = page.add("SepMETrain", 460, 120, erase="circle", steps=12, seed=int(page.vue), nearby=0)  # other than before: not cached
+    book = page.add("SepMEConceptBook", 80, 300, book="concepts: [church, {name: twemoji, prompts: [twemoji style, a twemoji picture]}]")
+    train = page.add("SepMETrain", 460, 120, erase="church", steps=12, seed=int(page.vue), nearby=0)  # other than before: not cached
     apply = page.add("SepMEApply", 880, 120)
     save = page.add("SepMESaveDeltas", 880, 420, filename_prefix="trained/")
     for source, output, target, name in (
@@ -26,8 +26,8 @@ def test_curve_picture_certificates(page: Page) -> None:
         (model, 0, apply, "model"), (train, 0, apply, "deltas"), (train, 0, save, "deltas"),
     ):  # fmt: skip
         page.wire(source, output, target, name)
-    page.wait_rows(apply, "circle")
-    assert "Not made yet" in page.row(apply, "circle").locator(".sepme-dot").get_attribute("title")
+    page.wait_rows(apply, "church")
+    assert "Not made yet" in page.row(apply, "church").locator(".sepme-dot").get_attribute("title")
     steps = page.tab.evaluate_handle(
         "() => { const seen = []; app.api.addEventListener('sepme.train', ({ detail }) => seen.push(detail)); return seen; }"
     )
@@ -41,8 +41,8 @@ def test_curve_picture_certificates(page: Page) -> None:
     page.sees(lambda: shown.locator("img").evaluate("(i) => i.naturalWidth"), 128)
     assert shown.locator("canvas").evaluate(PAINTED)
     cells = shown.locator(".sepme-heat td[title]")
-    assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
-    certificate = page.row(apply, "circle").locator(".sepme-dot")
+    assert any("church → twemoji" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
+    certificate = page.row(apply, "church").locator(".sepme-dot")
     expect(certificate).to_have_attribute("title", re.compile("leakage 0"))
     page.sees(lambda: shown.locator(".sepme-result").evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)
     page.sees(lambda: shown.evaluate("(e) => e.scrollHeight - e.clientHeight"), 0)  # nothing is cut off
@@ -63,5 +63,5 @@ def test_curve_picture_certificates(page: Page) -> None:
     page.queue()
     expect(again).to_contain_text("Deltas made: 1")
     cells = again.locator(".sepme-heat td[title]")
-    assert any("circle → neon" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
-    expect(page.row(apply, "circle").locator(".sepme-dot")).to_have_attribute("title", re.compile("leakage 0"))
+    assert any("church → twemoji" in title for title in cells.evaluate_all("(cells) => cells.map((c) => c.title)"))
+    expect(page.row(apply, "church").locator(".sepme-dot")).to_have_attribute("title", re.compile("leakage 0"))

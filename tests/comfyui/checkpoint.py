@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sepme
 
 TAESD = Path(sepme.__file__).parent / "demo" / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+TAESD_WIDTH = 32
 CONTEXT = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 LAYERS = {768: 12, 1024: 24, 1280: 32}  # of CLIP-L, OpenCLIP-H, OpenCLIP-G, by width
 POOLED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 1280 + 6 * 256}
@@ -81,5 +82,7 @@ def _vae() -> dict[str, Tensor]:
     names = {}
     for key, value in load_file(TAESD).items():
         side, _, index, rest = key.split(".", 3)
-        names[f"first_stage_model.taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"] = value
+        width = [(0, 64 - size if size == TAESD_WIDTH else 0) for size in value.shape]  # ComfyUI's is fixed; what is added is zero
+        wide = torch.nn.functional.pad(value, [n for ends in reversed(width) for n in ends])
+        names[f"first_stage_model.taesd_{side}.{int(index) + (side == 'decoder')}.{rest}"] = wide
     return names

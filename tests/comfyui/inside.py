@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "sepme_pack"
-PRESERVED = ("a red circle", "a heart in the city")  # prompts that must not change
+PRESERVED = ("a red church", "a tulip in the city")  # prompts that must not change
 
 
 def start(base: Path) -> None:
@@ -49,12 +49,12 @@ class Inside:
         self.sepme = importlib.import_module(f"{PACK}.sepme")
         with torch.inference_mode():
             self.model, self.clip, self.vae = self.host.demo_model()
-            self.deltas = self.make(("star", "striped"))
+            self.deltas = self.make(("star", "openmoji"))
 
     def make(self, names: Sequence[str]) -> tuple[Any, ...]:
         """Deltas in closed form; the corpus of ordinary prompts is a short one."""
         book = self.sepme.ConceptBook(tuple(self.sepme.Concept(n, (n, f"a {n}", f"a {n} picture")) for n in names), PRESERVED)
-        ordinary = ("a red circle", "a blue heart", "a picture on a table", "green", "a cross in the city", "high quality")
+        ordinary = ("a red church", "a blue tulip", "a picture on a table", "green", "an airplane in the city", "high quality")
         planner = self.sepme.Planner(self.host.ClipEncoder(self.clip), book, ordinary=ordinary)
         denoiser = self.host.UNetDenoiser(self.model)
         options = self.sepme.TrainOptions.for_mode(objective="closed-form")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 
-OFF = {"star": 0.0, "striped": 0.0}
+OFF = {"star": 0.0, "openmoji": 0.0}
 Extension = Callable[[Inside, Any], Any]
 
 
@@ -102,7 +102,7 @@ def writing(inside: Inside, model: Any) -> Any:
 
 def couple(inside: Inside, model: Any) -> Any:
     """What attention couple does: in the conditional rows a second prompt, in rows of its own, each for one half of the picture."""
-    second = inside.text("a striped heart")[0][0]
+    second = inside.text("an openmoji tulip")[0][0]
 
     def expand(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         size = len(context) // len(options["cond_or_uncond"])
@@ -155,7 +155,7 @@ EXTENSIONS: dict[str, Extension] = {
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", EXTENSIONS)
 def test_beside_other_extensions(inside: Inside, name: str, order: str) -> None:
-    extend, prompt = EXTENSIONS[name], inside.text("a striped star")
+    extend, prompt = EXTENSIONS[name], inside.text("an openmoji star")
 
     def both(**options: Any) -> Any:
         if order == "before":
@@ -166,7 +166,7 @@ def test_beside_other_extensions(inside: Inside, name: str, order: str) -> None:
     assert not torch.equal(stock, inside.sample(inside.model, prompt, batch=2)) or name == "partly_loaded"
     assert torch.equal(inside.sample(both(toggles=OFF), prompt, batch=2), stock)
     expected = inside.sample(inside.merged(extend(inside, inside.model), [1.0, 0.5]), prompt, batch=2)
-    found = inside.sample(both(toggles={"striped": 0.5}, gate=False), prompt, batch=2)
+    found = inside.sample(both(toggles={"openmoji": 0.5}, gate=False), prompt, batch=2)
     change = (expected - stock).abs().max()
     assert change > 0.01
     assert (found - expected).abs().max() < 2e-3 * change
@@ -174,13 +174,13 @@ def test_beside_other_extensions(inside: Inside, name: str, order: str) -> None:
 
 
 CONDITIONS: dict[str, Callable[[Inside], list[Any]]] = {
-    "long": lambda i: i.text("a striped star, " + "a picture on a table in the morning, " * 12),
-    "weighted": lambda i: i.text("a (striped:1.3) [star] (on a table:0.6)"),
-    "time range": lambda i: i.text("a striped star", start_percent=0.2, end_percent=0.8) + i.text("a star", start_percent=0.5),
-    "mask": lambda i: i.text("a striped star", mask=torch.ones(1, 8, 8)) + i.text("a star", mask=torch.eye(8)[None], mask_strength=0.7),
-    "average": lambda i: average(i.text("a striped star"), i.text("a circle")),
-    "concat": lambda i: [[torch.cat([a[0], b[0]], dim=1), a[1]] for a, b in zip(i.text("a star"), i.text("striped"), strict=True)],
-    "control net": lambda i: control(i, i.text("a striped star")),
+    "long": lambda i: i.text("an openmoji star, " + "a picture on a table in the morning, " * 12),
+    "weighted": lambda i: i.text("a (openmoji:1.3) [star] (on a table:0.6)"),
+    "time range": lambda i: i.text("an openmoji star", start_percent=0.2, end_percent=0.8) + i.text("a star", start_percent=0.5),
+    "mask": lambda i: i.text("an openmoji star", mask=torch.ones(1, 8, 8)) + i.text("a star", mask=torch.eye(8)[None], mask_strength=0.7),
+    "average": lambda i: average(i.text("an openmoji star"), i.text("a church")),
+    "concat": lambda i: [[torch.cat([a[0], b[0]], dim=1), a[1]] for a, b in zip(i.text("a star"), i.text("openmoji"), strict=True)],
+    "control net": lambda i: control(i, i.text("an openmoji star")),
 }
 
 
@@ -217,12 +217,12 @@ def control(inside: Inside, conditioning: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_with_conditions(inside: Inside, name: str) -> None:
     prompt = CONDITIONS[name](inside)
-    plain = inside.sample(inside.model, inside.text("a striped star"))
+    plain = inside.sample(inside.model, inside.text("an openmoji star"))
     stock = inside.sample(inside.model, prompt)
     assert not torch.equal(stock, plain)
     assert torch.equal(inside.sample(inside.apply(inside.model, OFF), prompt), stock)
     expected = inside.sample(inside.merged(inside.model, [1.0, 0.5]), prompt)
-    found = inside.sample(inside.apply(inside.model, {"striped": 0.5}, gate=False), prompt)
+    found = inside.sample(inside.apply(inside.model, {"openmoji": 0.5}, gate=False), prompt)
     change = (expected - stock).abs().max()
     assert change > 0.01
     assert (found - expected).abs().max() < 2e-3 * change
@@ -230,28 +230,28 @@ def test_with_conditions(inside: Inside, name: str) -> None:
 
 def test_couples_rows_have_their_prompts_toggles(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
     """The batch's own prompts keep their toggles in the rows that couple made; the added prompt gets the node's, and the log says so."""
-    applied = inside.apply(inside.model, {"star": 1.0, "striped": 1.0}, gate=False)
-    prompt, negative = inside.toggled("a striped star", OFF), inside.toggled("", {"star": 0.3, "striped": 0.0})
+    applied = inside.apply(inside.model, {"star": 1.0, "openmoji": 1.0}, gate=False)
+    prompt, negative = inside.toggled("an openmoji star", OFF), inside.toggled("", {"star": 0.3, "openmoji": 0.0})
     for _ in range(2):
         found = inside.sample(couple(inside, applied), prompt, negative, batch=2)
     assert len([r for r in caplog.records if "attention couple" in r.message]) == 1
-    same = inside.sample(couple(inside, inside.apply(inside.model, OFF)), inside.text("a striped star"), batch=2)
+    same = inside.sample(couple(inside, inside.apply(inside.model, OFF)), inside.text("an openmoji star"), batch=2)
     assert not torch.equal(found, same)
-    uniform = {"star": 0.3, "striped": 0.0}
+    uniform = {"star": 0.3, "openmoji": 0.0}
     caplog.clear()
-    inside.sample(couple(inside, inside.apply(inside.model, uniform)), inside.text("a striped star"), inside.text(""))
+    inside.sample(couple(inside, inside.apply(inside.model, uniform)), inside.text("an openmoji star"), inside.text(""))
     assert not caplog.records  # all rows alike: nothing to fall back from
 
 
 def test_weights_stored_as_fp8(inside: Inside) -> None:
     """A UNet whose weights are float8 and cast at every use."""
-    plain = inside.sample(inside.model, inside.text("a striped star"))
+    plain = inside.sample(inside.model, inside.text("an openmoji star"))
     model = inside.host.demo_model()[0]
     for name, module in model.model.diffusion_model.named_modules():
         if isinstance(module, torch.nn.Linear) and "attn" in name:
             module.weight = torch.nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
             module.comfy_cast_weights = True
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(model, prompt)
     assert not torch.equal(stock, plain)
     assert torch.equal(inside.sample(inside.apply(model, OFF), prompt), stock)
@@ -280,7 +280,7 @@ def test_weight_hooks(inside: Inside) -> None:
         group.set_keyframes_on_hooks(keyframes)
         return [[c, {**d, "hooks": group}] for c, d in prompt]
 
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(inside.model, hooked(prompt), steps=4)
     assert not torch.equal(stock, inside.sample(inside.model, prompt, steps=4))
     assert torch.equal(inside.sample(inside.apply(inside.model, OFF), hooked(prompt), steps=4), stock)

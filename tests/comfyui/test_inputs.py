@@ -26,7 +26,7 @@ class Scene(Graph):
         self.clip = self.model[1] if not skip else self.add("CLIPSetLastLayer", clip=self.model[1], stop_at_clip_layer=skip)[0]
         link = {}
         for name in names:
-            link = {"concepts": self.add("SepMEConcept", name=name, anchor="a circle", **link)[0]}
+            link = {"concepts": self.add("SepMEConcept", name=name, anchor="a church", **link)[0]}
         chosen = {"objective": "closed-form", "nearby": 0} | link | options
         self.made = self.add("SepMETrain", model=self.model[0], clip=self.clip, **chosen)
 

@@ -15,15 +15,15 @@ pytestmark = pytest.mark.xdist_group("comfyui")
 
 
 class Scene(Graph):
-    """The demo model with star and heart erased in closed form."""
+    """The demo model with star and tulip erased in closed form."""
 
     def __init__(self, erase: str = "*", toggles: str = "{}") -> None:
         super().__init__()
         self.model = self.add("SepMEDemoModel")
-        star = self.add("SepMEConcept", name="star", prompts="a star\na picture of a star", anchor="a circle")
-        heart = self.add("SepMEConcept", name="heart", prompts="a heart\na picture of a heart", anchor="a circle", concepts=star[0])
+        star = self.add("SepMEConcept", name="star", prompts="a star\na picture of a star", anchor="a church")
+        tulip = self.add("SepMEConcept", name="tulip", prompts="a tulip\na picture of a tulip", anchor="a church", concepts=star[0])
         self.made = self.add(
-            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=heart[0], objective="closed-form", erase=erase, nearby=0
+            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=tulip[0], objective="closed-form", erase=erase, nearby=0
         )  # fmt: skip
         self.applied = self.add("SepMEApply", model=self.model[0], deltas=self.made[0], toggles=toggles)
 
@@ -82,7 +82,7 @@ TAGS = {  # text: what the error says
     "a star <erase:star:1:lbw=ALL>": "lbw=ALL",
     "a star ＜keep:star＞": "＜keep:star＞",
     "a star <keep：star>": "<keep：star>",
-    "a star <erase:strar>": "no concept 'strar' here; loaded concepts: star, heart",
+    "a star <erase:strar>": "no concept 'strar' here; loaded concepts: star, tulip",
     "a star <keep:moon.safetensors>": "no concept 'moon.safetensors' here",
 }
 
@@ -117,7 +117,7 @@ def test_an_unknown_toggle_is_an_error_of_its_own_node(server: Server) -> None:
     assert queue("*").error is None
     run = queue("*", again=True)
     assert run.error["node_id"] == "SepMEConditioningToggles0"
-    assert "no concept 'star' here; loaded concepts: a star, heart" in run.message
+    assert "no concept 'star' here; loaded concepts: a star, tulip" in run.message
     assert queue("*").error is None
 
 
@@ -170,13 +170,13 @@ def test_what_a_cached_training_made_is_said_again(server: Server) -> None:
         return run, [e["data"] for e in run.events if e["type"] == "sepme.made"]
 
     server.post("/free", {"unload_models": True, "free_memory": True})
-    first, _ = queue("star, heart")
+    first, _ = queue("star, tulip")
     (told,) = [e["data"]["output"]["sepme_made"] for e in first.events if e["type"] == "executed" and e["data"]["node"] == "SepMETrain0"]
-    again, made = queue("star, heart")
+    again, made = queue("star, tulip")
     assert "SepMETrain0" not in again.executed
     assert made == [{"node": "SepMETrain0", "sepme_made": told}]
-    assert [f["concept"] for f in told] == ["star", "heart"]
-    other, made = queue("heart, star")
+    assert [f["concept"] for f in told] == ["star", "tulip"]
+    other, made = queue("tulip, star")
     assert "SepMETrain0" in other.executed
     assert made == []
 

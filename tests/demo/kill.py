@@ -30,7 +30,7 @@ from sepme.model import schedule
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions
 
-BOOK = "concepts: [star, circle]"
+BOOK = "concepts: [star, church]"
 # lasting training: the momentum never falls to -1; two checkpoints per concept
 KINDS = {"closed-form": ["--objective", "closed-form"], "gcirs": ["--steps", "14", "--threshold", "-1", "--batch", "1"]}
 MOMENTS = ("timer", "half written", "before rename", "after rename")

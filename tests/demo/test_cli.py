@@ -104,14 +104,14 @@ def test_generate_with_tags(run: Run, trained: Path, tmp_path: Path) -> None:
         assert code == 0, err
         return Image.open(tmp_path / name)
 
-    deltas = ["--delta", trained / "star.safetensors", "--delta", trained / "striped.safetensors"]
-    stock = picture("a.png", "a star", "a star", "a circle")
-    mixed = picture("b.png", "a star", "a star <keep:star>", "a circle", *deltas)
+    deltas = ["--delta", trained / "star.safetensors", "--delta", trained / "openmoji.safetensors"]
+    stock = picture("a.png", "a star", "a star", "a church")
+    mixed = picture("b.png", "a star", "a star <keep:star>", "a church", *deltas)
     assert stock.size == (64 * 3 + 4, 64)
     parts = [(66 * i, 0, 66 * i + 64, 64) for i in range(3)]
     same = [list(stock.crop(p).tobytes()) == list(mixed.crop(p).tobytes()) for p in parts]
     assert same == [False, True, True]
-    assert picture("c.png", "a star", "a star", "a circle", *deltas, "--keep", "star").tobytes() == stock.tobytes()
+    assert picture("c.png", "a star", "a star", "a church", *deltas, "--keep", "star").tobytes() == stock.tobytes()
 
 
 BAD = {
@@ -164,7 +164,7 @@ BAD = {
     "no concepts to count": (["verify", "demo", "{deltas}/star.safetensors", "--capacity", "--count", "0"], "count"),
     "two deltas of one concept": (["verify", "demo", "{deltas}/star.safetensors", "{deltas}/star.safetensors"], "star"),
     "export over its input": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/star.safetensors"], "reads"),
-    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/heart.safetensors"], "heart"),
+    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/tulip.safetensors"], "tulip"),
     "import over its input": (["import", "demo", "{tmp}/x.safetensors", "--as", "star", "-o", "{tmp}/x.safetensors"], "reads"),
     "import over another delta": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{deltas}/star.safetensors"], "star"),
     "import to no delta's name": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{tmp}/good.yaml"], "safetensors"),
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Pat
         "empty": "concepts: [star, '']",
         "kept": "concepts: [star]\npreserve: ['a star']",
         "reads": 'concepts: [{name: s, prompts: ["caf\\u00e9"]}]\npreserve: ["cafe\\u0301"]',
-        "good": "concepts: [star, circle]",
+        "good": "concepts: [star, church]",
     }
     for name, text in books.items():
         (tmp_path / f"{name}.yaml").write_text(text)
@@ -211,7 +211,7 @@ def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: P
     """Nobody's delta is lost, and what users call things is printed as it is."""
     names = ["C++", "C#", "😀", "🎨", "con", "star[/b]", "[red]x"]
     for i, name in enumerate(names):
-        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("star", "heart")[i % 2]]}]))
+        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("star", "tulip")[i % 2]]}]))
         code, out, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form")
         assert code == 0, err
         assert name in out
@@ -230,7 +230,7 @@ def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: P
 def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """Ctrl-C in mid-training: exit 130, a checkpoint and no delta; --resume ends with the bytes of an unbroken run."""
     book = tmp_path / "book.yaml"
-    book.write_text("concepts: [star, circle]")
+    book.write_text("concepts: [star, church]")
     base = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "--only", "star", "--steps", "90", "--learning-rate", "1e-5"]
 
     whole = subprocess.run([*base, "-o", str(tmp_path / "whole")], capture_output=True, text=True, timeout=300)

@@ -32,7 +32,7 @@ from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
 
-CONCEPTS = tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "heart"))
+CONCEPTS = tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "tulip"))
 
 
 def planner_of(host: Any, *more: str) -> Planner:
@@ -51,14 +51,14 @@ def made(demo_host: DiffusersHost) -> dict[str, ConceptDelta]:
 
 
 @pytest.fixture(scope="module")
-def heart(demo_host: DiffusersHost) -> ConceptDelta:
-    return make_delta(planner_of(demo_host), "heart", demo_host, TrainOptions(objective="closed-form", edit="layers"))
+def tulip(demo_host: DiffusersHost) -> ConceptDelta:
+    return make_delta(planner_of(demo_host), "tulip", demo_host, TrainOptions(objective="closed-form", edit="layers"))
 
 
 def inputs(host: DiffusersHost) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, timesteps and the contexts of a prompt that is touched and of one that is not."""
     x = host.latents([0, 1])
-    return x, torch.tensor([500, 500]), host.encode(["a picture of a star", "a heart"]).context
+    return x, torch.tensor([500, 500]), host.encode(["a picture of a star", "a tulip"]).context
 
 
 @contextmanager
@@ -234,14 +234,14 @@ def test_a_text_encoder_is_enough(made: dict[str, ConceptDelta], tmp_path: Path)
 
 
 @torch.no_grad()
-def test_acting_is_what_generation_does(demo_host: DiffusersHost, made: dict[str, ConceptDelta], heart: ConceptDelta) -> None:
+def test_acting_is_what_generation_does(demo_host: DiffusersHost, made: dict[str, ConceptDelta], tulip: ConceptDelta) -> None:
     """The denoiser itself edits what it is given, per-layer deltas beside it read that unedited, and it is left as it was."""
     x, t = demo_host.latents([0, 1, 2]), torch.tensor([500, 500, 500])
-    context = demo_host.encode(["a star", "a star and a heart", ""]).context
+    context = demo_host.encode(["a star", "a star and a tulip", ""]).context
     stock = demo_host.predict(x, t, context)
-    with Separable([made["layers"], heart]).acting(demo_host, ["star", "heart"], True):
+    with Separable([made["layers"], tulip]).acting(demo_host, ["star", "tulip"], True):
         expected = demo_host.predict(x, t, context)
-    with Separable([made["context"], heart]).acting(demo_host, ["star", "heart"], True):
+    with Separable([made["context"], tulip]).acting(demo_host, ["star", "tulip"], True):
         mixed = demo_host.predict(x, t, context)
     assert (expected[:2] - stock[:2]).abs().amax() > 0.05
     torch.testing.assert_close(mixed, expected, rtol=0, atol=2e-3)

@@ -1,4 +1,4 @@
-"""The demo itself, on four of its twelve concepts: figures, report, exactness."""
+"""The demo itself, on two of its eighteen concepts: figures, report, exactness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sepme.demo.quick import run_quick
 from sepme.demo.run import run_demo
 from sepme.hosts.diffusers import DiffusersHost
 
-CONCEPTS, IMAGES = 4, 8
+CONCEPTS, IMAGES = 2, 4
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def told(demo_host: DiffusersHost, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_erases_keeps_and_restores(told: tuple[dict[str, Any], Path], key: str) -> None:
     metrics = told[0] if key == "gcirs" else told[0]["closed_form"]
     assert metrics["stock_accuracy"] >= 0.9
-    assert metrics["erased_accuracy_single"] <= 1 / 6 + 0.05
-    assert metrics["erased_accuracy_all"] <= 1 / 6 + 0.05
+    assert metrics["erased_accuracy_single"] <= told[0]["chance_accuracy"] + 0.05
+    assert metrics["erased_accuracy_all"] <= told[0]["chance_accuracy"] + 0.05
     assert metrics["kept_accuracy_drop"] <= 0.01
     assert metrics["restored_bit_identical"] == 1
     assert metrics["untouched_bit_identical"] >= 0.99

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from sepme.demo.run import demo_suite
-from sepme.demo.world import OBJECTS, SMALL, STYLES, classifier_accuracy
+from sepme.demo.emoji.things import STUDIOS
+from sepme.demo.run import classifier_accuracy, demo_suite
 from sepme.evaluate.classifiers import EmbeddedClassifier
-from sepme.evaluate.network import Network
 from sepme.evaluate.sampler import Sampler
 from sepme.hosts.diffusers import DEMO, DiffusersHost
 
 
 def test_size_and_licence_of_the_folder() -> None:
     files = [p for p in DEMO.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 16e6
-    assert not [p for p in files if p.suffix not in (".safetensors", ".json", ".txt")]
+    assert sum(p.stat().st_size for p in files) <= 24e6
+    assert not [p for p in files if p.suffix not in (".safetensors", ".json", ".txt") and p.name != "NOTICE"]
+    notice = (DEMO / "NOTICE").read_text(encoding="utf-8")
+    assert all(studio.author in notice and studio.licence in notice for studio in STUDIOS)
 
 
 def test_structure_fits_comfyui(demo_host: DiffusersHost) -> None:
@@ -37,18 +37,21 @@ def test_structure_fits_comfyui(demo_host: DiffusersHost) -> None:
 
 def test_tokenizer_is_clip_format(demo_host: DiffusersHost) -> None:
     assert {"vocab.json", "merges.txt"} <= {p.name for p in (Path(DEMO) / "tokenizer").iterdir()}
-    for word in (*OBJECTS, *STYLES):
-        assert len(demo_host.pipe.tokenizer(word).input_ids) == 3, word
+    for name in demo_suite().names:
+        assert len(demo_host.pipe.tokenizer(name).input_ids) == 2 + len(name.split()), name
 
 
 def test_classifier_reads_drawings() -> None:
-    accuracy = classifier_accuracy(Network.load(DEMO), SMALL)
-    assert accuracy["object"] >= 0.97
-    assert accuracy["style"] >= 0.97
+    """As measured when it was trained, on placements that training never saw."""
+    accuracy = classifier_accuracy()
+    assert accuracy["object"] >= 0.95
+    assert accuracy["style"] >= 0.95
 
 
 def test_model_draws_what_it_is_asked(demo_host: DiffusersHost) -> None:
-    """DDIM, 25 steps: at least 90 % of objects and of styles are read correctly."""
-    sampler = Sampler(demo_host, EmbeddedClassifier(), replace(demo_suite(images=10), steps=25), lambda: None)
-    for names in (OBJECTS, STYLES):
-        assert fmean(sampler.stock(sampler.sets.own(name)).accuracy for name in names) >= 0.9, names
+    """DDIM, 12 steps: things are read correctly, and studios beside things that are named."""
+    suite = demo_suite(images=9)
+    sampler = Sampler(demo_host, EmbeddedClassifier(), suite, lambda: None)
+    things, studios = suite.concepts.values()
+    assert fmean(sampler.stock(sampler.sets.own(name)).accuracy for name in things) >= 0.9
+    assert fmean(sampler.stock(sampler.sets.both(name)).accuracy for name in things) >= 0.6

@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_things_come_in_a_curriculum(calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "diffusion", "--work", str(tmp_path))
-    assert calls == [(20, 24000, 1000), (50, 24000, 3000), (100, 24000, 9000), (len(THINGS), 24000, 10**9)]
+    assert calls == [(20, 7200, 1000), *((50, 7200, until) for until in (3000, 9000, 10**9))]
     calls.clear()
     run(monkeypatch, "diffusion", "--work", str(tmp_path), "--until", "4000", "--steps", "9000", "--things", "60")
     assert calls == [(20, 9000, 1000), (50, 9000, 3000), (60, 9000, 4000)]

@@ -67,7 +67,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
         events = metrics["scenes"][key]["3: iterative"]
         on, off = events[-2:]
         assert (on["gate"], off["gate"]) == (True, False)
-        assert [e["erased"]["concepts"] for e in events[::2]] == [["star"], ["star", "striped"], ["striped"]]
+        assert [e["erased"]["concepts"] for e in events[::2]] == [["star"], ["star", "openmoji"], ["openmoji"]]
         assert on["recovered"]["bit_identical"] == 1 > off["recovered"]["bit_identical"]
         assert on["recovered"]["fid"] == 0 < off["recovered"]["fid"]
         subset = metrics["subsets"][key]
@@ -79,7 +79,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
     for key in ("esd", "uce"):
         events = metrics["scenes"][key]["3: iterative"]
         assert [e["gate"] for e in events] == [True] * 3
-        assert [e["erased"]["concepts"] for e in events] == [["star"], ["star", "striped"], ["striped"]]
+        assert [e["erased"]["concepts"] for e in events] == [["star"], ["star", "openmoji"], ["openmoji"]]
         assert events[-1]["recovered"]["bit_identical"] < 1
     assert metrics["order_gap"] >= 0
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -98,7 +98,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
 def test_a_suite_of_another_models_words(demo_host: Any, tmp_path: Path) -> None:
     """The classifier beside the model cannot read them, which is said before anything is drawn."""
     tiny = Suite.load("tiny")
-    suite = Suite(**vars(tiny) | {"concepts": {"object": ("walrus",), "style": ("striped",)}})
+    suite = Suite(**vars(tiny) | {"concepts": {"object": ("walrus",), "style": ("openmoji",)}})
     with pytest.raises(SepMEError, match="'walrus' cannot be told apart by the embedded classifier; choose a suite for this model"):
         Run(demo_host, suite, tmp_path)
 
@@ -198,10 +198,10 @@ def test_losses_of_several_prompts(demo_host: Any) -> None:
 
 def test_an_attacker_who_knows_the_gate_keeps_it_shut(demo_host: Any) -> None:
     """The statistic is the gate's own, and learning with it in the loss ends behind it where learning without does not."""
-    book = ConceptBook((Concept("star", ("star", "a star", "a picture of a star")),), ("a circle", "blue", "a red heart"))
+    book = ConceptBook((Concept("star", ("star", "a star", "a picture of a star")),), ("a church", "blue", "a red tulip"))
     planner = Planner(demo_host, book, PlanOptions(), ())
     eraser = Separable([make_delta(planner, "star", demo_host, TrainOptions(objective="closed-form"))])
-    context = demo_host.encode(["a star", "blue", "a circle", "a red star on paper"]).context
+    context = demo_host.encode(["a star", "blue", "a church", "a red star on paper"]).context
     _, weight = eraser.composition.weigh(context, torch.ones(1), True)
     assert torch.equal(eraser.openness(context, "star") > 1, weight[:, 0] > 0)
     sampler, budget = sampler_for(demo_host), Budget(steps=25, tokens=2, batch=2, learning_rate=0.05, start="name")
@@ -293,7 +293,7 @@ def test_a_few_at_once(demo_host: Any) -> None:
     sizes: list[int] = []
     handle = demo_host.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     try:
-        pieces.stock(whole.sets.own("striped"))
+        pieces.stock(whole.sets.own("openmoji"))
     finally:
         handle.remove()
     assert set(sizes) == {4, 2}  # with and without the prompt

@@ -33,12 +33,12 @@ from sepme.train.again import made_again
 from sepme.train.guard import GuardOptions, make_guard
 
 BOOK = ConceptBook(
-    (Concept("star", ("star", "a star"), "a picture"), Concept("striped", ("striped style", "a striped picture"))),
-    ("a red picture", "circle", "a circle", "a blue heart"),
+    (Concept("star", ("star", "a star"), "a picture"), Concept("openmoji", ("openmoji style", "an openmoji picture"))),
+    ("a red picture", "church", "a church", "a blue tulip"),
 )
 CONTEXT_EDIT = TrainOptions.for_mode(objective="closed-form", edit="context")
 SMALL = GuardOptions(queries=2, readouts=12, rank=8, rounds=1, tokens=2, steps=3, batch=2)
-SPARED = ["", "a red picture", "a circle", "a blue heart"]
+SPARED = ["", "a red picture", "a church", "a blue tulip"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_it_opens_for_its_own_prompts_alone(guarded: dict[str, ConceptDelta], pl
 def test_answers_are_those_of_the_layers(planner: Planner, plain: dict[str, ConceptDelta], demo_host: DiffusersHost) -> None:
     """To stored queries, as attention itself gives them; and the gate is a sum of them, weighed."""
     maker = making._Maker(planner, plain["star"], demo_host, demo_host.attention_layers(), replace(SMALL, rounds=0), lambda: None)
-    context = demo_host.encode(["a striped star", ""]).context
+    context = demo_host.encode(["an openmoji star", ""]).context
     for layer, stored in zip(demo_host.attention_layers().values(), maker.layers, strict=True):
         key, value = (m(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for m in (layer.to_k, layer.to_v))
         query = torch.linalg.lstsq(
@@ -126,7 +126,7 @@ def test_it_acts_where_the_gate_is_shut(guarded: dict[str, ConceptDelta], demo_h
 
 
 def test_two_in_one_prompt_act_one_after_the_other(guarded: dict[str, ConceptDelta], demo_host: DiffusersHost) -> None:
-    context = demo_host.encode(["a striped star"]).context
+    context = demo_host.encode(["an openmoji star"]).context
     edited = Composition(tuple(guarded.values())).edit_context(context, torch.ones(2))
     expected = context
     for delta in guarded.values():
@@ -141,7 +141,7 @@ def test_two_in_one_prompt_act_one_after_the_other(guarded: dict[str, ConceptDel
 def test_attacks_meet_what_pictures_meet(guarded: dict[str, ConceptDelta], demo_host: DiffusersHost) -> None:
     """The erased denoiser of an attack reads the context that sampling reads, and the attacker's gate is the one that opens."""
     eraser = Separable([guard_alone(guarded["star"])])
-    context = demo_host.encode(["a star", "a circle"]).context
+    context = demo_host.encode(["a star", "a church"]).context
     x, t = torch.randn(2, *demo_host.latent_shape, generator=torch.Generator().manual_seed(3)), torch.tensor([500, 500])
     with torch.no_grad():
         wanted = demo_host.predict(x, t, eraser.composition.edit_context(context, torch.ones(1)))
@@ -236,7 +236,7 @@ def test_refusals(planner: Planner, plain: dict[str, ConceptDelta], guarded: dic
     with pytest.raises(SepMEError, match="has a guard, fitted on what was known then"):
         reproject(planner, guarded["star"], demo_host.attention_layers())
     with pytest.raises(SepMEError, match="has a guard, so it cannot be made again"):
-        made_again(demo_host, demo_host, guarded["star"], ["circle"])
+        made_again(demo_host, demo_host, guarded["star"], ["church"])
     with pytest.raises(SepMEError, match="rounds"):
         GuardOptions(rounds=-1)
 

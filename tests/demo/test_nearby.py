@@ -14,10 +14,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sepme import cli
-from sepme.concepts import Concept, ConceptBook, mentions
+from sepme.concepts import Concept, ConceptBook
 from sepme.delta.concept_delta import ConceptDelta
 from sepme.delta.verify import verify
-from sepme.demo.world import COLOURS, OBJECT_PROMPTS, OBJECTS, SMALL, STYLE_PROMPTS, STYLES
+from sepme.demo.emoji.captions import STYLE_PROMPTS, THING_PROMPTS, caption_of
+from sepme.demo.emoji.data import BACKGROUND_NAMES
+from sepme.demo.emoji.things import STYLES, THINGS, name_of
 from sepme.errors import SepMEError
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.model.protocols import Encoding
@@ -29,7 +31,8 @@ from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
 from sepme.train.again import made_again
 
-COLOUR_NAMES = tuple(COLOURS)
+COLOUR_NAMES = BACKGROUND_NAMES[1:4]
+SOME = tuple(name_of(t) for t in THINGS[:50:7])  # star among them
 
 
 class Remembering:
@@ -54,21 +57,21 @@ def encoder() -> Remembering:
     return Remembering()
 
 
-def prompts_with(objects: Sequence[str], styles: Sequence[str], colours: Sequence[str]) -> list[str]:
+def prompts_with(things: Sequence[str], styles: Sequence[str], grounds: Sequence[str]) -> list[str]:
     """Prompts of the world that hold one, two or three of these words."""
-    found = [f"a {s} {c} {o}" for s, c, o in product(styles, colours, objects)]
-    found += [f"a {c} {o}" for c, o in product(colours, objects)] + [f"a {o}, {s} style" for s, o in product(styles, objects)]
-    found += [f"a drawing of a {c} {o} in {s} style" for s, c, o in product(styles, colours, objects)]
-    return found + [f"{s} style, {c}" for s, c in product(styles, colours)]
+    found = [caption_of(t, s, which=i) for i, (s, t) in enumerate(product(styles, things))]
+    found += [caption_of(t, "", g, i) for i, (g, t) in enumerate(product(grounds, things))]
+    found += [caption_of(t, s, g, i) for i, (s, g, t) in enumerate(product(styles, grounds, things))]
+    return found + [caption_of("", s, g, i) for i, (s, g) in enumerate(product(styles, grounds))]
 
 
 def sets_of(name: str) -> tuple[list[str], list[str]]:
     """Prompts of everything but a word, and prompts that hold it."""
-    kinds = OBJECTS, STYLES, COLOUR_NAMES
+    kinds = SOME, STYLES[:4], COLOUR_NAMES
     others = [[w for w in kind if w != name] for kind in kinds]
-    singles = [t.format(w) for t in (*OBJECT_PROMPTS, *STYLE_PROMPTS) for w in SMALL.words if w != name]
-    own = prompts_with(*((name,) if name in kind else kind for kind in kinds))
-    return singles + prompts_with(*others), [p for p in own if mentions(p, name)]
+    singles = [caption_of(t, which=i) for t in others[0] for i in range(len(THING_PROMPTS))]
+    singles += [caption_of("", s, which=i) for s in STYLES if s != name for i in range(len(STYLE_PROMPTS))]
+    return singles + prompts_with(*others), prompts_with(*((name,) if name in kind else kind for kind in kinds))
 
 
 def share_over(encoder: Remembering, prompts: Sequence[str], down: Tensor, gate: float) -> float:
@@ -78,7 +81,7 @@ def share_over(encoder: Remembering, prompts: Sequence[str], down: Tensor, gate:
 def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
     """The bars: at most one in a hundred of the world's other prompts change, and of the concept's own slip through."""
     grades: list[str] = []
-    for name in SMALL.words:
+    for name in (*SOME, *STYLES[:4], *COLOUR_NAMES[:2]):
         planned = Planner(encoder, ConceptBook((Concept(name),)), PlanOptions(nearby=COUNT), ordinary_prompts()[::3]).plan(name)
         grade = planned.certificate.grade(planned.gate)
         grades.append(grade)
@@ -94,10 +97,10 @@ def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
 
 def test_the_first_template_spares_what_it_does_not_name(encoder: Remembering, tmp_path: Path) -> None:
     """Graded safe and yet half of the other prompts changed: said when it is measured, and mended; the file that was read stays."""
-    striped = Concept("striped", ("striped style", "a striped picture", "a striped drawing", "in striped style"), "a picture")
-    things = [Concept(n, tuple(t.format(n) for t in ("{}", "a {}", "a picture of a {}", "a drawing of a {}"))) for n in OBJECTS]
-    things = [thing for thing in things if thing.name in ("star", "heart", "circle")]
-    book = ConceptBook((*things, striped), tuple(f"a {c} picture" for c in COLOURS))
+    openmoji = Concept("openmoji", ("openmoji style", "a picture by openmoji", "an emoji by openmoji", "something in openmoji style"), "a picture")
+    templates = "{}", "a {}", "a picture of a {}", "a drawing of a {}"
+    things = [Concept(n, tuple(t.format(n) for t in templates)) for n in ("star", "church", "rocket")]
+    book = ConceptBook((*things, openmoji), tuple(f"a picture on a {c} background" for c in COLOUR_NAMES))
     options = TrainOptions.for_mode(objective="closed-form", edit="context")
     old = make_delta(Planner(encoder, book), "star", None, options)
     others, own = sets_of("star")
@@ -106,7 +109,7 @@ def test_the_first_template_spares_what_it_does_not_name(encoder: Remembering, t
     assert old.verdict == "Safe by known and ordinary prompts; nearby words were not measured."
     (check,) = verify(encoder, [old], nearby=COUNT).checks
     assert check.collateral is not None
-    assert set(SMALL.words) & set(check.collateral.worst)
+    assert check.collateral.worst
     assert check.verdict.startswith("Not safe: ")
     assert "add them to the preserve list" in check.verdict
     new = made_again(encoder, None, old, check.collateral.worst)
@@ -125,30 +128,30 @@ def test_what_cannot_be_made_again(encoder: Remembering) -> None:
     planner = Planner(encoder, ConceptBook((Concept("star", ("star",)),)), ordinary=("a cat",))
     delta = make_delta(planner, "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
     for recipe in ({}, {"import": "0123"}, dict(delta.recipe.data) | {"pictures": {}}):
-        with pytest.raises(SepMEError, match="with these words on its preserve list: heart"):
-            made_again(encoder, None, replace(delta, info=dict(delta.info) | {"recipe": recipe}), ["heart"])
+        with pytest.raises(SepMEError, match="with these words on its preserve list: tulip"):
+            made_again(encoder, None, replace(delta, info=dict(delta.info) | {"recipe": recipe}), ["tulip"])
 
 
 def test_words(encoder: Remembering) -> None:
     """None of the concept's, its plural's or its other prompts' words is near; what the user preserves is; other prompts are held out."""
-    book = ConceptBook((Concept("star", ("star", "a heart of gold")), Concept("neon")), ("gold", "a red cat"))
+    book = ConceptBook((Concept("star", ("star", "a tulip of gold")), Concept("blob")), ("gold", "a red cat"))
     found = Nearby.of(encoder, book, COUNT)
-    assert {"circle", "triangle", "red", "style", "gold"} <= set(found.words)
-    assert not {"star", "heart", "neon"} & set(found.words)
+    assert {"moon", "red", "gold"} <= set(found.words)
+    assert not {"star", "tulip", "blob"} & set(found.words)
     planned = {*found.prompts, *(p for b in found.beside.values() for p in b.calibration)}
     held = [p for prompts in found.held_out.values() for p in prompts] + [p for b in found.beside.values() for p in b.held_out]
     assert not planned & set(held)
     assert not {p for c in book.concepts for p in c.prompts} & {*planned, *held}
     few = Nearby.of(encoder, book, 40)
     assert len(few.words) == 40
-    assert "triangle" in few.words
+    assert "moon" in few.words
     assert Nearby.of(encoder, book, 40) == few
     assert Nearby.of(encoder, book, 0) == Nearby()
 
 
 def test_words_that_leave_no_room_only_calibrate(encoder: Remembering) -> None:
     """In mode exact nothing is left beside all the words of this tokenizer: the directions are those without them, the gate spares them."""
-    book = ConceptBook((Concept("star", ("star", "a star")), Concept("heart", ("heart", "a heart"))))
+    book = ConceptBook((Concept("star", ("star", "a star")), Concept("tulip", ("tulip", "a tulip"))))
     plain, nearby = (Planner(encoder, book, PlanOptions(mode="exact", nearby=n), ordinary_prompts()[:40]).plan("star") for n in (0, COUNT))
     assert torch.equal(plain.down, nearby.down)
     assert plain.certificate.collateral is None

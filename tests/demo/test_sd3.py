@@ -65,11 +65,11 @@ def test_erased_spared_restored(pipe: Any) -> None:
     """One edit reaches CLIP's tokens and T5's; what does not speak of the concept keeps its bits, and so does the concept restored."""
     reader = Reader(pipe)
     book = ConceptBook(
-        (Concept("star", ("star", "a star", "a picture of a star")), Concept("heart", ("heart", "a heart"))), ("a red circle",)
+        (Concept("star", ("star", "a star", "a picture of a star")), Concept("tulip", ("tulip", "a tulip"))), ("a red church",)
     )
-    planner = Planner(reader, book, PlanOptions(tolerance=0.05), ("a blue square", "a cross", "a red square", "green"))
+    planner = Planner(reader, book, PlanOptions(tolerance=0.05), ("a blue mushroom", "an airplane", "a red mushroom", "green"))
     delta = make_delta(planner, "star", None, TrainOptions(objective="closed-form", edit="context"))
-    prompts = ["a star", "a red circle", "a heart", "a star"]
+    prompts = ["a star", "a red church", "a tulip", "a star"]
     encoding, composition = reader.encode(prompts), Composition((delta,))
     clip = encoding.context.shape[1] - TOKENS
     assert encoding.context.shape == (4, clip + TOKENS, WIDTH)

@@ -40,7 +40,7 @@ def test_capacity_rows() -> None:
 
 
 def test_capacity_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "book.yaml").write_text("[star, circle]", encoding="utf-8")
+    (tmp_path / "book.yaml").write_text("[star, church]", encoding="utf-8")
     monkeypatch.setattr(cli.options.ModelOptions, "load", lambda _: HashedEncoder())
     arguments = ["verify", "demo", str(tmp_path / "book.yaml"), "--capacity", "--count", "2", "--count", "9"]
     result = CliRunner().invoke(cli.app, [*arguments, "--json"])

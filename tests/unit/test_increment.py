@@ -24,8 +24,8 @@ from sepme.train.passes import make_step
 from sepme.train.run import ConceptRun
 from sepme.train.source import Draw
 
-ORDINARY = ("a red circle", "a picture on a table", "green", "high quality")
-BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}", f"a {n} picture")) for n in ("star", "striped")), ("a red circle",))
+ORDINARY = ("a red church", "a picture on a table", "green", "high quality")
+BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}", f"a {n} picture")) for n in ("star", "openmoji")), ("a red church",))
 
 
 class World(NamedTuple):
@@ -49,8 +49,8 @@ def world() -> World:
     options = TrainOptions.for_mode(objective="fmn", trajectories=1)  # which reads words
     run = make_run(planner, "star", host, Increment.zeros(kv, planner.plan("star").down, 1.0), options, None, None)
     draw = run.source.draw(run.generator, 2)
-    other = Increment.zeros(kv, planner.plan("striped").down, 1.0)
-    other.fill(solved(planner, kv, "striped"))
+    other = Increment.zeros(kv, planner.plan("openmoji").down, 1.0)
+    other.fill(solved(planner, kv, "openmoji"))
     return World(host, planner, kv, run, draw, other)
 
 

@@ -17,7 +17,7 @@ from .captions import Lexicon, build_words, load_words
 from .classifiers import build_classifier, held_out, train_classifier
 from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
-from .export import export, export_flow
+from .export import export, export_flow, write_json
 from .flow import train_flow
 from .pictures import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
 from .stage import load_stage
@@ -25,6 +25,7 @@ from .text import build_tokenizer, load_tokenizer, train_text
 from .things import THINGS
 from .vae import train_vae
 
+SHIPPED = 50  # of the things are what the embedded model knows
 # the denoiser sees few things first: (up to this step, the first so many things)
 CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
 
@@ -32,7 +33,7 @@ CURRICULUM = ((1000, 20), (3000, 50), (9000, 100), (10**9, len(THINGS)))
 class Stages:
     """The stages as methods, and what they share."""
 
-    def __init__(self, work: Path, things: int = len(THINGS), steps: int | None = None, until: int | None = None) -> None:
+    def __init__(self, work: Path, things: int = SHIPPED, steps: int | None = None, until: int | None = None) -> None:
         self.work, self.things, self.steps, self.until = work, things, steps, until
         work.mkdir(parents=True, exist_ok=True)
 
@@ -68,8 +69,11 @@ class Stages:
 
     def classifier(self) -> None:
         """Stage: train the classifier and print its accuracy."""
-        train_classifier(self.work, self.renders(), self.steps or 5000, until=self.until)
-        print(f"classifier on new placements: {held_out(self.work, self.renders())}", flush=True)
+        renders = self.renders()[: self.things]
+        train_classifier(self.work, renders, self.steps or 3000, until=self.until)
+        accuracy = held_out(self.work, renders)
+        write_json(self.work / "classifier.json", accuracy)
+        print(f"classifier on new placements: {accuracy}", flush=True)
 
     def text(self) -> None:
         """Stage: train the text encoder to tell captions apart."""
@@ -79,7 +83,7 @@ class Stages:
         """Stage: train denoiser and text encoder, few things first."""
         last = self.until or 10**9
         for end, things in CURRICULUM:
-            train_diffusion(self.work, self.batches(min(things, self.things)), self.steps or 24000, until=min(end, last))
+            train_diffusion(self.work, self.batches(min(things, self.things)), self.steps or 7200, until=min(end, last))
             if end >= last:
                 break
 
@@ -107,7 +111,7 @@ class Stages:
         sheet(paint, chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
-            classifier = load_stage(build_classifier(), self.work, "classifier", "classifier")
+            classifier = load_stage(build_classifier(things), self.work, "classifier", "classifier")
             print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
 
 
@@ -120,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sepme.demo.emoji", description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(stages), help=", ".join(stages))
     parser.add_argument("--work", type=Path, default=Path("runs/emoji-world"), help="folder of packages, renders, checkpoints and models")
-    parser.add_argument("--things", type=int, default=len(THINGS), help="how many of the things the generators are trained on at most")
+    parser.add_argument("--things", type=int, default=SHIPPED, help="how many of the things the models are trained on at most")
     parser.add_argument("--steps", type=int, help="of the stage, instead of its own number")
     parser.add_argument("--until", type=int, help="stop at this step and go on another time")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from .things import STYLES, THINGS, name_of
 from .vae import load_vae, random_picture, to_model
 
 HEAD_NAMES = ("thing", "style", "background")
-LAYOUT = Layout(widths=(3, 24, 48, 96, 128, 160), strided=3, pool=2, side=128)
+LAYOUT = Layout(widths=(3, 32, 64, 128, 160, 192), strided=3, pool=2, side=128)
 
 
 def build_classifier(things: int = len(THINGS), styles: int = len(STYLES)) -> Network:
@@ -29,7 +29,7 @@ def build_classifier(things: int = len(THINGS), styles: int = len(STYLES)) -> Ne
 def worn(x: Tensor, vae: AutoencoderTiny, generator: torch.Generator) -> Tensor:
     """Pictures as a generator would draw them: some through the autoencoder, then blurred and noisy by chance."""
     x = x.clone()
-    some = len(x) // 16
+    some = len(x) // 8
     with torch.no_grad():
         z = vae.encoder(x[:some])
         x[:some] = vae.decoder(z + 0.1 * torch.randn(z.shape, generator=generator)).clamp(-1, 1)

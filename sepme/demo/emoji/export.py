@@ -48,9 +48,12 @@ def save_half(module: nn.Module, folder: Path) -> None:
 
 
 def world_of(work: Path) -> dict[str, object]:
-    """What ``world.json`` says: the things the generator knows, with names and synonyms; styles; backgrounds; kinds of thing."""
+    """What ``world.json`` says: the things the generator knows, with names and synonyms; styles; backgrounds; kinds of thing; its classifier's accuracy."""
     words, things = load_words(work / "words.json"), Latents.count(work)
+    accuracy = json.loads((work / "classifier.json").read_text(encoding="utf-8"))
+    heads = {"object": "thing", "style": "style", "colour": "background"}
     return {
+        "classifier_accuracy": {key: accuracy[f"plain {head}"] for key, head in heads.items()},
         "things": [{"slug": t, "name": name_of(t), "synonyms": words.synonyms[i], "trained": i < things} for i, t in enumerate(THINGS)],
         "styles": list(STYLES),
         "backgrounds": list(BACKGROUND_NAMES),
@@ -71,7 +74,7 @@ def export(work: Path, folder: Path) -> None:
     config.pop("block_out_channels", None)  # AutoencoderTiny writes it and then warns about it
     write_json(folder / "vae" / "config.json", config)
     build_scheduler().save_pretrained(folder / "scheduler")
-    load_stage(build_classifier(), work, "classifier", "classifier").save(folder)
+    load_stage(build_classifier(Latents.count(work)), work, "classifier", "classifier").save(folder)
     parts = {"scheduler": "DDIMScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderTiny"}
     index: dict[str, object] = {k: ["diffusers", v] for k, v in parts.items()}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
