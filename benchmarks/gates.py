@@ -1,6 +1,7 @@
 """Gates of the embedded model's words, with and without nearby words: what is graded, and what prompts of its world say.
 
-``python benchmarks/gates.py [--nearby 0 200] [--words 24]``. The world's prompts hold one, two or three of its words; no calibration sees them.
+``python benchmarks/gates.py [--nearby 0 200] [--words 24]``. Prompts of its world hold one, two or three of its words;
+no calibration sees them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from itertools import product, zip_longest
 import torch
 
 from sepme.concepts import Concept, ConceptBook, mentions
-from sepme.demo.run import demo_suite
 from sepme.demo.emoji.captions import STYLE_PROMPTS, THING_PROMPTS, caption_of
 from sepme.demo.emoji.data import BACKGROUND_NAMES
 from sepme.demo.emoji.things import STYLES, THINGS, name_of
+from sepme.demo.run import demo_suite
 from sepme.hosts.diffusers import DiffusersHost
 from sepme.plan.directions import PlanOptions
 from sepme.plan.gate import ratios

@@ -21,9 +21,9 @@ class SepMEDemoModel(io.ComfyNode):
             node_id="SepMEDemoModel",
             display_name="SepME Demo Model",
             category=CATEGORY,
-            description="A tiny Stable Diffusion that comes with SepME: no download, no GPU. It draws emoji of fifty things (rocket, red apple, church, "
-            "dog ...) in the styles of nine studios (openmoji, glossy, blob, twemoji ...). Use it with ComfyUI's own nodes; latents of "
-            "128 x 128 pixels.",
+            description="A tiny Stable Diffusion that comes with SepME: no download, no GPU. It draws emoji of fifty things "
+            "(rocket, red apple, church, dog ...) in the styles of nine studios (openmoji, glossy, blob, twemoji ...). "
+            "Use it with ComfyUI's own nodes; latents of 128 x 128 pixels.",
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )

@@ -38,7 +38,7 @@ def test_lists_and_filters(page: Page) -> None:
     search.fill("drawing of a star")
     wait_shown(page, "star")
     facts = item(page, "star.safetensors").locator("dl")
-    for fact in ("star.safetensors", "unet-192x7", "closed-form", "a picture of a star"):
+    for fact in ("star.safetensors", "unet-384x7", "closed-form", "a picture of a star"):
         expect(facts).to_contain_text(fact)
     summary = item(page, "star.safetensors").locator("summary")
     expect(summary).to_contain_text(["star.safetensors"])

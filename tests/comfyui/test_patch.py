@@ -268,7 +268,7 @@ def test_toggling_reloads_no_weight(inside: Inside, monkeypatch: pytest.MonkeyPa
     """Another set of toggles is another clone; ComfyUI finds the same weights in it and loads nothing."""
     import comfy.model_patcher
 
-    lora = {f"diffusion_model.{n}.weight": (torch.randn(inside.deltas[0].up[n].shape[0], 192),) for n in inside.deltas[0].up}
+    lora = {f"diffusion_model.{n}.weight": (torch.randn(inside.deltas[0].up[n].shape[0], 384),) for n in inside.deltas[0].up}
     model = inside.model.clone()
     model.add_patches(lora, 0.01)
     prompt = inside.text("a striped star")

@@ -309,8 +309,8 @@ def test_book_and_architecture(server: Server) -> None:
     status, answer = ask(server, "POST", "/sepme/book", json.dumps({"book": "concepts: [van gogh, {name: x, prompts: [y]}]"}), JSON)
     assert (status, [c["name"] for c in answer["concepts"]]) == (200, ["van gogh", "x"])
     status, answer = ask(server, "GET", "/sepme/architecture")
-    assert (status, answer["architecture"][:10]) == (200, "unet-192x7")
-    assert answer["fits"] == [answer["architecture"], "context-192"]
+    assert (status, answer["architecture"][:10]) == (200, "unet-384x7")
+    assert answer["fits"] == [answer["architecture"], "context-384"]
     assert ask(server, "GET", "/sepme/architecture?checkpoint=..%2F..%2Fx.safetensors")[0] == 400
 
 

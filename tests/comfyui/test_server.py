@@ -69,7 +69,10 @@ BOOK = json.dumps(
     {
         "concepts": [
             *({"name": n, "prompts": [n, f"a {n}", f"a picture of a {n}", f"a drawing of a {n}"]} for n in THINGS),
-            *({"name": n, "prompts": [f"{n} style", f"a picture by {n}", f"an emoji by {n}", f"something in {n} style"]} for n in STYLES[:6]),
+            *(
+                {"name": n, "prompts": [f"{n} style", f"a picture by {n}", f"an emoji by {n}", f"something in {n} style"]}
+                for n in STYLES[:6]
+            ),
         ],
         "preserve": ["a picture", "a picture on a red background", "a picture on a blue background"],
     }

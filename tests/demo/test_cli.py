@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Closed-form deltas of all twelve concepts, made by the command line."""
     folder = tmp_path_factory.mktemp("deltas")
     book = folder / "book.json"
-    book.write_text(demo_suite().book().dumps())
+    book.write_text(demo_suite(6).book().dumps())
     command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -60,26 +60,26 @@ def document(out: str) -> Any:
 
 
 def test_inspect_and_verify(run: Run, trained: Path) -> None:
-    code, out, _ = run("inspect", trained / "star.safetensors", "--json")
+    code, out, _ = run("inspect", trained / "rocket.safetensors", "--json")
     assert code == 0
-    assert document(out)[0]["concept"] == "star"
+    assert document(out)[0]["concept"] == "rocket"
     assert document(out)[0]["bytes"] <= 500_000
     code, out, _ = run("verify", "demo", *sorted(trained.glob("*.safetensors")), "--json")
     report = document(out)
     assert code == 0, report
     assert report["holds"]
     assert all(v == 0 for d in report["deltas"] for v in d["leakage_gated"].values())
-    assert len(report["matrix"]) == 12
+    assert len(report["matrix"]) == 6
 
 
 def test_files_carry_a_small_picture(run: Run, trained: Path, tmp_path: Path) -> None:
     """Stock beside erased, unless it is not wanted."""
-    (tmp_path / "book.json").write_text(demo_suite().book().dumps())
+    (tmp_path / "book.json").write_text(demo_suite(6).book().dumps())
     code, _, err = run(
-        "train", "demo", tmp_path / "book.json", "-o", tmp_path, "--only", "star", "--objective", "closed-form", "--no-thumbnail"
+        "train", "demo", tmp_path / "book.json", "-o", tmp_path, "--only", "rocket", "--objective", "closed-form", "--no-thumbnail"
     )
     assert code == 0, err
-    with_picture, without = (ConceptDelta.load(folder / "star.safetensors") for folder in (trained, tmp_path))
+    with_picture, without = (ConceptDelta.load(folder / "rocket.safetensors") for folder in (trained, tmp_path))
     shown = picture(with_picture.thumbnail)
     assert shown is not None
     image = Image.open(io.BytesIO(shown.data)).convert("L")
@@ -89,7 +89,7 @@ def test_files_carry_a_small_picture(run: Run, trained: Path, tmp_path: Path) ->
 
 
 def test_verify_fails_for_a_gate_that_lets_others_in(run: Run, trained: Path, tmp_path: Path) -> None:
-    delta = ConceptDelta.load(trained / "star.safetensors")
+    delta = ConceptDelta.load(trained / "rocket.safetensors")
     ConceptDelta(delta.concept, delta.down, delta.up, delta.scale, 0.0, delta.info).save(tmp_path / "open.safetensors")
     code, out, _ = run("verify", "demo", tmp_path / "open.safetensors", "--json")
     assert code == 1
@@ -104,37 +104,37 @@ def test_generate_with_tags(run: Run, trained: Path, tmp_path: Path) -> None:
         assert code == 0, err
         return Image.open(tmp_path / name)
 
-    deltas = ["--delta", trained / "star.safetensors", "--delta", trained / "openmoji.safetensors"]
-    stock = picture("a.png", "a star", "a star", "a church")
-    mixed = picture("b.png", "a star", "a star <keep:star>", "a church", *deltas)
-    assert stock.size == (64 * 3 + 4, 64)
-    parts = [(66 * i, 0, 66 * i + 64, 64) for i in range(3)]
+    deltas = ["--delta", trained / "rocket.safetensors", "--delta", trained / "openmoji.safetensors"]
+    stock = picture("a.png", "a rocket", "a rocket", "a church")
+    mixed = picture("b.png", "a rocket", "a rocket <keep:rocket>", "a church", *deltas)
+    assert stock.size == (128 * 3 + 4, 128)
+    parts = [(130 * i, 0, 130 * i + 128, 128) for i in range(3)]
     same = [list(stock.crop(p).tobytes()) == list(mixed.crop(p).tobytes()) for p in parts]
     assert same == [False, True, True]
-    assert picture("c.png", "a star", "a star", "a church", *deltas, "--keep", "star").tobytes() == stock.tobytes()
+    assert picture("c.png", "a rocket", "a rocket", "a church", *deltas, "--keep", "rocket").tobytes() == stock.tobytes()
 
 
 BAD = {
     "unknown name to erase": (
-        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "moon"],
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/rocket.safetensors", "--erase", "moon"],
         "moon",
     ),
     "unknown name to keep": (
-        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--keep", "moon"],
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/rocket.safetensors", "--keep", "moon"],
         "moon",
     ),
     "unknown tag": (["generate", "demo", "x <erase:moon>", "-o", "{tmp}/a.png"], "moon"),
     "strength is no number": (
-        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "star:nan"],
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/rocket.safetensors", "--erase", "rocket:nan"],
         "strength",
     ),
     "missing delta": (["inspect", "{tmp}/none.safetensors"], "none.safetensors"),
     "pickle": (["inspect", "{tmp}/x.ckpt"], "pickle"),
     "same delta twice": (
-        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--delta", "{deltas}/star.safetensors"],
-        "star",
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/rocket.safetensors", "--delta", "{deltas}/rocket.safetensors"],
+        "rocket",
     ),
-    "no such model": (["verify", "{tmp}/nowhere", "{deltas}/star.safetensors"], "nowhere"),
+    "no such model": (["verify", "{tmp}/nowhere", "{deltas}/rocket.safetensors"], "nowhere"),
     "book with duplicate names": (["train", "demo", "{tmp}/twice.yaml", "-o", "{tmp}/out"], "twice"),
     "book with an empty name": (["train", "demo", "{tmp}/empty.yaml", "-o", "{tmp}/out"], "empty"),
     "concept identical to a preserved prompt": (["train", "demo", "{tmp}/kept.yaml", "-o", "{tmp}/out"], "preserve"),
@@ -143,16 +143,16 @@ BAD = {
     "unknown objective": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--objective", "magic"], "magic"),
     "unknown --only": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--only", "moon"], "moon"),
     "no such option": (["train", "demo", "{tmp}/good.yaml", "--colour"], "colour"),
-    "tag that is not understood": (["generate", "demo", "x <keep:star:0.7:0.5>", "-o", "{tmp}/a.png"], "<keep:star:0.7:0.5>"),
-    "tag without end": (["generate", "demo", "x <keep:star", "-o", "{tmp}/a.png"], "<keep:star"),
-    "full-width tag": (["generate", "demo", "x ＜keep:star＞", "-o", "{tmp}/a.png"], "＜keep:star＞"),
+    "tag that is not understood": (["generate", "demo", "x <keep:rocket:0.7:0.5>", "-o", "{tmp}/a.png"], "<keep:rocket:0.7:0.5>"),
+    "tag without end": (["generate", "demo", "x <keep:rocket", "-o", "{tmp}/a.png"], "<keep:rocket"),
+    "full-width tag": (["generate", "demo", "x ＜keep:rocket＞", "-o", "{tmp}/a.png"], "＜keep:rocket＞"),
     "two strengths to erase": (
-        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/star.safetensors", "--erase", "star:0.5:1"],
-        "star:0.5:1",
+        ["generate", "demo", "x", "-o", "{tmp}/a.png", "--delta", "{deltas}/rocket.safetensors", "--erase", "rocket:0.5:1"],
+        "rocket:0.5:1",
     ),
     "two strengths to export": (
-        ["export", "{deltas}/star.safetensors", "-o", "{tmp}/l.safetensors", "--erase", "star:0.5:1"],
-        "star:0.5:1",
+        ["export", "{deltas}/rocket.safetensors", "-o", "{tmp}/l.safetensors", "--erase", "rocket:0.5:1"],
+        "rocket:0.5:1",
     ),
     "no steps": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--steps", "0"], "steps"),
     "more steps than the model has": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--steps", "2000"], "steps"),
@@ -161,15 +161,15 @@ BAD = {
     "size of nothing": (["generate", "demo", "x", "-o", "{tmp}/a.png", "--size", "0"], "size"),
     "threshold is no number": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--threshold", "nan"], "threshold"),
     "training seed beyond 64 bits": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/out", "--seed", "99999999999999999999"], "seed"),
-    "no concepts to count": (["verify", "demo", "{deltas}/star.safetensors", "--capacity", "--count", "0"], "count"),
-    "two deltas of one concept": (["verify", "demo", "{deltas}/star.safetensors", "{deltas}/star.safetensors"], "star"),
-    "export over its input": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/star.safetensors"], "reads"),
-    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/tulip.safetensors"], "tulip"),
-    "import over its input": (["import", "demo", "{tmp}/x.safetensors", "--as", "star", "-o", "{tmp}/x.safetensors"], "reads"),
-    "import over another delta": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{deltas}/star.safetensors"], "star"),
+    "no concepts to count": (["verify", "demo", "{deltas}/rocket.safetensors", "--capacity", "--count", "0"], "count"),
+    "two deltas of one concept": (["verify", "demo", "{deltas}/rocket.safetensors", "{deltas}/rocket.safetensors"], "rocket"),
+    "export over its input": (["export", "{deltas}/rocket.safetensors", "-o", "{deltas}/rocket.safetensors"], "reads"),
+    "export over another delta": (["export", "{deltas}/rocket.safetensors", "-o", "{deltas}/tulip.safetensors"], "tulip"),
+    "import over its input": (["import", "demo", "{tmp}/x.safetensors", "--as", "rocket", "-o", "{tmp}/x.safetensors"], "reads"),
+    "import over another delta": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{deltas}/rocket.safetensors"], "rocket"),
     "import to no delta's name": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{tmp}/good.yaml"], "safetensors"),
     "reproject over its input": (
-        ["reproject", "demo", "{deltas}/star.safetensors", "--against", "{tmp}/good.yaml", "-o", "{deltas}"],
+        ["reproject", "demo", "{deltas}/rocket.safetensors", "--against", "{tmp}/good.yaml", "-o", "{deltas}"],
         "reads",
     ),
     "training over another's file": (["train", "demo", "{tmp}/good.yaml", "-o", "{tmp}/taken", "--objective", "closed-form"], "'sun'"),
@@ -181,20 +181,20 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Path, tmp_path: Path) -> None:
     books = {
-        "twice": "concepts: [star, Star]",
-        "empty": "concepts: [star, '']",
-        "kept": "concepts: [star]\npreserve: ['a star']",
+        "twice": "concepts: [rocket, Star]",
+        "empty": "concepts: [rocket, '']",
+        "kept": "concepts: [rocket]\npreserve: ['a rocket']",
         "reads": 'concepts: [{name: s, prompts: ["caf\\u00e9"]}]\npreserve: ["cafe\\u0301"]',
-        "good": "concepts: [star, church]",
+        "good": "concepts: [rocket, church]",
     }
     for name, text in books.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "x.safetensors").write_bytes(b"somebody's")
-    star = ConceptDelta.load(trained / "star.safetensors")
-    replace(star, concept=Concept("sun")).save(tmp_path / "taken" / "star.safetensors")
+    rocket = ConceptDelta.load(trained / "rocket.safetensors")
+    replace(rocket, concept=Concept("sun")).save(tmp_path / "taken" / "rocket.safetensors")
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "star.safetensors").write_bytes(b"somebody's")
+    (tmp_path / "foreign" / "rocket.safetensors").write_bytes(b"somebody's")
     before = {path: path.read_bytes() for folder in (tmp_path, trained) for path in folder.rglob("*") if path.is_file()}
     arguments, needle = BAD[case]
     code, out, err = run(*(a.format(tmp=tmp_path, deltas=trained) for a in arguments))
@@ -209,9 +209,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Pat
 
 def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: Path) -> None:
     """Nobody's delta is lost, and what users call things is printed as it is."""
-    names = ["C++", "C#", "😀", "🎨", "con", "star[/b]", "[red]x"]
+    names = ["C++", "C#", "😀", "🎨", "con", "rocket[/b]", "[red]x"]
     for i, name in enumerate(names):
-        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("star", "tulip")[i % 2]]}]))
+        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("rocket", "tulip")[i % 2]]}]))
         code, out, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form")
         assert code == 0, err
         assert name in out
@@ -221,7 +221,7 @@ def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: P
     assert code == 0
     assert all(name in out for name in names)
     first = {path: path.read_bytes() for path in files}
-    (tmp_path / "book.json").write_text(json.dumps([{"name": "C++", "prompts": ["star"]}]))
+    (tmp_path / "book.json").write_text(json.dumps([{"name": "C++", "prompts": ["rocket"]}]))
     code, _, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form", "--resume")
     assert "C++: already made" in err
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
@@ -230,14 +230,14 @@ def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: P
 def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """Ctrl-C in mid-training: exit 130, a checkpoint and no delta; --resume ends with the bytes of an unbroken run."""
     book = tmp_path / "book.yaml"
-    book.write_text("concepts: [star, church]")
-    base = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "--only", "star", "--steps", "90", "--learning-rate", "1e-5"]
+    book.write_text("concepts: [rocket, church]")
+    base = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "--only", "rocket", "--steps", "90", "--learning-rate", "1e-5"]
 
     whole = subprocess.run([*base, "-o", str(tmp_path / "whole")], capture_output=True, text=True, timeout=300)
     assert whole.returncode == 0, whole.stderr
 
     process = subprocess.Popen([*base, "-o", str(tmp_path / "broken")], stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "broken/star.checkpoint.safetensors"
+    checkpoint = tmp_path / "broken/rocket.checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -251,5 +251,5 @@ def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 
     resumed = subprocess.run([*base, "-o", str(tmp_path / "broken"), "--resume"], capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
-    assert [p.name for p in (tmp_path / "broken").iterdir()] == ["star.safetensors"]
-    assert (tmp_path / "broken/star.safetensors").read_bytes() == (tmp_path / "whole/star.safetensors").read_bytes()
+    assert [p.name for p in (tmp_path / "broken").iterdir()] == ["rocket.safetensors"]
+    assert (tmp_path / "broken/rocket.safetensors").read_bytes() == (tmp_path / "whole/rocket.safetensors").read_bytes()

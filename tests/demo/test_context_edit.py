@@ -97,7 +97,7 @@ def test_file_keeps_it(tmp_path: Path, pairs: dict[str, tuple[ConceptDelta, Conc
 def test_of_another_width(pairs: dict[str, tuple[ConceptDelta, ConceptDelta]]) -> None:
     layers, context = pairs["star"]
     wide = {name: (d_out, 768) for name, (d_out, _) in layers.shapes.items()}
-    with pytest.raises(SepMEError, match=r"edits contexts of 192 channels, but the model reads 768"):
+    with pytest.raises(SepMEError, match=r"edits contexts of 384 channels, but the model reads 768"):
         context.check_fits(wide)
     context.check_fits(layers.shapes)
 
@@ -108,7 +108,7 @@ def test_fingerprint_of_an_encoder(demo_host: Any) -> None:
     encoding = demo_host.encode(["a photo of a cat", "an oil painting of a house by the sea", "two people talk about the weather"])
     for dtype in (torch.float16, torch.bfloat16):
         assert own.distance(EncoderFingerprint.from_encoding(encoding._replace(context=encoding.context.to(dtype)))) < SAME
-    turned = encoding.context @ torch.linalg.qr(torch.randn(192, 192, generator=torch.Generator().manual_seed(0))).Q
+    turned = encoding.context @ torch.linalg.qr(torch.randn(384, 384, generator=torch.Generator().manual_seed(0))).Q
     assert own.distance(EncoderFingerprint.from_encoding(encoding._replace(context=turned))) > RELATED
     assert own.distance(EncoderFingerprint.from_encoding(encoding._replace(context=encoding.context[..., :96]))) == float("inf")
     assert EncoderFingerprint.from_json(own.to_json()) == own

@@ -125,7 +125,7 @@ def test_a_lora_needs_a_model(made: dict[str, ConceptDelta], tmp_path: Path) -> 
     assert refused.exit_code != 0
     assert not out.exists()
     wide = {name: torch.zeros(8, 768) for name in shapes_of(made["layers"])}
-    with pytest.raises(SepMEError, match="edits contexts of 192 channels, but the model reads 768"):
+    with pytest.raises(SepMEError, match="edits contexts of 384 channels, but the model reads 768"):
         export_lora([made["context"]], out, weights=wide)
     assert not out.exists()
     assert CliRunner().invoke(app, ["export", str(path), "-o", str(out), "--model", "demo"]).exit_code == 0
@@ -182,8 +182,8 @@ class Turned:
 
 
 def test_another_text_encoder_is_refused(demo_host: DiffusersHost, made: dict[str, ConceptDelta]) -> None:
-    delta, eye = made["context"], torch.eye(192)
-    noise = torch.randn(192, 192, generator=torch.Generator().manual_seed(0))
+    delta, eye = made["context"], torch.eye(384)
+    noise = torch.randn(384, 384, generator=torch.Generator().manual_seed(0))
     assert check_encoder(demo_host, [delta]) == []
     (said,) = check_encoder(Turned(demo_host, eye + 0.01 * noise), [delta])
     assert "'star' was made with another version or layer (clip skip) of this text encoder" in said
@@ -197,13 +197,13 @@ def test_another_text_encoder_is_refused(demo_host: DiffusersHost, made: dict[st
 def test_the_command_line_says_what_a_file_edits(made: dict[str, ConceptDelta], tmp_path: Path) -> None:
     path = made["context"].save(tmp_path / "star.safetensors")
     shown = CliRunner().invoke(app, ["inspect", str(path)]).output
-    assert "star: edits the context: fits any model with this text encoder (any model with a text encoder of 192 channels)" in shown
+    assert "star: edits the context: fits any model with this text encoder (any model with a text encoder of 384 channels)" in shown
     (data,) = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).output)
-    assert (data["projections"], data["architecture"]) == (0, "context-192")
+    assert (data["projections"], data["architecture"]) == (0, "context-384")
     checked = CliRunner().invoke(app, ["verify", "demo", str(path)])
     assert checked.exit_code == 0, checked.output
     assert "Warning" not in checked.output
-    far = EncoderFingerprint(192, tuple(-v for v in made["context"].facts.text_encoder.figures))  # type: ignore[union-attr]
+    far = EncoderFingerprint(384, tuple(-v for v in made["context"].facts.text_encoder.figures))  # type: ignore[union-attr]
     replace(made["context"], info=made["context"].info | {"text_encoder": far.to_json()}).save(path)
     refused = CliRunner().invoke(app, ["verify", "demo", str(path)])
     assert isinstance(refused.exception, SepMEError)

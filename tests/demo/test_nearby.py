@@ -97,7 +97,9 @@ def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
 
 def test_the_first_template_spares_what_it_does_not_name(encoder: Remembering, tmp_path: Path) -> None:
     """Graded safe and yet half of the other prompts changed: said when it is measured, and mended; the file that was read stays."""
-    openmoji = Concept("openmoji", ("openmoji style", "a picture by openmoji", "an emoji by openmoji", "something in openmoji style"), "a picture")
+    openmoji = Concept(
+        "openmoji", ("openmoji style", "a picture by openmoji", "an emoji by openmoji", "something in openmoji style"), "a picture"
+    )
     templates = "{}", "a {}", "a picture of a {}", "a drawing of a {}"
     things = [Concept(n, tuple(t.format(n) for t in templates)) for n in ("star", "church", "rocket")]
     book = ConceptBook((*things, openmoji), tuple(f"a picture on a {c} background" for c in COLOUR_NAMES))

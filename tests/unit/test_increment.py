@@ -61,7 +61,7 @@ def solved(planner: Planner, sites: dict[str, Tensor], name: str = "star") -> di
 
 def both(world: World, beta: float = 1.0) -> tuple[Increment, Increment]:
     """The closed form in every layer, and on the context."""
-    down, context = world.planner.plan("star").down, context_site(192, torch.float64)
+    down, context = world.planner.plan("star").down, context_site(384, torch.float64)
     made = Increment.zeros(world.kv, down, beta), Increment.zeros(context, down, beta)
     for increment, sites in zip(made, (world.kv, context), strict=True):
         increment.fill(solved(world.planner, sites))

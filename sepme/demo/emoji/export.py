@@ -48,7 +48,7 @@ def save_half(module: nn.Module, folder: Path) -> None:
 
 
 def world_of(work: Path) -> dict[str, object]:
-    """What ``world.json`` says: the things the generator knows, with names and synonyms; styles; backgrounds; kinds of thing; its classifier's accuracy."""
+    """What ``world.json`` says: things, and which the generator knows; styles; backgrounds; kinds; the classifier's accuracy."""
     words, things = load_words(work / "words.json"), Latents.count(work)
     accuracy = json.loads((work / "classifier.json").read_text(encoding="utf-8"))
     heads = {"object": "thing", "style": "style", "colour": "background"}
