@@ -42,7 +42,8 @@ def sets_of(name: str) -> tuple[list[str], list[str]]:
     rest = [[w for w in kind if not mentions(w, name)] for kind in KINDS]
     singles = [caption_of(t, which=i) for t in rest[0] for i in range(len(THING_PROMPTS))]
     singles += [caption_of("", s, which=i) for s in rest[1] for i in range(len(STYLE_PROMPTS))]
-    return singles + world(*rest), world(*((name,) if name in kind else kind for kind in KINDS))
+    own = world(*((name,) if name in kind else kind for kind in KINDS))
+    return singles + world(*rest), [p for p in own if mentions(p, name)]
 
 
 def touched(host: DiffusersHost, prompts: Sequence[str], planned: Subspace) -> torch.Tensor:

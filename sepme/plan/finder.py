@@ -44,7 +44,8 @@ class Found(NamedTuple):
 class DirectionFinder:
     """Finds each concept's directions against everything else that the book names. Results are cached per mode and concept.
 
-    Nearby words, which nobody asked for, are given up where they leave a concept no room; gates are calibrated on them all the same.
+    Nearby words, which nobody asked for, are given up where they leave a concept no room (and by the planner, where the gate does as well
+    without them); gates are calibrated on them all the same.
 
     Args:
         nearby: whether they forbid directions.
@@ -139,6 +140,14 @@ class DirectionFinder:
                 found = self._without_nearby.find([name])[0]
             result.append(found)
         return result
+
+    def find_without_nearby(self, names: Sequence[str]) -> list[Found]:
+        """Directions that nearby words do not forbid, in the same mode; none where there are no such words.
+
+        Raises:
+            SepMEError: as :meth:`find`.
+        """
+        return self._without_nearby.find(names) if self._nearby else []
 
     @cached_property
     def _without_nearby(self) -> DirectionFinder:

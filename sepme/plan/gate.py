@@ -67,6 +67,11 @@ class Certificate:
         return max(self.gate_low - self.gate_high, 0.0)
 
     @property
+    def room(self) -> float:
+        """What must open over what must stay shut: above 1 a gate fits between them."""
+        return self.gate_high / max(self.gate_low, 1e-12)
+
+    @property
     def worst_leakage(self) -> float:
         """The worst of ``leakage_linear``: what the strongest known prompt feels of a delta without its gate."""
         return max(self.leakage_linear.values(), default=0.0)

@@ -470,7 +470,7 @@ BAD: dict[str, tuple[Callable[[Server], Run], str]] = {
     "erase an unknown name": (lambda s: train_only(s, erase="moon"), "no concept 'moon' here"),
     "erase nothing": (lambda s: train_only(s, erase=" , "), "Nothing is to be erased"),
     "preserve what is erased": (lambda s: train_only(s, preserve="a star"), "also belongs to the preserve list"),
-    "size that the model cannot draw": (lambda s: train_only(s, size=72), "multiples of 16 pixels"),
+    "size that the model cannot draw": (lambda s: train_only(s, size=72), "multiples of 32 pixels"),
     "prefix out of the folder": (lambda s: train_only(s, save={"filename_prefix": "../../x"}), "leads out of"),
     "prefix from the root": (lambda s: train_only(s, save={"filename_prefix": "/tmp/x"}), "leads out of"),
     "prefix too long": (lambda s: train_only(s, save={"filename_prefix": "x" * 300}), "has more than 220 bytes"),
@@ -610,13 +610,13 @@ def test_export(server: Server, trained: Run) -> None:
         scene.add("SepMEExport", deltas=both[0], format=form, filename_prefix="out/")
     run = server.run(scene.prompt)
     assert run.error is None, run.error
-    path = server.base / "models/loras/out/star-striped-lora.safetensors"
+    path = server.base / "models/loras/out/star-openmoji-lora.safetensors"
     assert run.outputs["SepMEExport0"]["text"] == [str(path)]
     assert (files(server) / "out/star.safetensors").read_bytes() == (files(server) / "star.safetensors").read_bytes()
 
     scene = Scene()
     lora = scene.add(
-        "LoraLoader", model=scene.model[0], clip=scene.model[1], lora_name="out/star-striped-lora.safetensors", strength_model=1.0,
+        "LoraLoader", model=scene.model[0], clip=scene.model[1], lora_name="out/star-openmoji-lora.safetensors", strength_model=1.0,
         strength_clip=1.0,
     )  # fmt: skip
     scene.unet = lora[0]

@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["deltas"]) == 12
+    assert len(json.loads(done.stdout)["deltas"]) == 6
     return folder
 
 
