@@ -33,7 +33,7 @@ def test_what_can_be_smaller(inside: Inside, monkeypatch: pytest.MonkeyPatch, er
     monkeypatch.setattr(train.SepMETrain, "hidden", SimpleNamespace(prompt=None, unique_id="me"))
     book = inside.sepme.ConceptBook((inside.sepme.Concept("star"),))
     with pytest.raises(ValueError, match=WAYS):
-        train.SepMETrain.execute(inside.model, inside.clip, book, batch=2)
+        train.SepMETrain.execute(inside.model, inside.clip, book, batch=2, nearby=0)
 
 
 def test_sentences(inside: Inside) -> None:
