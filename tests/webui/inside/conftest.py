@@ -97,6 +97,11 @@ class WebUI:
         """A module of the extension."""
         return sys.modules[f"sepme_extension.{name}"]
 
+    def planner(self, model: Any, book: Any) -> Any:
+        """Gates calibrated on every eighth pair of ordinary prompts, which is enough for a toy."""
+        ordinary = self.part("sepme.plan.gate").ordinary_prompts()
+        return self.part("sepme.plan.planner").Planner(model, book, ordinary=[p for i, p in enumerate(ordinary) if i // 2 % 8 == 0])
+
     def draw(self, prompt: str | list[str] = "a star", *args: Any, script: bool = True, **more: Any) -> torch.Tensor:
         """Latents; ``args`` are the extension's own."""
         p = make(prompt, **more)
@@ -130,7 +135,7 @@ def delta_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     book = ui.part("sepme.concepts").ConceptBook.loads("\n".join(f"- {name}" for name in CONCEPTS).replace("- ", "concepts:\n- ", 1))
     train, host = ui.part("sepme.train"), ui.part("scripts.webui.host")
     with host.loaded_model() as model:
-        planner = ui.part("sepme.plan.planner").Planner(model, book)
+        planner = ui.planner(model, book)
         for name in CONCEPTS:
             delta = train.make_delta(planner, name, model, train.TrainOptions.for_mode(objective="closed-form"))
             host.library.save(delta)
