@@ -48,6 +48,7 @@ class Library:
         return spec_from_loader(name, self, is_package=hasattr(found, "__path__")) if found else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        sys.modules.update(self.modules)  # what a module imports comes with it
         return self.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
