@@ -24,7 +24,9 @@ from .gate import Certificate
 from .pooled import Pooled, PooledFacts
 from .said import Said
 
-ROOMIER = 1.3  # so much more room for the gate makes it worth it that nearby words forbid directions, which leaves less of the concept in them
+ROOMIER = (
+    1.3  # so much more room for the gate makes it worth it that nearby words forbid directions, which leaves less of the concept in them
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ sys.path[:0] = [
     str(ROOT / "tests" / "webui" / "host"),
     str(ROOT / "tests"),
     os.getcwd(),
-    os.path.join(os.getcwd(), "packages_3rdparty"),
+    os.path.join(os.getcwd(), "modules_forge/packages" if NEO else "packages_3rdparty"),
 ]  # the host's modules are doubles, backend is real
 sys.modules["modules.ui_components"] = SimpleNamespace(InputAccordion=None)  # type: ignore[assignment]
 for name, folder in (("sepme_extension", ""), ("sepme_extension.scripts", "scripts"), ("sepme_extension.scripts.webui", "scripts/webui")):
@@ -184,8 +185,9 @@ def main() -> None:
         print(f"with a LoRA ({'at run time' if online else 'merged'}): bit-identical in the other row")
 
     edits_of_the_context(engine, book)
-    if not NEO:
-        flow()
+    flow(flux, flux_cond)
+    if NEO:
+        flow(z_image, z_image_cond)
     if NEGPIP is not None:
         beside_negpip(engine, NEGPIP, attached)
     sampled = []
@@ -228,19 +230,59 @@ def edits_of_the_context(engine: Engine, book: Any) -> None:
     print("edit of the context: no patch, as the layers do, bit-identical in the other row")
 
 
-def flow() -> None:
-    """Flux.1 of Forge's own backend: on the conditioning, T5's tokens and CLIP's vector; no patch, exact in the other row."""
+FLOW_WIDTH, FLOW_VECTOR = 64, 16  # of the context, of the pooled vector
+
+
+class Cond(dict):  # type: ignore[type-arg]
+    """As the host hands out rows of it."""
+
+    def advanced_indexing(self, rows: list[int]) -> Cond:
+        return Cond({key: value[rows] for key, value in self.items()})
+
+
+def flux() -> tuple[Any, Any]:
+    """Flux.1 and its flow: a context of one length, and a vector."""
     from backend.modules.k_prediction import PredictionDiscreteFlow
     from backend.nn.flux import IntegratedFluxTransformer2DModel
+
+    more = {"out_channels": 4, "patch_size": 2} if NEO else {}
+    model = IntegratedFluxTransformer2DModel(
+        in_channels=4, vec_in_dim=FLOW_VECTOR, context_in_dim=FLOW_WIDTH, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
+        depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, qkv_bias=True, guidance_embed=False, **more,
+    )  # fmt: skip
+    return model, PredictionDiscreteFlow(SimpleNamespace(sampling_settings={})) if NEO else PredictionDiscreteFlow(shift=1.0)
+
+
+def flux_cond(read: Any) -> Any:
+    return Cond({"crossattn": read.context, "vector": read.pooled, "guidance": torch.full((len(read.context),), 3.5)})
+
+
+def z_image() -> tuple[Any, Any]:
+    """Z-Image and its flow, which Neo's backend has: a context alone, as long as the prompt."""
+    from backend.modules.k_prediction import PredictionDiscreteFlow
+    from backend.nn.lumina import NextDiT
+
+    model = NextDiT(
+        in_channels=4, dim=256, n_layers=1, n_refiner_layers=1, n_heads=8, n_kv_heads=8, multiple_of=8, ffn_dim_multiplier=1.0,
+        qk_norm=True, cap_feat_dim=FLOW_WIDTH, axes_dims=[8, 12, 12], axes_lens=[64, 64, 64], z_image_modulation=True, time_scale=1000.0,
+        pad_tokens_multiple=32,
+    )  # fmt: skip
+    return model, PredictionDiscreteFlow(SimpleNamespace(sampling_settings={"multiplier": 1.0, "shift": 3.0}))
+
+
+def z_image_cond(read: Any) -> Any:
+    """Each prompt's own tokens, the last repeated to the longest: what the host stacks."""
+    rows = [context[mask] for context, mask in zip(read.context, read.mask, strict=True)]
+    return torch.stack([torch.cat([row, row[-1:].expand(max(map(len, rows)) - len(row), -1)]) for row in rows])
+
+
+def flow(build: Callable[[], tuple[Any, Any]], cond_of: Callable[[Any], Any]) -> None:
+    """A model of the host's own backend that is no UNet: on the conditioning, its vector included; no patch, exact in the other rows."""
     from backend.patcher.unet import UnetPatcher
 
-    width, vector = 64, 16
     torch.manual_seed(0)
     with torch.inference_mode(), using_forge_operations(device=torch.device("cpu"), dtype=torch.float32):
-        model = IntegratedFluxTransformer2DModel(
-            in_channels=4, vec_in_dim=vector, context_in_dim=width, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
-            depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, qkv_bias=True, guidance_embed=False,
-        )  # fmt: skip
+        model, predictor = build()
         state = {}
         for name, module in model.named_modules():
             if hasattr(module, "in_features"):
@@ -251,34 +293,27 @@ def flow() -> None:
     model.storage_dtype = model.computation_dtype = torch.float32
     model.load_device = model.offload_device = model.initial_device = torch.device("cpu")
     config = SimpleNamespace(memory_usage_factor=1.0)
-    patcher = UnetPatcher.from_model(model.eval(), diffusers_scheduler=None, config=config, k_predictor=PredictionDiscreteFlow(shift=1.0))
-    reader = TinyEncoder(width, 32)
+    patcher = UnetPatcher.from_model(model.eval(), diffusers_scheduler=None, config=config, k_predictor=predictor)
+    reader = TinyEncoder(FLOW_WIDTH, 32)
 
-    class Cond(dict):  # type: ignore[type-arg]
-        """As the host hands out rows of it."""
-
-        def advanced_indexing(self, rows: list[int]) -> Cond:
-            return Cond({key: value[rows] for key, value in self.items()})
-
-    class Flux:
+    class Checkpoint:
         forge_objects = SimpleNamespace(unet=patcher)
 
         @staticmethod
         def encode(prompts: Any) -> Any:
             encoding = reader.encode(list(prompts))
-            return encoding._replace(pooled=encoding.context[:, -1, :vector].clone())
+            return encoding if build is z_image else encoding._replace(pooled=encoding.context[:, -1, :FLOW_VECTOR].clone())
 
     book = ConceptBook.loads("concepts: [star, heart]")
-    delta = make_delta(Planner(Flux, book), "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
-    assert host.architectures_of(Flux) == (f"context-{width}",) == (delta.architecture,)
-    assert delta.pooled is not None
+    delta = make_delta(Planner(Checkpoint, book), "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
+    assert host.architectures_of(Checkpoint) == (f"context-{FLOW_WIDTH}",) == (delta.architecture,)
+    assert (delta.pooled is None) == (build is z_image)
 
     @torch.inference_mode()
     def sampled(prompts: list[str], on_step: Any = None) -> torch.Tensor:
         x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).repeat(len(prompts), 1, 1, 1)
-        read = Flux.encode(prompts)
-        cond = Cond({"crossattn": read.context, "vector": read.pooled, "guidance": torch.full((len(prompts),), 3.5)})
-        denoiser = SimpleNamespace(inner_model=SimpleNamespace(inner_model=Flux), p=SimpleNamespace(seeds=[0]))
+        cond = cond_of(Checkpoint.encode(prompts))
+        denoiser = SimpleNamespace(inner_model=SimpleNamespace(inner_model=Checkpoint), p=SimpleNamespace(seeds=[0]))
         sampling_prepare(patcher, x=x)
         for step, sigma in enumerate(torch.linspace(1, 0.3, 3)):
             params = SimpleNamespace(x=x, sigma=sigma.expand(len(x)), text_cond=cond, text_uncond=None, image_cond=None, sampling_step=step)
@@ -289,24 +324,24 @@ def flow() -> None:
         sampling_cleanup(patcher)
         return x
 
-    prompts = ["a star", "a star", "a heart"]
+    prompts = ["a star", "a star", "a heart on a hill"]
     stock = sampled(prompts)
     tables = Tables.make(Composition((delta,)), {"star": 1.0}, [{}, {"star": 0.0}, {}], [{}] * 3)
-    erasing = host.ModelPatch(SimpleNamespace(sd_model=Flux), tables, Settings(), print)
+    erasing = host.ModelPatch(SimpleNamespace(sd_model=Checkpoint), tables, Settings(), print)
     erased = sampled(prompts, erasing.expect)
     erasing.detach()
     assert [i for i in range(3) if not torch.equal(erased[i], stock[i])] == [0]
     assert stock.isfinite().all()
-    assert Flux.forge_objects.unet is patcher
+    assert Checkpoint.forge_objects.unet is patcher
     assert torch.equal(sampled(prompts), stock)
     other = make_delta(Planner(TinyEncoder(48, 32), book), "star", None, TrainOptions.for_mode(objective="closed-form", edit="context"))
     try:
-        host.ModelPatch(SimpleNamespace(sd_model=Flux), Tables.make(Composition((other,)), {}, [{}], [{}]), Settings(), print)
+        host.ModelPatch(SimpleNamespace(sd_model=Checkpoint), Tables.make(Composition((other,)), {}, [{}], [{}]), Settings(), print)
     except Exception as error:
-        assert f"this checkpoint reads context-{width}" in str(error)
+        assert f"this checkpoint reads context-{FLOW_WIDTH}" in str(error)
     else:
         raise AssertionError("another width is accepted")
-    print("Flux.1: the conditioning alone is edited, bit-identical in the other rows")
+    print(f"{build.__name__}: the conditioning alone is edited, bit-identical in the other rows")
 
 
 def beside_negpip(engine: Engine, checkout: Path, attached: Any) -> None:

@@ -72,6 +72,7 @@ class Trial:
         except Exception as error:
             traceback.print_exc()
             said = f"NO: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.page.leave()
         self.rows.append((name, said, time.monotonic() - begin))
         print(f"{name}: {said} ({self.rows[-1][2]:.0f} s)", flush=True)
 
@@ -89,8 +90,8 @@ class Trial:
             self.stock = {case: Pictures.loads(texts) for case, texts in json.loads(known.read_text(encoding="utf-8")).items()}
         for case in [case for case in cases if case not in self.stock]:
             self.stock[case] = self.draw(case)
+            known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")
         assert self.draw("txt2img") == self.stock["txt2img"], f"the host does not repeat itself, or is another than that of {known}"
-        known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")
 
     def same(self, case: str, *panel: Any, **more: Any) -> None:
         assert self.draw(case, *panel, **more) == self.stock[case], f"{case}: other than stock"
@@ -103,6 +104,7 @@ class Trial:
 
 
 def install(trial: Trial, repository: str) -> str:
+    trial.page.open()
     said = trial.page.install(repository)
     assert "Installed into" in said, said
     trial.server.stop()
@@ -114,6 +116,7 @@ def install(trial: Trial, repository: str) -> str:
 
 
 def train(trial: Trial) -> str:
+    trial.page.open()
     stopped = trial.page.train(json.dumps({"concepts": [f"thing {i}" for i in range(40)]}), interrupt=True)
     assert "Stopped" in stopped, stopped
     said = trial.page.train(BOOK)
@@ -216,7 +219,7 @@ def quiet(trial: Trial) -> str:
     ours = [file for file in re.findall('File "([^"]+)"', trial.server.log) if file.startswith(extensions)]
     assert not ours, ours
     assert not trial.page.errors, trial.page.errors
-    return "no traceback of ours"
+    return f"no traceback of ours, {trial.server.log.count('Traceback (most recent')} of others"
 
 
 def given_deltas(trial: Trial, source: Path) -> str:

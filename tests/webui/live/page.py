@@ -14,19 +14,22 @@ MINUTES = 60_000
 
 
 class Page:
-    """An open page; what went wrong in ours is in ``errors``."""
+    """A page to be opened; what went wrong in ours is in ``errors``."""
 
     def __init__(self, browser: Any, server: Server) -> None:
         self.server, self.errors = server, []
         self.tab = browser.new_page(viewport={"width": 1300, "height": 1000})
         self.tab.set_default_timeout(2 * MINUTES)
         self.tab.on("pageerror", lambda e: self.errors.append(str(e)) if "sepme" in f"{e} {e.stack}".lower() else None)
-        self.open()
 
     def open(self) -> None:
         self.tab.goto(self.server.url)
         self.tab.wait_for_selector("#txt2img_prompt textarea")
         self.tab.wait_for_timeout(3000)  # its own scripts run
+
+    def leave(self) -> None:
+        """An open page of Gradio keeps a processor busy."""
+        self.tab.goto("about:blank")
 
     def go(self, name: str) -> None:
         self.tab.locator("#tabs > .tab-nav button", has_text=re.compile(f"^\\s*{re.escape(name)}\\s*$", re.IGNORECASE)).click()
