@@ -31,16 +31,16 @@ def test_completion(page: Page) -> None:
     expect(choices).to_contain_text(["erase:", "keep:"])
     page.tab.keyboard.press("Enter")
     page.tab.keyboard.type("ST")
-    expect(choices).to_have_text(["star", "striped"])
+    expect(choices).to_have_text(["star", "openmoji"])
     page.tab.keyboard.press("ArrowDown")
     page.tab.keyboard.press("Tab")
-    page.sees(lambda: page.value(encode, "text"), "a city <erase:striped>")
+    page.sees(lambda: page.value(encode, "text"), "a city <erase:openmoji>")
     page.tab.keyboard.type(" <keep:he")
-    expect(choices).to_have_text(["heart"])
+    expect(choices).to_have_text(["tulip"])
     page.tab.keyboard.press("Escape")
     expect(choices).to_have_count(0)
     page.tab.keyboard.type("art>")
-    page.sees(lambda: page.api_prompt()[encode]["inputs"]["text"], "a city <erase:striped> <keep:heart>")
+    page.sees(lambda: page.api_prompt()[encode]["inputs"]["text"], "a city <erase:openmoji> <keep:tulip>")
 
 
 def test_completion_in_every_prompt(page: Page) -> None:
@@ -53,9 +53,9 @@ def test_completion_in_every_prompt(page: Page) -> None:
     expect(choices).to_have_count(1)
     page.tab.keyboard.press("Enter")
     page.tab.keyboard.type("str")
-    expect(choices).to_have_text(["striped"])
+    expect(choices).to_have_text(["openmoji"])
     page.tab.keyboard.press("Tab")
-    page.sees(lambda: page.value(encode, "text"), "a < b <keep:striped>")
+    page.sees(lambda: page.value(encode, "text"), "a < b <keep:openmoji>")
     book = page.add("SepMEConceptBook", 700, 200, book="")  # no prompt
     field(page, book).click()
     page.tab.keyboard.type("<keep:star")
@@ -67,11 +67,11 @@ def test_completion_in_every_prompt(page: Page) -> None:
 
 
 def test_what_is_wrong_with_tags_is_said(page: Page) -> None:
-    chain(page, "star.safetensors", "heart.safetensors")
+    chain(page, "star.safetensors", "tulip.safetensors")
     encode = page.add("SepMETextEncode", 760, 460)
     field(page, encode).click()
-    page.tab.keyboard.type("a city <erase:star:0.5> <keep:Heart>")
-    page.wait_rows(encode, "star", "heart")
+    page.tab.keyboard.type("a city <erase:star:0.5> <keep:Tulip>")
+    page.wait_rows(encode, "star", "tulip")
     expect(said(page, encode)).to_have_count(0)
     page.tab.keyboard.type(" <erase:picaso> <keep:star:1> ＜keep:star＞ <erase:star:two> <keep:star")
     expect(said(page, encode)).to_have_text(
@@ -120,5 +120,5 @@ def test_core_text_encode_reads_tags(page: Page) -> None:
     page.wire(apply, 0, sampler, "model")
     page.wire(core, 0, sampler, "positive")
     field(page, core).click()
-    page.tab.keyboard.type("a city <erase:star.safetensors> <erase:heart>")
-    expect(said(page, core)).to_have_text(["<erase:heart>: no delta of heart is connected."])
+    page.tab.keyboard.type("a city <erase:star.safetensors> <erase:tulip>")
+    expect(said(page, core)).to_have_text(["<erase:tulip>: no delta of tulip is connected."])

@@ -32,9 +32,9 @@ def compare(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_what_ksampler_draws(inside: Inside, compare: Any) -> None:
     """The first picture is the stock model's, whatever is switched on; the second what MODEL and prompt say."""
-    model, prompt = inside.apply(inside.model), inside.toggled("a striped star", {"striped": 0.0})
+    model, prompt = inside.apply(inside.model), inside.toggled("an openmoji star", {"openmoji": 0.0})
     before, after, both = compare(model, prompt)
-    stock, erased = (inside.sample(m, p, batch=2) for m, p in ((inside.model, inside.text("a striped star")), (model, prompt)))
+    stock, erased = (inside.sample(m, p, batch=2) for m, p in ((inside.model, inside.text("an openmoji star")), (model, prompt)))
     with torch.inference_mode():
         assert torch.equal(before, inside.vae.decode(stock))
         assert torch.equal(after, inside.vae.decode(erased))
@@ -48,11 +48,11 @@ def test_grid(inside: Inside, compare: Any) -> None:
     _, _, grid = compare(model, inside.text("a star"), grid=True, strengths="0, 1")
     width, height = grid.shape[2], grid.shape[1]
     columns = [grid[0, :, width - 16 - 2 * 132 + 132 * j : width - 16 - 2 * 132 + 132 * j + 128] for j in range(2)]
-    star, striped = ([c[52 + 132 * i : 52 + 132 * i + 128] for c in columns] for i in range(2))
+    star, openmoji = ([c[52 + 132 * i : 52 + 132 * i + 128] for c in columns] for i in range(2))
     assert height == 52 + 2 * 132 + 16
     assert not torch.equal(*star)
-    assert torch.equal(*striped)
-    assert torch.equal(star[0], striped[0])
+    assert torch.equal(*openmoji)
+    assert torch.equal(star[0], openmoji[0])
     _, _, own = compare(model, inside.text("a star"), grid=True, strengths="0,1", clip=inside.clip)
     assert not torch.equal(own, grid)
 

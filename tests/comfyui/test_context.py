@@ -25,16 +25,16 @@ def edits(inside: Inside) -> tuple[Any, ...]:
 
 def test_touched_rows_move_and_all_others_are_stock(inside: Inside, edits: tuple[Any, ...]) -> None:
     model = inside.host.apply_deltas(inside.model, edits, {})
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(inside.model, prompt, batch=2)
     erased = inside.sample(model, prompt, batch=2)
     assert not any(torch.equal(a, b) for a, b in zip(erased, stock, strict=True))
     assert torch.equal(inside.sample(inside.model, prompt, batch=2), stock)
     for text in (*PRESERVED, ""):
         assert torch.equal(inside.sample(model, inside.text(text)), inside.sample(inside.model, inside.text(text)))
-    off = {"star": 0.0, "striped": 0.0}
+    off = {"star": 0.0, "openmoji": 0.0}
     assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, edits, off), prompt, batch=2), stock)
-    assert torch.equal(inside.sample(model, inside.toggled("a striped star", off), batch=2), stock)
+    assert torch.equal(inside.sample(model, inside.toggled("an openmoji star", off), batch=2), stock)
 
 
 def test_the_denoiser_is_not_patched(inside: Inside, edits: tuple[Any, ...]) -> None:
@@ -49,7 +49,7 @@ def test_the_denoiser_is_not_patched(inside: Inside, edits: tuple[Any, ...]) -> 
     plain, counted = inside.model.clone(), model.clone()
     for clone in (plain, counted):
         clone.set_model_unet_function_wrapper(wrapper)
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     inside.sample(plain, prompt)
     stock, seen[:] = list(seen), []
     inside.sample(counted, prompt)
@@ -58,19 +58,19 @@ def test_the_denoiser_is_not_patched(inside: Inside, edits: tuple[Any, ...]) -> 
 
 def test_beside_per_layer_deltas(inside: Inside, edits: tuple[Any, ...]) -> None:
     """Half of an edit in the context and half in the projections is all of it, and each concept has its own toggle."""
-    star, striped = inside.deltas
+    star, openmoji = inside.deltas
     weights = {n: inside.model.model.diffusion_model.get_submodule(n).weight.float() for n in star.projections}
     layered = {n: w @ edits[0].up_factor(CONTEXT) for n, w in weights.items()}
     whole = type(star).from_factors(star.concept, star.down, layered, star.gate, star.info)
     halves = {n: y / 2 for n, y in layered.items()} | {CONTEXT: edits[0].up_factor(CONTEXT) / 2}
     half = type(star).from_factors(star.concept, star.down, halves, star.gate, star.info)
-    prompt = inside.text("a striped star")
-    one, other = (inside.sample(inside.host.apply_deltas(inside.model, (d, striped), {}), prompt) for d in (whole, half))
+    prompt = inside.text("an openmoji star")
+    one, other = (inside.sample(inside.host.apply_deltas(inside.model, (d, openmoji), {}), prompt) for d in (whole, half))
     stock = inside.sample(inside.model, prompt)
     assert (one - stock).abs().max() > 0.01
     torch.testing.assert_close(other, one, rtol=0, atol=float((one - stock).abs().max()) * 2e-3)
-    off = {"star": 0.0, "striped": 0.0}
-    assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, (half, striped), off), prompt), stock)
-    only = inside.host.apply_deltas(inside.model, (striped,), {})
-    both = inside.host.apply_deltas(inside.model, (half, striped), {"star": 0.0})
+    off = {"star": 0.0, "openmoji": 0.0}
+    assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, (half, openmoji), off), prompt), stock)
+    only = inside.host.apply_deltas(inside.model, (openmoji,), {})
+    both = inside.host.apply_deltas(inside.model, (half, openmoji), {"star": 0.0})
     torch.testing.assert_close(inside.sample(both, prompt), inside.sample(only, prompt), rtol=0, atol=1e-5)  # c D is one product

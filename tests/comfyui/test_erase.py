@@ -42,31 +42,31 @@ def erase(inside: Inside, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Ite
 
 
 def test_a_name_is_enough(inside: Inside, erase: Any) -> None:
-    stock, kept = (inside.sample(inside.model, inside.text(p)) for p in ("a star", "a heart"))
+    stock, kept = (inside.sample(inside.model, inside.text(p)) for p in ("a star", "a tulip"))
     made = erase([{"name": "star"}])
     assert not torch.equal(inside.sample(made.model, inside.text("a star")), stock)
-    assert torch.equal(inside.sample(made.model, inside.text("a heart")), kept)
+    assert torch.equal(inside.sample(made.model, inside.text("a tulip")), kept)
     assert torch.equal(inside.sample(inside.model, inside.text("a star")), stock)
     assert made.facts[0]["anchor"] == "a picture"
     assert made.facts[0]["collateral"] == {"count": 0, "of": 100, "worst": ()}
-    assert made.facts[0]["near"][:2] == ["triangle", "cross"]
+    assert made.facts[0]["near"][:2] == ["cactus", "airplane"]
 
 
 def test_switches_strengths_and_order_read_nothing(inside: Inside, erase: Any) -> None:
-    rows = [{"name": "star"}, {"name": "neon"}]
+    rows = [{"name": "star"}, {"name": "twemoji"}]
     first = erase(rows)
     assert erase.reads
     erase.reads.clear()
     again = [
-        erase([{"name": "star", "on": False}, {"name": "neon"}]),
-        erase([{"name": "neon", "strength": 0.5}, {"name": "star", "strength": -1, "on": True}]),
-        erase("neon, star"),
+        erase([{"name": "star", "on": False}, {"name": "twemoji"}]),
+        erase([{"name": "twemoji", "strength": 0.5}, {"name": "star", "strength": -1, "on": True}]),
+        erase("twemoji, star"),
     ]
     assert erase.reads == []
     assert all({id(d) for d in a.deltas} == {id(d) for d in first.deltas} for a in again)
     stock = inside.sample(inside.model, inside.text("a star"))
     assert torch.equal(inside.sample(again[0].model, inside.text("a star")), stock)
-    erase([*rows, {"name": "heart"}])
+    erase([*rows, {"name": "tulip"}])
     assert erase.reads  # another set is planned together
 
 
@@ -79,15 +79,15 @@ def test_the_next_server_reads_the_set_from_disk(inside: Inside, erase: Any, tmp
 
 
 def test_beside_deltas_and_saved_rows(inside: Inside, erase: Any) -> None:
-    (star, striped) = inside.deltas
+    (star, openmoji) = inside.deltas
     folder = inside.host.delta_library
     path = folder.save(star)
     row = {"name": "star", "file": path.name, "content_hash": star.content_hash()}
-    made = erase([row, {"name": "heart"}], deltas=(striped,))
-    assert [d.concept.name for d in made.deltas] == ["striped", "star", "heart"]
-    assert {c.name for c in made.deltas[2].known} == {"striped", "star"}
+    made = erase([row, {"name": "tulip"}], deltas=(openmoji,))
+    assert [d.concept.name for d in made.deltas] == ["openmoji", "star", "tulip"]
+    assert {c.name for c in made.deltas[2].known} == {"openmoji", "star"}
     with pytest.raises(ValueError, match="among the deltas"):
-        erase("striped", deltas=(striped,))
+        erase("openmoji", deltas=(openmoji,))
     with pytest.raises(ValueError, match="erases 'star', not 'moon'"):
         erase([row | {"name": "moon"}])
     path.unlink()
@@ -114,7 +114,7 @@ def test_beside_deltas_and_saved_rows(inside: Inside, erase: Any) -> None:
         ([{"name": "star", "prompts": [""]}], "empty prompt"),
         ([{"name": "star", "stays": "moon"}], "no text"),
         ([{"name": "star", "free": [3]}], "no text"),
-        ([{"name": "star", "stays": ["moon"]}, {"name": "heart", "same": ["Moon"]}], "'moon' is in two lists"),
+        ([{"name": "star", "stays": ["moon"]}, {"name": "tulip", "same": ["Moon"]}], "'moon' is in two lists"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(erase: Any, rows: Any, message: str) -> None:
@@ -124,18 +124,18 @@ def test_what_is_wrong_is_said_in_one_sentence(erase: Any, rows: Any, message: s
 
 
 def test_prompts_anchor_and_preserve_of_ones_own(inside: Inside, erase: Any) -> None:
-    rows = [{"name": "red star", "prompts": ["a red star", "one red star"], "anchor": "a circle"}]
-    (delta,) = erase(rows, preserve="a blue star\n\na heart\n").deltas
-    assert delta.concept == inside.sepme.Concept("red star", ("a red star", "one red star"), "a circle")
-    assert delta.preserve.prompts == ("a blue star", "a heart")
+    rows = [{"name": "red star", "prompts": ["a red star", "one red star"], "anchor": "a church"}]
+    (delta,) = erase(rows, preserve="a blue star\n\na tulip\n").deltas
+    assert delta.concept == inside.sepme.Concept("red star", ("a red star", "one red star"), "a church")
+    assert delta.preserve.prompts == ("a blue star", "a tulip")
 
 
 def test_words_of_ones_own(erase: Any) -> None:
     """What a row says of words near its concept makes the erasure anew, and a shared workflow says the same."""
-    row = {"name": "star", "stays": ["cloud"], "same": ["cross"], "free": ["triangle"]}
+    row = {"name": "star", "stays": ["cloud"], "same": ["airplane"], "free": ["cactus"]}
     made = erase([row])
     assert made.facts[0]["near"][0] == "cloud"
-    assert not {"triangle", "cross"} & set(made.facts[0]["near"])
-    assert made.facts[0]["synonyms"] == ["cross"]
-    assert "cross" in made.deltas[0].concept.prompts
+    assert not {"cactus", "airplane"} & set(made.facts[0]["near"])
+    assert made.facts[0]["synonyms"] == ["airplane"]
+    assert "airplane" in made.deltas[0].concept.prompts
     assert made.facts[0]["preserve"] == ["cloud"]

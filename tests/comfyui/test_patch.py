@@ -15,8 +15,8 @@ from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 
-STAR, STRIPED = {"star": 1.0, "striped": 0.0}, {"star": 0.0, "striped": 1.0}
-OFF = {"star": 0.0, "striped": 0.0}
+STAR, OPENMOJI = {"star": 1.0, "openmoji": 0.0}, {"star": 0.0, "openmoji": 1.0}
+OFF = {"star": 0.0, "openmoji": 0.0}
 
 
 def counted(model: Any) -> tuple[Any, list[int]]:
@@ -35,10 +35,10 @@ def counted(model: Any) -> tuple[Any, list[int]]:
 
 
 def test_off_is_stock(inside: Inside) -> None:
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(inside.model, prompt, batch=2)
     assert torch.equal(inside.sample(inside.apply(inside.model, OFF), prompt, batch=2), stock)
-    assert torch.equal(inside.sample(inside.apply(inside.model), inside.toggled("a striped star", OFF), batch=2), stock)
+    assert torch.equal(inside.sample(inside.apply(inside.model), inside.toggled("an openmoji star", OFF), batch=2), stock)
     erased = inside.sample(inside.apply(inside.model), prompt, batch=2)
     assert not any(torch.equal(a, b) for a, b in zip(erased, stock, strict=True))
     assert torch.equal(inside.sample(inside.model, prompt, batch=2), stock)
@@ -52,10 +52,10 @@ def test_closed_gate_is_stock(inside: Inside) -> None:
     assert not torch.equal(inside.sample(inside.apply(inside.model, gate=False), prompt), inside.sample(inside.model, prompt))
 
 
-@pytest.mark.parametrize("toggles", [STAR, STRIPED, {"star": 0.5, "striped": 1.0}, {"star": -0.5, "striped": 2.0}])
+@pytest.mark.parametrize("toggles", [STAR, OPENMOJI, {"star": 0.5, "openmoji": 1.0}, {"star": -0.5, "openmoji": 2.0}])
 def test_linear_deltas_are_merged_weights(inside: Inside, toggles: dict[str, float]) -> None:
     """Gate off, every row the same: ComfyUI's own weight patches give the same up to rounding."""
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(inside.model, prompt)
     expected = inside.sample(inside.merged(inside.model, list(toggles.values())), prompt)
     found = inside.sample(inside.apply(inside.model, toggles, gate=False), prompt)
@@ -65,10 +65,10 @@ def test_linear_deltas_are_merged_weights(inside: Inside, toggles: dict[str, flo
 
 
 def test_two_apply_nodes_are_one(inside: Inside) -> None:
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     first = inside.host.apply_deltas(inside.model, inside.deltas[:1], {"star": 0.5})
     both = inside.host.apply_deltas(first, inside.deltas[1:], {})
-    assert torch.equal(inside.sample(both, prompt), inside.sample(inside.apply(inside.model, {"star": 0.5, "striped": 1.0}), prompt))
+    assert torch.equal(inside.sample(both, prompt), inside.sample(inside.apply(inside.model, {"star": 0.5, "openmoji": 1.0}), prompt))
     with pytest.raises(ValueError, match="Two deltas erase 'star'"):
         inside.apply(first)
     alone = inside.host.apply_deltas(inside.model, inside.deltas[:1], {"star": 0.5})
@@ -87,14 +87,14 @@ def test_mixed_toggles_in_one_batch(inside: Inside) -> None:
         seen: list[Tensor] = []
         clone = applied.clone()
         clone.set_model_sampler_cfg_function(lambda args: (seen.append(torch.cat([args["cond"], args["uncond"]])), args["cond"])[1])
-        inside.sample(clone, inside.toggled("a striped star", positive), inside.toggled("a star", negative), steps=1, batch=2)
+        inside.sample(clone, inside.toggled("an openmoji star", positive), inside.toggled("a star", negative), steps=1, batch=2)
         return seen[0]
 
-    mixed = denoised(STAR, STRIPED)
+    mixed = denoised(STAR, OPENMOJI)
     assert rows == [4]
     assert torch.equal(mixed[:2], denoised(STAR, STAR)[:2])
-    assert torch.equal(mixed[2:], denoised(STRIPED, STRIPED)[2:])
-    assert not torch.equal(mixed[:2], denoised(STRIPED, STRIPED)[:2])
+    assert torch.equal(mixed[2:], denoised(OPENMOJI, OPENMOJI)[2:])
+    assert not torch.equal(mixed[:2], denoised(OPENMOJI, OPENMOJI)[:2])
     assert not torch.equal(mixed[2:], denoised(STAR, STAR)[2:])
     assert torch.equal(denoised(OFF, STAR)[:2], denoised(OFF, OFF)[:2])
 
@@ -105,17 +105,17 @@ def test_forward_counts_are_stock(inside: Inside, kind: str) -> None:
     area = {"area": (8, 4, 0, 0)}
     mask = torch.ones(1, 8, 8)
     positive = {
-        "pair": inside.toggled("a striped star", STAR),
-        "combined": inside.toggled("a striped star", STAR) + inside.toggled("a star", STRIPED),
-        "area": inside.toggled("a striped star", STAR, **area) + inside.toggled("a star", STRIPED, area=(8, 4, 0, 4)),
-        "mask": inside.toggled("a striped star", STAR, mask=mask) + inside.toggled("a star", STRIPED, mask=mask, mask_strength=0.5),
-        "range": inside.toggled("a striped star", STAR, start_percent=0.0, end_percent=0.5) + inside.toggled("a star", STRIPED),
-        "one with toggles": inside.text("a striped star") + inside.toggled("a star", STRIPED) + inside.text("a star"),
+        "pair": inside.toggled("an openmoji star", STAR),
+        "combined": inside.toggled("an openmoji star", STAR) + inside.toggled("a star", OPENMOJI),
+        "area": inside.toggled("an openmoji star", STAR, **area) + inside.toggled("a star", OPENMOJI, area=(8, 4, 0, 4)),
+        "mask": inside.toggled("an openmoji star", STAR, mask=mask) + inside.toggled("a star", OPENMOJI, mask=mask, mask_strength=0.5),
+        "range": inside.toggled("an openmoji star", STAR, start_percent=0.0, end_percent=0.5) + inside.toggled("a star", OPENMOJI),
+        "one with toggles": inside.text("an openmoji star") + inside.toggled("a star", OPENMOJI) + inside.text("a star"),
     }[kind]
     stock, stock_rows = counted(inside.model)
     applied, rows = counted(inside.apply(inside.model, gate=False))
     before = inside.sample(stock, positive, batch=2)
-    after = inside.sample(applied, positive, inside.toggled("a circle", OFF), batch=2)
+    after = inside.sample(applied, positive, inside.toggled("a church", OFF), batch=2)
     assert rows == stock_rows
     assert not torch.equal(before, after)
     off = inside.apply(inside.model, OFF)
@@ -138,7 +138,7 @@ def test_an_areas_negative_has_the_negatives_toggles(inside: Inside) -> None:
 
     applied.set_model_attn2_patch(note)
     positive = inside.toggled("a star", STAR, area=(8, 4, 0, 0)) + inside.toggled("a star", OFF, area=(8, 4, 0, 4))
-    inside.sample(applied, positive, inside.toggled("a star", STRIPED), steps=1)
+    inside.sample(applied, positive, inside.toggled("a star", OPENMOJI), steps=1)
     values = {(int(k), i): v for i, (vs, ks) in enumerate(zip(seen[::2], seen[1::2], strict=True)) for k, v in zip(ks, vs, strict=True)}
     negatives = [v for (kind, _), v in values.items() if kind == 1]
     assert len(negatives) >= 1
@@ -149,7 +149,7 @@ def test_an_areas_negative_has_the_negatives_toggles(inside: Inside) -> None:
             only.append(module.to_v(context)[options["cond_or_uncond"].index(1)].clone())
         return n, context, value
 
-    reference = inside.apply(inside.model, STRIPED, gate=False)
+    reference = inside.apply(inside.model, OPENMOJI, gate=False)
     reference.set_model_attn2_patch(note_one)
     positive = inside.text("a star", area=(8, 4, 0, 0)) + inside.text("a star", area=(8, 4, 0, 4))
     inside.sample(reference, positive, inside.text("a star"), steps=1)
@@ -158,11 +158,11 @@ def test_an_areas_negative_has_the_negatives_toggles(inside: Inside) -> None:
 
 def test_toggles_of_text_beat_conditioning_beat_node(inside: Inside) -> None:
     nodes = inside.host
-    prompt = nodes.toggled(nodes.toggled(inside.text("a striped star"), {"STAR": 0.25}, {"star": 0.5}), {"star": 1.0, "Striped": 0.0})
-    found = inside.sample(inside.apply(inside.model, {"star": 0.0, "striped": 1.0}), prompt, inside.toggled("", OFF))
-    expected = inside.sample(inside.apply(inside.model, {"star": 0.5, "striped": 0.0}), inside.text("a striped star"))
+    prompt = nodes.toggled(nodes.toggled(inside.text("an openmoji star"), {"STAR": 0.25}, {"star": 0.5}), {"star": 1.0, "Openmoji": 0.0})
+    found = inside.sample(inside.apply(inside.model, {"star": 0.0, "openmoji": 1.0}), prompt, inside.toggled("", OFF))
+    expected = inside.sample(inside.apply(inside.model, {"star": 0.5, "openmoji": 0.0}), inside.text("an openmoji star"))
     assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="no concept 'moon' here; loaded concepts: star, striped"):
+    with pytest.raises(ValueError, match="no concept 'moon' here; loaded concepts: star, openmoji"):
         inside.sample(inside.apply(inside.model), inside.toggled("a star", {"moon": 1.0}))
 
 
@@ -180,7 +180,7 @@ def patches_of(model: Any) -> dict[str, Any]:
 
 
 def test_the_model_is_left_as_found(inside: Inside) -> None:
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     stock = inside.sample(inside.model, prompt)
     keys, weights = list(inside.model.model.state_dict()), {n: p.clone() for n, p in inside.model.model.named_parameters()}
     applied = inside.apply(inside.model)
@@ -196,12 +196,12 @@ def test_the_model_is_left_as_found(inside: Inside) -> None:
 
 def test_between_runs_a_live_patch_does_nothing(inside: Inside) -> None:
     """A patch stays on the model until another MODEL is loaded; who calls the UNet meanwhile gets stock results."""
-    context, x, t = inside.text("a striped star")[0][0], torch.randn(1, 4, 8, 8), torch.tensor([500])
+    context, x, t = inside.text("an openmoji star")[0][0], torch.randn(1, 4, 8, 8), torch.tensor([500])
     inside.sample(inside.model, inside.text("a star"))
     unet = inside.model.model.diffusion_model
     with torch.inference_mode():
         stock = unet(x, t, context=context)
-    inside.sample(inside.apply(inside.model), inside.text("a striped star"))
+    inside.sample(inside.apply(inside.model), inside.text("an openmoji star"))
     assert patches_of(inside.model.model)
     with torch.inference_mode():
         assert torch.equal(unet(x, t, context=context), stock)
@@ -210,7 +210,7 @@ def test_between_runs_a_live_patch_does_nothing(inside: Inside) -> None:
 
 def test_deep_copies_of_a_patched_model(inside: Inside) -> None:
     """Hosts with several GPUs copy the model, patches and all: a copy uses its own weights, and carries the same deltas."""
-    applied, prompt = inside.apply(inside.model), inside.text("a striped star")
+    applied, prompt = inside.apply(inside.model), inside.text("an openmoji star")
     expected, stock = inside.sample(applied, prompt), inside.sample(inside.model, prompt)
     try:
         copy.deepcopy(inside.model.model)
@@ -237,7 +237,7 @@ def test_a_run_that_fails_leaves_nothing_on(inside: Inside) -> None:
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError
 
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     applied = inside.apply(inside.model)
     broken = applied.clone()
     broken.set_model_attn2_output_patch(fail)
@@ -254,7 +254,7 @@ def test_no_clone_leaks(inside: Inside) -> None:
 
     def one() -> list[weakref.ref[Any]]:
         applied = inside.apply(inside.model)
-        inside.sample(applied, inside.text("a striped star"))
+        inside.sample(applied, inside.text("an openmoji star"))
         return [weakref.ref(applied), weakref.ref(applied.get_attachment("sepme"))]
 
     references = one()
@@ -271,12 +271,12 @@ def test_toggling_reloads_no_weight(inside: Inside, monkeypatch: pytest.MonkeyPa
     lora = {f"diffusion_model.{n}.weight": (torch.randn(inside.deltas[0].up[n].shape[0], 384),) for n in inside.deltas[0].up}
     model = inside.model.clone()
     model.add_patches(lora, 0.01)
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     first = inside.sample(inside.apply(model, STAR), prompt)
     loads: list[int] = []
     load = comfy.model_patcher.ModelPatcher.load
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", lambda self, *a, **k: (loads.append(1), load(self, *a, **k))[1])
-    second = inside.sample(inside.apply(model, STRIPED), prompt)
+    second = inside.sample(inside.apply(model, OPENMOJI), prompt)
     assert loads == []
     assert not torch.equal(first, second)
     assert torch.equal(inside.sample(inside.apply(model, STAR), prompt), first)
@@ -296,7 +296,7 @@ def test_projections_run_once_a_prompt_batch(inside: Inside) -> None:
     noted = inside.model.clone()
     for name, module in modules.items():
         noted.add_object_patch(f"diffusion_model.{name}.forward", noting(name, type(module).forward.__get__(module)))
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     expected = inside.sample(inside.apply(inside.model, backend="exact"), prompt, steps=7)
     assert torch.equal(inside.sample(inside.apply(noted, backend="exact"), prompt, steps=7), expected)
     assert sorted(calls) == sorted(modules)
@@ -307,16 +307,16 @@ def test_projections_run_once_a_prompt_batch(inside: Inside) -> None:
 def test_fused_falls_back_and_says_so_once(inside: Inside, caplog: pytest.LogCaptureFixture) -> None:
     applied = inside.apply(inside.model, backend="fused")
     for _ in range(2):
-        inside.sample(applied, inside.text("a striped star"))
+        inside.sample(applied, inside.text("an openmoji star"))
     assert [r.message for r in caplog.records] == ["Backend fused: there is no kernel for cpu; plain PyTorch does the same here."]
     caplog.clear()
-    inside.sample(inside.apply(inside.model), inside.text("a striped star"))
+    inside.sample(inside.apply(inside.model), inside.text("an openmoji star"))
     assert not caplog.records
 
 
 @pytest.mark.parametrize("backend", ["auto", "exact", "fused", "eager"])
 def test_backends(inside: Inside, backend: str) -> None:
-    prompt = inside.text("a striped star")
+    prompt = inside.text("an openmoji star")
     reference = inside.sample(inside.apply(inside.model, backend="exact"), prompt)
     stock = inside.sample(inside.model, prompt)
     found = inside.sample(inside.apply(inside.model, backend=backend), prompt)

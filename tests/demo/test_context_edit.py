@@ -19,16 +19,16 @@ from sepme.plan.planner import Planner
 from sepme.train import TrainOptions, make_delta
 from sepme.train.objectives.closed_form import shift
 
-PROMPTS = ["a star", "a heart", "a striped star", "a picture of a star <keep:star>"]
+PROMPTS = ["a star", "a tulip", "an openmoji star", "a picture of a star <keep:star>"]
 
 
 @pytest.fixture(scope="module")
 def pairs(demo_host: Any) -> dict[str, tuple[ConceptDelta, ConceptDelta]]:
     """The per-layer closed form of two concepts, and the same as a context edit."""
-    concepts = tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "heart"))
+    concepts = tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "tulip"))
     planner = Planner(demo_host, ConceptBook(concepts), PlanOptions(), ())
     result = {}
-    for name in ("star", "heart"):
+    for name in ("star", "tulip"):
         layers, subspace = make_delta(planner, name, demo_host, TrainOptions(objective="closed-form")), planner.plan(name)
         up = {CONTEXT: shift(*planner.prompts.tokens(name), subspace.down)}
         result[name] = layers, ConceptDelta.from_factors(subspace.concept, subspace.down, up, subspace.gate, layers.info)
@@ -56,7 +56,7 @@ def test_untouched_rows_keep_every_bit(demo_host: Any, pairs: dict[str, tuple[Co
 
 def test_an_untouched_batch_is_the_same_tensor(demo_host: Any, pairs: dict[str, tuple[ConceptDelta, ConceptDelta]]) -> None:
     composition = Composition((pairs["star"][1],))
-    context = demo_host.encode(["a heart", ""]).context
+    context = demo_host.encode(["a tulip", ""]).context
     assert composition.edit_context(context, torch.ones(1)) is context
     touched = demo_host.encode(["a star", ""]).context
     assert composition.edit_context(touched, torch.zeros(1)) is touched
@@ -68,11 +68,11 @@ def test_an_untouched_batch_is_the_same_tensor(demo_host: Any, pairs: dict[str, 
 
 def test_mixed_with_per_layer_deltas(demo_host: Any, pairs: dict[str, tuple[ConceptDelta, ConceptDelta]]) -> None:
     """One concept edits the context, the other the projections: the same as both in one form, and each can be given back."""
-    prompts = ["a star and a heart", "a heart", "a star <keep:star>"]
-    layers = latents(demo_host, (pairs["star"][0], pairs["heart"][0]), prompts)
-    mixed = latents(demo_host, (pairs["star"][1], pairs["heart"][0]), prompts)
+    prompts = ["a star and a tulip", "a tulip", "a star <keep:star>"]
+    layers = latents(demo_host, (pairs["star"][0], pairs["tulip"][0]), prompts)
+    mixed = latents(demo_host, (pairs["star"][1], pairs["tulip"][0]), prompts)
     torch.testing.assert_close(mixed, layers, rtol=0, atol=5e-3)
-    stock = demo_host.generate(["a star and a heart", "a heart", "a star"], [0, 1, 2], latents_only=True, steps=4)
+    stock = demo_host.generate(["a star and a tulip", "a tulip", "a star"], [0, 1, 2], latents_only=True, steps=4)
     assert torch.equal(mixed[2], stock[2])
     assert not torch.equal(mixed[1], stock[1])
 
@@ -114,7 +114,7 @@ def test_fingerprint_of_an_encoder(demo_host: Any) -> None:
     assert EncoderFingerprint.from_json(own.to_json()) == own
 
 
-BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "heart")))
+BOOK = ConceptBook(tuple(Concept(n, (n, f"a {n}", f"a picture of a {n}")) for n in ("star", "tulip")))
 
 
 def test_trained_edits(demo_host: Any) -> None:
