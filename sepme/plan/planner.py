@@ -25,8 +25,6 @@ from .pooled import Pooled, PooledFacts
 from .said import Said
 
 ROOMIER = 1.3  # so much more room of the gate is worth that nearby words forbid directions, though these then carry less of the concept
-    1.3  # so much more room for the gate makes it worth it that nearby words forbid directions, which leaves less of the concept in them
-)
 
 
 @dataclass(frozen=True)
