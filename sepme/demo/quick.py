@@ -30,6 +30,7 @@ from ..train import Job, TrainOptions, each, train_book
 from .run import MOST, chance, demo_suite
 
 TEMPLATE = Path(__file__).with_name("page.html")
+SHORT = {"batch": 2, "trajectories": 4}  # half of the usual: somebody waits
 COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
 
 
@@ -102,7 +103,7 @@ class QuickDemo:
         def tell(step: Any = None) -> None:
             self.on_progress(what, len(deltas), len(names))
 
-        train_book(Job(planner, self.host, TrainOptions.for_mode(objective=objective), names, each(names)), save, tell)
+        train_book(Job(planner, self.host, TrainOptions.for_mode(objective=objective, **SHORT), names, each(names)), save, tell)
         tell()
         return deltas, (time.perf_counter() - started) / len(names)
 
