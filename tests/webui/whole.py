@@ -88,6 +88,7 @@ class Trial:
         """Before the extension is there; or what an earlier run with this host drew."""
         if known.exists():
             self.stock = {case: Pictures.loads(texts) for case, texts in json.loads(known.read_text(encoding="utf-8")).items()}
+        self.server.load("a")  # Neo begins with any
         for case in [case for case in cases if case not in self.stock]:
             self.stock[case] = self.draw(case)
             known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")
