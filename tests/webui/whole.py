@@ -80,6 +80,8 @@ class Trial:
         request = dict(STOCK[case]) | more
         if request.get("path") == "img2img":
             request["init_images"] = [self.stock["txt2img"].dumps()[1]]
+        if "hr_upscaler" in request and not self.server.get("/sdapi/v1/latent-upscale-modes"):
+            request["hr_upscaler"] = "Nearest"  # Neo has pictures enlarged only
         if request.get("script_name") == "prompt matrix":
             request["script_args"] = MATRIX
         return self.server.draw(request.pop("prompt"), *panel, **request)
