@@ -81,7 +81,7 @@ class Trial:
         if request.get("path") == "img2img":
             request["init_images"] = [self.stock["txt2img"].dumps()[1]]
         if "hr_upscaler" in request and not self.server.get("/sdapi/v1/latent-upscale-modes"):
-            request["hr_upscaler"] = "Nearest"  # Neo has pictures enlarged only
+            request["hr_upscaler"] = "None"  # this Neo enlarges pictures only
         if request.get("script_name") == "prompt matrix":
             request["script_args"] = MATRIX
         return self.server.draw(request.pop("prompt"), *panel, **request)
