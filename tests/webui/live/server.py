@@ -70,7 +70,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         data.mkdir(parents=True, exist_ok=True)
-        settings = {"samples_format": "png", "live_previews_enable": False}
+        settings: dict[str, Any] = {"samples_format": "png", "live_previews_enable": False, "CLIP_stop_at_last_layers": 1}  # 2 is Neo's own
         if known := re.search(r'VERSION_UID\b.* = "(\w+)"', (checkout / "modules" / "launch_utils.py").read_text(encoding="utf-8")):
             settings["VERSION_UID"] = known[1]  # Neo waits for a key where its settings have another
         (data / "config.json").write_text(json.dumps(settings), encoding="utf-8")
