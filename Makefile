@@ -23,7 +23,7 @@ demo: .venv/.ready
 	@echo "Open demo/report.html"
 
 test: .venv/.test-ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # the page in Chromium alone
 browser: .venv/.test-ready

@@ -130,6 +130,18 @@ def tiny_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=10)
 
 
+LONG = ("test_in_gradio", "comfyui/", "browser/", "demo/", "test_workers", "test_new_objective")  # begun in this order, before all others
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of pytest's workers one runs all tests of a module, so that no fixture is made twice, and none begins with a long one at the end."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: next((i for i, part in enumerate(LONG) if part in item.nodeid.partition("::")[0]), len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the command line keeps between its runs lies in a folder of the tests'."""

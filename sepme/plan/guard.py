@@ -69,7 +69,7 @@ def both_precisions(context: Tensor) -> list[Tensor]:
     return [context, *(context.to(dtype).float() for dtype in HALVES)]
 
 
-def balanced_ridge(kernel: Tensor, groups: Sequence[tuple[int, float, float]]) -> tuple[Tensor, float]:
+def balanced_ridge(kernel: Tensor, groups: Sequence[tuple[int, float, float]]) -> Tensor:
     """Ridge regression of a target on features known by their inner products.
 
     Args:
@@ -77,7 +77,7 @@ def balanced_ridge(kernel: Tensor, groups: Sequence[tuple[int, float, float]]) -
         groups: rows in order: how many, their target, and what all of them weigh together.
 
     Returns:
-        α ``(n,)`` float64, so that ``w = Φᵀ α``, and the constant b.
+        α ``(n,)`` float64, so that ``w = Φᵀ α``.
     """
     target = torch.cat([torch.full((n,), y, dtype=kernel.dtype) for n, y, _ in groups])
     weight = torch.cat([torch.full((n,), total / n, dtype=kernel.dtype) for n, _, total in groups])
@@ -88,8 +88,7 @@ def balanced_ridge(kernel: Tensor, groups: Sequence[tuple[int, float, float]]) -
     system = root[:, None] * centred * root[None]
     system += RIDGE * system.diagonal().mean() * torch.eye(len(system), dtype=kernel.dtype)
     dual = root * torch.linalg.solve(system, root * (target - mean @ target))
-    alpha = dual - mean * dual.sum()  # of features that are not centred
-    return alpha, float(mean @ target - mean @ kernel @ alpha)
+    return dual - mean * dual.sum()  # of features that are not centred
 
 
 def fit_map(parts: Mapping[str, tuple[Tensor, Tensor, float]], rank: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_numbers
 from ..concepts import mentions
@@ -20,20 +20,18 @@ from ..delta.concept_delta import ConceptDelta
 from ..delta.verify import beside_others
 from ..errors import SepMEError
 from ..model.families import CONTEXT
-from ..model.layers import TextBlocks, weight_of
+from ..model.layers import TextBlocks
 from ..model.protocols import AttackHost, AttentionLayer, Denoiser, Encoding
 from ..plan.gate import ratios
 from ..plan.guard import MARGIN, Guard, balanced_ridge, both_precisions, fit_map
 from ..plan.planner import Planner
 from ..plan.tokens import CHUNK, encode
+from .image_queries import DRAWS, conditioning, image_queries
 from .make import Model
 from .options import TrainOptions
 from .soft_prompt import PLACEHOLDER, SoftPrompt
 from .source import make_source
 
-WIDTH = 40_000  # numbers that all queries of all layers may answer with
-DRAWS = 6  # batches of pictures that queries are taken from
-CLUSTERING = 15  # rounds of k-means
 SHUT = 0.95  # of the threshold: where an attacker who knows it keeps its openness
 WORKS = 0.5  # how much of the way from the empty prompt's error to the concept's own an attack has to go to count as one
 WEIGHTS = {"own": 1.0, "beside": 1.0, "attacks": 2.0, "known": 1.0, "nearby": 1.0, "mixed": 1.0, "ordinary": 1.0}  # of the gate's examples
@@ -69,18 +67,6 @@ class GuardOptions:
         counts = ("queries", "readouts", "rank", "tokens", "steps", "batch")
         ranges = dict.fromkeys(counts, (1, 4096)) | {"rounds": (0, 100), "learning_rate": (1e-6, 10), "seed": (0, 2**62)}
         check_numbers(self, ranges, frozenset({*counts, "rounds", "seed"}))
-
-
-class _Queries(NamedTuple):
-    """Stored image queries of a layer ``(queries, heads, d)``, ready to be asked, and its value weights ``(heads, d, d_in)``."""
-
-    asked: Tensor  # (queries, heads, d_in): W_kᵀ q / √d
-    values: Tensor
-
-    def answers(self, context: Tensor) -> Tensor:
-        """What the layer answers them ``(rows, queries, heads, d)`` on a context ``(rows, tokens, d_in)``."""
-        attention = torch.einsum("nti,qhi->nqht", context, self.asked).softmax(dim=-1)
-        return torch.einsum("nqhi,hdi->nqhd", torch.einsum("nqht,nti->nqhi", attention, context), self.values)
 
 
 def make_guard(
@@ -160,12 +146,11 @@ class _Maker:
             "ordinary": self._read([p for p in prompts.ordinary[0] if not mentions(p, self.name)]),
         }
         self.held_out = self._read([p for p in prompts.ordinary[1] if not mentions(p, self.name)])
-        self.without = self._read(
-            [re.sub(rf"(?<!\w){re.escape(self.name)}(?!\w)", lambda _: delta.concept.anchor, p).strip() for p in beside]
-        )
+        synonyms = prompts.nearby.found.synonyms.get(self.name, ())
+        self.without = self._read(_replaced(beside, (self.name, *synonyms), delta.concept.anchor))
         source = make_source(host, self.own, self.empty, self.anchor, TrainOptions.for_mode(trajectories=options.batch), None, check)
         self.draw = lambda: source.draw(self.generator, options.batch)
-        self.layers = self._queries(layers)
+        self.layers = image_queries(host, layers, self.own, self.draw, options.queries, self.generator, check)
         self.features = {kind: self._features(c) for kind, c in self.contexts.items()}
         self.facts: dict[str, Any] = {}
 
@@ -177,36 +162,6 @@ class _Maker:
     def _read(self, prompts: Sequence[str]) -> Tensor:
         return encode(self.planner.prompts.encoder, prompts).context.float()
 
-    def _queries(self, by_name: Mapping[str, AttentionLayer]) -> list[_Queries]:
-        """Image queries of every layer while the model looks at the concept's pictures, the centres of their clusters."""
-        layers = list(by_name.values())
-        taken: list[list[Tensor]] = [[] for _ in layers]
-        handles = [layer.to_q.register_forward_hook(_taker(into)) for layer, into in zip(layers, taken, strict=True)]
-        try:
-            with torch.no_grad():
-                for _ in range(DRAWS):
-                    self.check()
-                    x_t, t, which = self.draw()
-                    self.host.predict(x_t, t, *_given(self.own.rows(which)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        count = max(2, min(self.options.queries, WIDTH // sum(weight_of(layer.to_q).shape[0] for layer in layers)))
-        return [self._asked(layer, torch.cat(t), count) for layer, t in zip(layers, taken, strict=True)]
-
-    def _asked(self, layer: AttentionLayer, seen: Tensor, count: int) -> _Queries:
-        some = seen[torch.randperm(len(seen), generator=self.generator)[:4000]]
-        centres = some[:count].clone()
-        for _ in range(CLUSTERING):
-            nearest = torch.cdist(some, centres).argmin(dim=1)
-            for i in range(len(centres)):
-                if (nearest == i).any():
-                    centres[i] = some[nearest == i].mean(dim=0)
-        heads = layer.heads
-        key, value = (weight_of(m).detach().float().cpu().unflatten(0, (heads, -1)) for m in (layer.to_k, layer.to_v))
-        queries = centres.unflatten(1, (heads, -1)) / key.shape[1] ** 0.5
-        return _Queries(torch.einsum("qhd,hdi->qhi", queries, key), value)
-
     def _features(self, context: Tensor) -> list[Tensor]:
         """Answers to all queries beside the empty prompt's, by layer ``(rows, queries, heads, d)``."""
         empty = self.empty.context.float()
@@ -216,13 +171,13 @@ class _Maker:
         """Fit both parts on the examples that there are now."""
         groups = [(len(c), float(kind in OPENS), WEIGHTS[kind]) for kind, c in self.contexts.items()]
         answers = [torch.cat(parts) for parts in zip(*self.features.values(), strict=True)]
-        alpha, _ = balanced_ridge(_kernel([a.flatten(1) for a in answers]), groups)
+        alpha = balanced_ridge(_kernel([a.flatten(1) for a in answers]), groups)
         moved = [torch.einsum("nqhd,qhd->nqh", a.double(), torch.einsum("n,nqhd->qhd", alpha, a.double())).std(dim=0) for a in answers]
         units = [(layer, *divmod(i, m.shape[1])) for layer, m in enumerate(moved) for i in range(m.numel())]
         best = torch.cat([m.flatten() for m in moved]).topk(min(self.options.readouts, len(units))).indices.tolist()
         chosen = [units[i] for i in best]
         kept = [answers[layer][:, q, h] for layer, q, h in chosen]
-        alpha, _ = balanced_ridge(_kernel(kept), groups)
+        alpha = balanced_ridge(_kernel(kept), groups)
         queries = torch.stack([self.layers[layer].asked[q, h] for layer, q, h in chosen])
         weights = [(alpha @ a.double()).float() for a in kept]
         values = torch.stack([w @ self.layers[layer].values[h] for (layer, _, h), w in zip(chosen, weights, strict=True)])
@@ -265,10 +220,10 @@ class _Maker:
         def error(encoding: Encoding, erased: bool) -> Tensor:
             x_t, t, which = self.draw()
             with torch.no_grad():
-                wanted = host.predict(x_t, t, *_given(self.own.rows(which)))
+                wanted = host.predict(x_t, t, *conditioning(self.own.rows(which)))
             rows = encoding.rows([0] * len(t))
             context = self.edited(rows.context) if erased else rows.context
-            return (host.predict(x_t, t, *_given(rows._replace(context=context))).float() - wanted.float()).square().mean()
+            return (host.predict(x_t, t, *conditioning(rows._replace(context=context))).float() - wanted.float()).square().mean()
 
         def loss(encoding: Encoding) -> Tensor:
             self.check()
@@ -302,8 +257,11 @@ class _Maker:
         return torch.maximum(self.guard.openness(context.float()), ratios(context.float(), self.delta.down) / self.delta.gate)
 
 
-def _taker(into: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    return lambda module, args, out: into.append(out.detach().float().flatten(0, -2).cpu())
+def _replaced(prompts: Sequence[str], names: Sequence[str], anchor: str) -> list[str]:
+    """Prompts in which an anchor stands where a name stood, as a word of its own."""
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    named = re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)")
+    return [named.sub(lambda _: anchor, p).strip() for p in prompts]
 
 
 def _kernel(features: Sequence[Tensor]) -> Tensor:
@@ -312,10 +270,6 @@ def _kernel(features: Sequence[Tensor]) -> Tensor:
     for part in features:
         total += part.double() @ part.double().T
     return total
-
-
-def _given(encoding: Encoding) -> tuple[Tensor, ...]:
-    return (encoding.context,) if encoding.pooled is None else (encoding.context, encoding.pooled)
 
 
 def _joined(contexts: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,11 @@ from comfyui.server import ROOT, Server, serving
 
 NAME = "models of mine/sd15.safetensors"
 CORPUS = 24  # ordinary prompts that calibrate gates there: text encoders have their full size, and a CPU is slow
+LESS = {  # words near a concept, and denoising steps of what training reads, likewise
+    "train/erasures.py": ("\nNEARBY = 100 ", "\nNEARBY = 8 "),
+    "plan/nearby.py": ("\nCOUNT = 200 ", "\nCOUNT = 8 "),
+    "model/schedule.py": ("\nTRAJECTORY = Sampling(25, ", "\nTRAJECTORY = Sampling(4, "),
+}
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +55,10 @@ def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     shutil.copytree(ROOT, pack, ignore=ignore)
     corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
     corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
+    for name, (much, less) in LESS.items():
+        code = (pack / "sepme" / name).read_text(encoding="utf-8")
+        assert code.count(much) == 1
+        (pack / "sepme" / name).write_text(code.replace(much, less), encoding="utf-8")
     words = pack / "sepme" / "data" / "broader_words.txt"
     words.write_text("a picture, a painting: van gogh, picasso, monet\nan animal, a picture: dog, cat, horse\n", encoding="utf-8")
     path = base / "models" / "checkpoints" / NAME

@@ -5,13 +5,14 @@ Widths and layouts are the true ones where detection and CLIP need them; the tex
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfyui.checkpoint import save_checkpoint
-from comfyui.inside import Inside
+from comfyui.inside import PACK, Inside
 from torch import Tensor
 
 pytestmark = pytest.mark.xdist_group("comfyui inside")
@@ -119,11 +120,12 @@ def test_pooled_vectors_are_replaced_in_touched_prompts_only(world: World) -> No
     assert not torch.equal(touched[:1], own)
 
 
-def test_training(world: World) -> None:
-    sepme, host = world.inside.sepme, world.inside.host
+def test_training(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sepme, host, schedule = world.inside.sepme, world.inside.host, importlib.import_module(f"{PACK}.sepme.model.schedule")
+    monkeypatch.setattr(schedule, "TRAJECTORY", schedule.TRAJECTORY._replace(steps=4))
     with host.trainable(world.model, (4, *world.denoiser.latent_shape)):
-        delta = sepme.make_delta(world.planner, "fox", world.denoiser, sepme.TrainOptions(steps=10, trajectories=1, batch=1))
-    assert len(delta.info["losses"]) == 10
+        delta = sepme.make_delta(world.planner, "fox", world.denoiser, sepme.TrainOptions(steps=4, trajectories=1, batch=1))
+    assert len(delta.info["losses"]) == 4
     assert delta.content_hash() != world.delta.content_hash()
     applied = host.apply_deltas(world.model, (delta,), {})
     assert torch.equal(world.sample(applied, "owl"), world.sample(world.model, "owl"))

@@ -47,12 +47,12 @@ def test_from_training_to_pictures(checkpoint_server: Server) -> None:
         if node["class_type"] == "SepMELoadCheckpoint":
             node["inputs"]["ckpt_name"] = NAME
         if node["class_type"] == "SepMETrain":
-            node["inputs"] |= {"steps": 10, "size": 64, "nearby": 0}
+            node["inputs"] |= {"steps": 4, "batch": 1, "size": 64, "nearby": 0}
     run = server.run(prompt)
     assert run.error is None, run.error
     told = [t for o in run.outputs.values() for t in o.get("text", [])]
     assert any("architecture: sd15" in t for t in told)
-    assert any("van gogh: 10 steps" in t for t in told)
+    assert any("van gogh: 4 steps" in t for t in told)
     delta = ConceptDelta.load(server.base / "models" / "sepme" / "van-gogh.safetensors")
     assert delta.architecture == "sd15"
     assert {c["name"] for c in delta.info["known"]} == {"picasso", "claude monet"}

@@ -16,6 +16,8 @@ from sepme.demo.emoji.export import save_half
 from sepme.demo.emoji.text import build_text_encoder, build_tokenizer
 from sepme.demo.emoji.vae import begin_with_averages, build_vae
 
+pytestmark = pytest.mark.xdist_group("comfyui inside")
+
 
 @pytest.fixture(scope="module")
 def both(inside: Inside, tmp_path_factory: pytest.TempPathFactory) -> Any:

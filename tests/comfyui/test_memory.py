@@ -19,21 +19,32 @@ WAYS = (
 )
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
-def test_what_can_be_smaller(inside: Inside, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+ERRORS = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+def test_what_can_be_smaller(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever error it is; for the second one nothing is counted again."""
     train = importlib.import_module(f"{PACK}.nodes.train")
+    counted, count = dict[tuple[int, int], Any](), train.needed
 
-    def fail(*arguments: Any) -> None:
-        assert arguments[0].options.batch == 2
-        raise error
+    def needed(denoiser: Any, model: int, empty: Any, options: Any) -> Any:
+        key = options.batch, denoiser.latent_shape[-1]
+        counted[key] = counted.get(key) or count(denoiser, model, empty, options)
+        return counted[key]
 
-    monkeypatch.setattr(train, "train_book", fail)
+    monkeypatch.setattr(train, "needed", needed)
     monkeypatch.setattr(train.SepMETrain, "hidden", SimpleNamespace(prompt=None, unique_id="me"))
     book = inside.sepme.ConceptBook((inside.sepme.Concept("star"),))
-    with pytest.raises(ValueError, match=WAYS):
-        train.SepMETrain.execute(inside.model, inside.clip, book, batch=2)
+    for error in ERRORS:
+
+        def fail(*arguments: Any, error: Exception = error) -> None:
+            assert arguments[0].options.batch == 2
+            raise error
+
+        monkeypatch.setattr(train, "train_book", fail)
+        with pytest.raises(ValueError, match=WAYS):
+            train.SepMETrain.execute(inside.model, inside.clip, book, batch=2, nearby=0)
+    assert len(counted) == 4
 
 
 def test_sentences(inside: Inside) -> None:

@@ -158,7 +158,7 @@ def run(times: int, seed: int, kinds: list[str], budget: float = float("inf")) -
             if time.monotonic() - start > budget:
                 break
             kind = kinds[i % len(kinds)]
-            command = ["train", "demo", "--nearby", "0", str(root / "book.yaml"), *KINDS[kind], "-o"]
+            command = ["train", "demo", "--nearby", "0", "--no-thumbnail", str(root / "book.yaml"), *KINDS[kind], "-o"]
             if kind not in whole:
                 began = time.monotonic()
                 assert finish(fork([*command, str(root / kind)], log)) == 0, log.read_text()

@@ -43,14 +43,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Closed-form deltas of all twelve concepts, made by the command line."""
+    """Closed-form deltas of six concepts, made by the command line."""
     folder = tmp_path_factory.mktemp("deltas")
     book = folder / "book.json"
-    book.write_text(demo_suite().book().dumps())
+    book.write_text(demo_suite(6).book().dumps())
     command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["deltas"]) == 12
+    assert len(json.loads(done.stdout)["deltas"]) == 6
     return folder
 
 
@@ -64,20 +64,19 @@ def test_inspect_and_verify(run: Run, trained: Path) -> None:
     assert code == 0
     assert document(out)[0]["concept"] == "star"
     assert document(out)[0]["bytes"] <= 500_000
-    code, out, _ = run("verify", "demo", *sorted(trained.glob("*.safetensors")), "--json")
+    code, out, _ = run("verify", "demo", *sorted(trained.glob("*.safetensors")), "--nearby", 20, "--json")
     report = document(out)
     assert code == 0, report
     assert report["holds"]
     assert all(v == 0 for d in report["deltas"] for v in d["leakage_gated"].values())
-    assert len(report["matrix"]) == 12
+    assert len(report["matrix"]) == 6
 
 
 def test_files_carry_a_small_picture(run: Run, trained: Path, tmp_path: Path) -> None:
     """Stock beside erased, unless it is not wanted."""
-    (tmp_path / "book.json").write_text(demo_suite().book().dumps())
-    code, _, err = run(
-        "train", "demo", tmp_path / "book.json", "-o", tmp_path, "--only", "star", "--objective", "closed-form", "--no-thumbnail"
-    )
+    (tmp_path / "book.json").write_text("[star]")
+    made = "train", "demo", tmp_path / "book.json", "-o", tmp_path, "--objective", "closed-form", "--nearby", 0, "--no-thumbnail"
+    code, _, err = run(*made)
     assert code == 0, err
     with_picture, without = (ConceptDelta.load(folder / "star.safetensors") for folder in (trained, tmp_path))
     shown = picture(with_picture.thumbnail)
@@ -91,7 +90,7 @@ def test_files_carry_a_small_picture(run: Run, trained: Path, tmp_path: Path) ->
 def test_verify_fails_for_a_gate_that_lets_others_in(run: Run, trained: Path, tmp_path: Path) -> None:
     delta = ConceptDelta.load(trained / "star.safetensors")
     ConceptDelta(delta.concept, delta.down, delta.up, delta.scale, 0.0, delta.info).save(tmp_path / "open.safetensors")
-    code, out, _ = run("verify", "demo", tmp_path / "open.safetensors", "--json")
+    code, out, _ = run("verify", "demo", tmp_path / "open.safetensors", "--nearby", 0, "--json")
     assert code == 1
     assert not document(out)["holds"]
 
@@ -164,7 +163,7 @@ BAD = {
     "no concepts to count": (["verify", "demo", "{deltas}/star.safetensors", "--capacity", "--count", "0"], "count"),
     "two deltas of one concept": (["verify", "demo", "{deltas}/star.safetensors", "{deltas}/star.safetensors"], "star"),
     "export over its input": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/star.safetensors"], "reads"),
-    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/heart.safetensors"], "heart"),
+    "export over another delta": (["export", "{deltas}/star.safetensors", "-o", "{deltas}/circle.safetensors"], "circle"),
     "import over its input": (["import", "demo", "{tmp}/x.safetensors", "--as", "star", "-o", "{tmp}/x.safetensors"], "reads"),
     "import over another delta": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{deltas}/star.safetensors"], "star"),
     "import to no delta's name": (["import", "demo", "{tmp}/x.safetensors", "--as", "sun", "-o", "{tmp}/good.yaml"], "safetensors"),
@@ -210,34 +209,37 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Pat
 def test_names_that_give_one_file_name_or_look_like_markup(run: Run, tmp_path: Path) -> None:
     """Nobody's delta is lost, and what users call things is printed as it is."""
     names = ["C++", "C#", "😀", "🎨", "con", "star[/b]", "[red]x"]
+    book, out = tmp_path / "book.json", tmp_path / "out"
+    train = "train", "demo", book, "-o", out, "--objective", "closed-form", "--nearby", 0, "--no-thumbnail"
     for i, name in enumerate(names):
-        (tmp_path / "book.json").write_text(json.dumps([{"name": name, "prompts": [("star", "heart")[i % 2]]}]))
-        code, out, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form")
+        book.write_text(json.dumps([{"name": name, "prompts": [("star", "heart")[i % 2]]}]))
+        code, said, err = run(*train)
         assert code == 0, err
-        assert name in out
-    files = sorted((tmp_path / "out").iterdir())
+        assert name in said
+    files = sorted(out.iterdir())
     assert {ConceptDelta.load(path).concept.name for path in files} == set(names)
-    code, out, _ = run("inspect", *files)
+    code, said, _ = run("inspect", *files)
     assert code == 0
-    assert all(name in out for name in names)
+    assert all(name in said for name in names)
     first = {path: path.read_bytes() for path in files}
-    (tmp_path / "book.json").write_text(json.dumps([{"name": "C++", "prompts": ["star"]}]))
-    code, _, err = run("train", "demo", tmp_path / "book.json", "-o", tmp_path / "out", "--objective", "closed-form", "--resume")
+    book.write_text(json.dumps([{"name": "C++", "prompts": ["star"]}]))
+    code, _, err = run(*train, "--resume")
     assert "C++: already made" in err
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    assert {path: path.read_bytes() for path in out.iterdir()} == first
 
 
-def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_interrupted_training_resumes_to_the_same_bytes(run: Run, tmp_path: Path) -> None:
     """Ctrl-C in mid-training: exit 130, a checkpoint and no delta; --resume ends with the bytes of an unbroken run."""
-    book = tmp_path / "book.yaml"
-    book.write_text("concepts: [star, circle]")
-    base = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "--only", "star", "--steps", "90", "--learning-rate", "1e-5"]
+    (tmp_path / "book.yaml").write_text("concepts: [star, circle]")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train: list[Any] = ["train", "demo", tmp_path / "book.yaml", "--only", "star", "--steps", 90, "--threshold", -1, "--batch", 1]
+    train += ["--nearby", 0, "--no-thumbnail", "-o"]
+    code, _, err = run(*train, whole)
+    assert code == 0, err
 
-    whole = subprocess.run([*base, "-o", str(tmp_path / "whole")], capture_output=True, text=True, timeout=300)
-    assert whole.returncode == 0, whole.stderr
-
-    process = subprocess.Popen([*base, "-o", str(tmp_path / "broken")], stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "broken/star.checkpoint.safetensors"
+    command = [sys.executable, "-m", "sepme.cli", *map(str, train), str(broken)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    checkpoint = broken / "star.checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -247,9 +249,9 @@ def test_interrupted_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "--resume" in err
-    assert [p.name for p in (tmp_path / "broken").iterdir()] == [checkpoint.name]
+    assert [p.name for p in broken.iterdir()] == [checkpoint.name]
 
-    resumed = subprocess.run([*base, "-o", str(tmp_path / "broken"), "--resume"], capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    assert [p.name for p in (tmp_path / "broken").iterdir()] == ["star.safetensors"]
-    assert (tmp_path / "broken/star.safetensors").read_bytes() == (tmp_path / "whole/star.safetensors").read_bytes()
+    code, _, err = run(*train, broken, "--resume")
+    assert code == 0, err
+    assert [p.name for p in broken.iterdir()] == ["star.safetensors"]
+    assert (broken / "star.safetensors").read_bytes() == (whole / "star.safetensors").read_bytes()

@@ -92,7 +92,7 @@ def test_command_line(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "book.yaml").write_text("[star]", encoding="utf-8")
     command, given = [sys.executable, "-m", "sepme.cli", "train"], {"PYTHONPATH": str(copy), "COLUMNS": "200"}
     assert f"grey: {SUMMARY}." in " ".join(run(copy, *command, "--help", **given).split())
-    options = ["--objective", "grey", "--steps", "1", "--batch", "1", "-o", tmp_path / "out"]
+    options = ["--objective", "grey", "--steps", "1", "--batch", "1", "--nearby", "0", "--no-thumbnail", "-o", tmp_path / "out"]
     run(copy, *command, "demo", tmp_path / "book.yaml", *options, **given)
     with safe_open(tmp_path / "out" / "star.safetensors", framework="pt") as file:
         objective = json.loads(file.metadata()["objective"])

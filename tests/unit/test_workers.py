@@ -34,7 +34,7 @@ def test_one_killed_in_the_middle(model: Path, tmp_path: Path, monkeypatch: pyte
     """The first worker that reports is killed; its concept is retried from the checkpoint; every file has the bytes of one process."""
     book = tmp_path / "book.json"
     book.write_text(BOOK.dumps(), encoding="utf-8")
-    command = ["train", str(model), str(book), "--steps", "120", "--batch", "1", "--threshold", "-1e9", "--json"]
+    command = ["train", str(model), str(book), "--steps", "120", "--batch", "1", "--threshold", "-1e9", "--nearby", "8", "--json"]
     assert CliRunner().invoke(cli.app, [*command, "-o", str(tmp_path / "one")], catch_exceptions=False).exit_code == 0
     killed: list[Report] = []
     after: list[Report] = []

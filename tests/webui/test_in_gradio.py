@@ -11,7 +11,7 @@ from webui.conftest import ROOT
 from webui.environments import LISTS, environment
 
 
-@pytest.mark.parametrize("gradio", list(LISTS))
+@pytest.mark.parametrize("gradio", [pytest.param(name, marks=pytest.mark.xdist_group(f"gradio {name}")) for name in reversed(LISTS)])
 def test_inside(gradio: str) -> None:
     inside = Path(__file__).parent / "inside"
     python, tests = environment(gradio), [inside / f"test_{name}.py" for name in ("page", "api", "browser")] if gradio == "3" else [inside]

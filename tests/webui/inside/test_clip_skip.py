@@ -17,7 +17,7 @@ def train(webui: Any, folder: Any) -> Any:
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
     options = webui.part("sepme.train").TrainOptions.for_mode(objective="closed-form")
     with host.loaded_model() as model:
-        delta = webui.part("sepme.train").make_delta(webui.part("sepme.plan.planner").Planner(model, book), "star", model, options)
+        delta = webui.part("sepme.train").make_delta(webui.planner(model, book), "star", model, options)
     host.library.save(delta)
     return delta
 

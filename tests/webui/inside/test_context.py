@@ -25,7 +25,7 @@ def train(ui: WebUI, folder: Path, edit: str) -> None:
     book = ui.part("sepme.concepts").ConceptBook.loads(f"concepts: [{', '.join(CONCEPTS)}]")
     host, made = ui.part("scripts.webui.host"), ui.part("sepme.train")
     with host.loaded_model() as model:
-        planner = ui.part("sepme.plan.planner").Planner(model, book)
+        planner = ui.planner(model, book)
         for name in CONCEPTS:
             options = made.TrainOptions.for_mode(objective="closed-form", edit=edit)
             host.library.save(made.make_delta(planner, name, model, options))

@@ -362,7 +362,7 @@ def make_delta(webui: Any) -> Any:
     host, train = webui.part("scripts.webui.host"), webui.part("sepme.train")
     book = webui.part("sepme.concepts").ConceptBook.loads("concepts: [star, heart]")
     with host.loaded_model() as model:
-        planner = webui.part("sepme.plan.planner").Planner(model, book)
+        planner = webui.planner(model, book)
         delta = train.make_delta(planner, "star", model, train.TrainOptions.for_mode(objective="closed-form"))
     host.library.save(delta)
     return delta
