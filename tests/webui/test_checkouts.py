@@ -141,9 +141,10 @@ def assigned(tree: ast.Module) -> set[str]:
 
 
 def run(script: str, *arguments: Path, cwd: Path | None = None) -> None:
-    """One of the scripts beside this file, in a process of its own."""
+    """One of the scripts beside this file, in a process of its own: of a checkout's environment where it has one."""
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
+    own = None if cwd is None else cwd / "venv" / "bin" / "python"
+    command = [str(own) if own is not None and own.exists() else sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
     print(result.stdout[-3000:], result.stderr[-3000:])
     assert result.returncode == 0

@@ -80,6 +80,8 @@ class Trial:
         request = dict(STOCK[case]) | more
         if request.get("path") == "img2img":
             request["init_images"] = [self.stock["txt2img"].dumps()[1]]
+        if "hr_upscaler" in request and not self.server.get("/sdapi/v1/latent-upscale-modes"):
+            request["hr_upscaler"] = "None"  # this Neo enlarges pictures only
         if request.get("script_name") == "prompt matrix":
             request["script_args"] = MATRIX
         return self.server.draw(request.pop("prompt"), *panel, **request)
@@ -88,6 +90,7 @@ class Trial:
         """Before the extension is there; or what an earlier run with this host drew."""
         if known.exists():
             self.stock = {case: Pictures.loads(texts) for case, texts in json.loads(known.read_text(encoding="utf-8")).items()}
+        self.server.load("a")  # Neo begins with any
         for case in [case for case in cases if case not in self.stock]:
             self.stock[case] = self.draw(case)
             known.write_text(json.dumps({case: pictures.dumps() for case, pictures in self.stock.items()}), encoding="utf-8")

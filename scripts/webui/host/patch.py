@@ -30,10 +30,10 @@ UNKNOWN_ROWS = (
 
 
 def _loras() -> tuple[Any, ...]:
-    """What Automatic1111's LoRAs are at the moment; extensions change their weights between steps."""
+    """What the host's LoRAs are at the moment; extensions change their weights between steps. Neo's have no rank to choose."""
     networks = sys.modules.get("networks")
     loaded = getattr(networks, "loaded_networks", ())
-    return tuple((n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim) for n in loaded)
+    return tuple((n.name, n.te_multiplier, n.unet_multiplier, getattr(n, "dyn_dim", None)) for n in loaded)
 
 
 class ModelPatch:

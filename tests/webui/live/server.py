@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -69,7 +70,10 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         data.mkdir(parents=True, exist_ok=True)
-        (data / "config.json").write_text(json.dumps({"samples_format": "png", "live_previews_enable": False}), encoding="utf-8")
+        settings: dict[str, Any] = {"samples_format": "png", "live_previews_enable": False, "CLIP_stop_at_last_layers": 1}  # 2 is Neo's own
+        if known := re.search(r'VERSION_UID\b.* = "(\w+)"', (checkout / "modules" / "launch_utils.py").read_text(encoding="utf-8")):
+            settings["VERSION_UID"] = known[1]  # Neo waits for a key where its settings have another
+        (data / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         neo, forge = (checkout / "modules_forge" / "packages").is_dir(), (checkout / "modules_forge").is_dir()
         cpu = ("--cpu",) if neo else ("--always-cpu",) if forge else ("--use-cpu", "all")
         several = "s" if neo else ""
