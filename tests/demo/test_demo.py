@@ -1,4 +1,4 @@
-"""The demo itself, on two of its twelve concepts: figures, report, exactness."""
+"""The demo itself, on four of its twelve concepts: figures, report, exactness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sepme.demo.quick import run_quick
 from sepme.demo.run import run_demo
 from sepme.hosts.diffusers import DiffusersHost
 
-CONCEPTS, IMAGES = 2, 6
+CONCEPTS, IMAGES = 4, 8
 
 
 @pytest.fixture(scope="module")
