@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_finite
 from .blocks import TextBlocks
+from .lengths import Part, whole
 from .protocols import AttentionLayer, Denoiser
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -105,15 +107,22 @@ def runs(
         start: ``(batch, ...)``.
         context, empty: ``(batch, tokens, d_in)``.
         extra: pooled vectors of ``[empty; context]``.
+        sampling: with a guidance of 1 the empty prompt is not read.
     """
-    both, x = torch.cat([empty, context]), start
+    guided = sampling.guidance != 1
+    both, x = torch.cat([empty, context]) if guided else context, start
+    if extra is not None and not guided:
+        extra = extra[len(empty) :]
     yield x
     times = schedule.times(sampling.steps).tolist()
     last = None if schedule.prediction == "flow" else 0
     for t, following in zip(times, [*times[1:], last], strict=True):
-        batch = torch.full((2 * len(x),), t, device=x.device)
-        uncond, cond = denoiser.predict(torch.cat([x, x]), batch, both, extra).float().chunk(2)
-        x = schedule.step(x.float(), uncond + sampling.guidance * (cond - uncond), t, following).to(start.dtype)
+        batch = torch.full((len(both),), t, device=x.device)
+        predicted = denoiser.predict(torch.cat([x, x]) if guided else x, batch, both, extra).float()
+        if guided:
+            uncond, cond = predicted.chunk(2)
+            predicted = uncond + sampling.guidance * (cond - uncond)
+        x = schedule.step(x.float(), predicted, t, following).to(start.dtype)
         yield check_finite(x, "UNet", f"timestep {t}")
 
 
@@ -152,9 +161,26 @@ class ScheduledDenoiser(ABC):
     def timesteps(self) -> int:
         return len(self.schedule)
 
+    def parts(self, context: Tensor, t: Tensor) -> list[Part]:
+        """The rows of a batch that the model reads at once; all of them, but for models that read every prompt at its own length."""
+        return [Part(torch.arange(len(context)), context.shape[1])]
+
+    def differentiating(self) -> AbstractContextManager[Any]:
+        """What a prediction and the way back through it run in."""
+        return nullcontext()
+
+    def guided(self, sampling: Sampling) -> Sampling:
+        """How the model's own runs are guided: not by the empty prompt where the strength of guidance is a number that it is given."""
+        return sampling
+
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:
         x, t = x_t.to(self.device, self.dtype), t.to(self.device)
-        return self.schedule.linear(self.forward(x, t, context.to(self.device, self.dtype), extra), x, t)
+        context, parts = context.to(self.device, self.dtype), self.parts(context, t)
+        if len(parts) == 1:
+            return self.schedule.linear(self.forward(x, t, context[:, : parts[0].tokens], extra), x, t)
+        more = [None if extra is None else extra[p.rows] for p in parts]
+        made = [self.forward(x[p.rows], t[p.rows], context[p.rows, : p.tokens], e) for p, e in zip(parts, more, strict=True)]
+        return self.schedule.linear(whole(parts, made), x, t)
 
     def noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self.schedule.noised(x_0, noise, t)
@@ -168,7 +194,7 @@ class ScheduledDenoiser(ABC):
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any, sampling: Sampling, on_step: Callable[[], None] | None
     ) -> Iterator[Tensor]:
         start = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
-        for x in runs(self, self.schedule, start, context, empty, extra, sampling):
+        for x in runs(self, self.schedule, start, context, empty, extra, self.guided(sampling)):
             yield x
             if on_step is not None:
                 on_step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,11 @@ class Training:
     def _differentiate(self, run: ConceptRun) -> tuple[float, tuple[Tensor, ...]]:
         """The loss of one draw, and its gradient with respect to the concept's own w."""
         draw = run.source.draw(run.generator, self.options.batch)
-        loss = self.objective.loss(make_step(run, self._increments, self.denoiser, draw))
         gain = HALF_GAIN if draw.x_t.dtype == torch.float16 else 1.0
         w = list(run.increment.w.values())
-        gradients = torch.autograd.grad(loss * gain, w, allow_unused=True, materialize_grads=True)  # the last values move no attention
+        with getattr(self.denoiser, "differentiating", nullcontext)():
+            loss = self.objective.loss(make_step(run, self._increments, self.denoiser, draw))
+            gradients = torch.autograd.grad(loss * gain, w, allow_unused=True, materialize_grads=True)  # the last values move no attention
         return float(loss.detach()), tuple(g / gain for g in gradients)
 
     def predict(self, run: ConceptRun, x_t: Tensor, t: Tensor, context: Tensor, extra: Any = None) -> Tensor:

@@ -133,15 +133,8 @@ def _sites(planner: Planner, denoiser: Model, options: TrainOptions) -> tuple[di
     if options.needs_model:
         if denoiser is None:
             raise SepMEError("A model is needed for this training; only context edits in closed form are made without one.")
-        objective = options.make_objective()
-        if isinstance(denoiser, TextBlocks) and objective.trained:
-            raise SepMEError(f"Layers of {denoiser.family.label} are changed in closed form only; choose the objective closed-form.")
+        check_layers(denoiser, options)
         layers = denoiser if isinstance(denoiser, TextBlocks) else denoiser.attention_layers()
-        if isinstance(layers, TextBlocks) and objective.trained and (objective.moves == "attention" or options.mode != "subspace"):
-            what = f"objective {options.objective}" if objective.moves == "attention" else f"mode {options.mode}"
-            raise SepMEError(
-                f"The {what} is for Stable Diffusion; layers of {layers.family.label} are trained by another, in mode subspace."
-            )
         kv, facts = weights(layers), {"kv_fingerprint": kv_fingerprint(layers)}
         for name, weight in kv.items():
             check_finite(weight, "UNet", f"the weight of {name}")
@@ -150,6 +143,24 @@ def _sites(planner: Planner, denoiser: Model, options: TrainOptions) -> tuple[di
     some = next(iter(kv.values()), torch.zeros(()))
     context = context_site(planner.prompts.empty.context.shape[-1], torch.promote_types(some.dtype, torch.float32), some.device)
     return context | (kv if options.edit == "both" else {}), facts
+
+
+def check_layers(denoiser: Denoiser | TextBlocks, options: TrainOptions) -> None:
+    """Refuse what the layers of a model cannot be given.
+
+    Raises:
+        SepMEError: only layers are at hand and they are to be trained; they are no UNet's and the options are for those; there are none.
+    """
+    objective = options.make_objective()
+    if isinstance(denoiser, TextBlocks) and objective.trained:
+        raise SepMEError(f"Layers of {denoiser.family.label} are trained through the whole model; give it, or choose closed-form.")
+    layers = denoiser if isinstance(denoiser, TextBlocks) else denoiser.attention_layers()
+    other = isinstance(layers, TextBlocks) or not layers
+    if other and objective.trained and (objective.moves == "attention" or options.mode != "subspace"):
+        what = f"objective {options.objective}" if objective.moves == "attention" else f"mode {options.mode}"
+        raise SepMEError(f"The {what} is for Stable Diffusion; train this model by another objective, in mode subspace.")
+    if options.edit != "context" and not layers:
+        raise SepMEError("In this model text and picture are mixed, so no layer reads text alone; choose the edit context.")
 
 
 def _facts(pictures: Pictures | None) -> dict[str, Any]:

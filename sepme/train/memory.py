@@ -99,8 +99,9 @@ def _step(denoiser: ScheduledDenoiser, empty: Encoding, options: TrainOptions) -
     words = torch.ones(1, own.context.shape[1], dtype=torch.bool, device=denoiser.device)
     run = ConceptRun("", increment, None, own, own, own, options, None, words)  # type: ignore[arg-type]
     draw = Draw(*_noise(denoiser, options.batch), torch.zeros(options.batch, dtype=torch.int64))
-    loss = options.make_objective().loss(make_step(run, [increment], denoiser, draw))
-    torch.autograd.grad(loss, list(increment.w.values()), allow_unused=True)
+    with denoiser.differentiating():
+        loss = options.make_objective().loss(make_step(run, [increment], denoiser, draw))
+        torch.autograd.grad(loss, list(increment.w.values()), allow_unused=True)
 
 
 def _noise(denoiser: ScheduledDenoiser, rows: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ from torch.nn.functional import pad
 from ..errors import SepMEError
 from ..model.families import CONTEXT
 from ..model.layers import TextBlocks, projections
+from ..model.lengths import whole
 from ..model.patch import Forward, patched
 from ..model.protocols import Denoiser, Encoding
+from ..model.schedule import ScheduledDenoiser
 from .increment import Increment
 from .objectives import Step
 from .run import ConceptRun
@@ -28,7 +30,7 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
 
     rows = {site: shape[0] for site, shape in layers.shapes.items()} if isinstance(layers, TextBlocks) else {}
 
-    def predict(c: Encoding) -> Tensor:
+    def predict(c: Encoding, x_t: Tensor = x_t, t: Tensor = t) -> Tensor:
         return _precise(denoiser.predict(x_t, t, c.context, c.pooled))
 
     def frozen(c: Encoding) -> Tensor:
@@ -39,6 +41,14 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
         """ε with the increments; what goes out of queries and keys is put into ``heard``."""
         if c.pooled is not None and run.pooled is not None:
             c = c._replace(pooled=run.pooled.replace(c.pooled))
+        if not isinstance(layers, TextBlocks) or not isinstance(denoiser, ScheduledDenoiser):
+            return together(c, x_t, t, heard)
+        parts = denoiser.parts(c.context, t)
+        each = (c._replace(context=c.context[:, : p.tokens], mask=c.mask[:, : p.tokens]).rows(p.rows) for p in parts)
+        return whole(parts, [together(one, x_t[p.rows], t[p.rows]) for one, p in zip(each, parts, strict=True)])
+
+    def together(c: Encoding, x_t: Tensor, t: Tensor, heard: dict[str, Tensor] | None = None) -> Tensor:
+        """The same of rows that the model reads at once."""
         features = [increment.features(c.context) for increment in increments]
 
         def add(names: Sequence[str], out: Tensor) -> Tensor:
@@ -61,7 +71,7 @@ def make_step(run: ConceptRun, increments: Sequence[Increment], denoiser: Denois
         if heard is not None and not isinstance(layers, TextBlocks):
             modules = {f"{n}.{p}": getattr(layer, p) for n, layer in layers.items() for p in ("to_q", "to_k")} | modules
         with patched(modules, wrap):
-            return predict(c._replace(context=add([CONTEXT], c.context)))
+            return predict(c._replace(context=add([CONTEXT], c.context)), x_t, t)
 
     def attention(c: Encoding) -> list[Tensor]:
         assert not isinstance(layers, TextBlocks)
