@@ -26,7 +26,7 @@ class Live:
         encoder, denoiser: those that training uses.
     """
 
-    def __init__(self, node: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser) -> None:
+    def __init__(self, node: Any, encoder: TextEncoder, denoiser: host.HostDenoiser) -> None:
         self.node, self.encoder, self.denoiser = node, encoder, denoiser
         self.decode = denoiser.preview()
         self.next = 0.0
@@ -55,7 +55,7 @@ class Live:
         noise = denoiser.latents([0])
         model: Any = SimpleNamespace(predict=step.predict)
         context = encoding.context.to(denoiser.device)
-        for latents in runs(model, denoiser.schedule, noise, context[1:], context[:1], encoding.pooled, GLANCE):  # noqa: B007
+        for latents in runs(model, denoiser.schedule, noise, context[1:], context[:1], encoding.pooled, denoiser.guided(GLANCE)):  # noqa: B007
             host.check_interrupted()
         file = io.BytesIO()
         assert self.decode is not None

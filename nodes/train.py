@@ -15,11 +15,12 @@ from ..sepme.concepts import ConceptBook, normalised, split_names
 from ..sepme.delta.concept_delta import ConceptDelta
 from ..sepme.errors import SepMEError, out_of_memory
 from ..sepme.model.layers import shapes, weights
-from ..sepme.model.protocols import Encoding, TextEncoder
+from ..sepme.model.protocols import Encoding
 from ..sepme.plan.nearby import COUNT
 from ..sepme.plan.planner import Planner
 from ..sepme.train import Job, Progress, TrainOptions, each, plan_options, train_book
 from ..sepme.train.increment import context_site
+from ..sepme.train.make import check_layers
 from ..sepme.train.memory import in_words as size_in_words
 from ..sepme.train.memory import needed, told
 from ..sepme.train.objectives import OBJECTIVES, described
@@ -126,9 +127,11 @@ class SepMETrain(io.ComfyNode):
         bar = host.NodeProgress(2 + len(names))
         encoder = host.text_encoder(clip, model)
         blocks = host.text_blocks(model) if options.needs_model and not options.make_objective().trained else None
-        denoiser = host.UNetDenoiser(model, size) if options.needs_model and blocks is None else None
-        layers = blocks if denoiser is None else denoiser.attention_layers()
+        denoiser = host.denoiser_of(model, encoder, size) if options.needs_model and blocks is None else None
+        layers = blocks if denoiser is None else denoiser.attention_layers() or None
         live = None if denoiser is None else Live(cls.hidden.unique_id, encoder, denoiser)
+        if denoiser is not None:
+            check_layers(denoiser, options)
         if layers is not None:
             for delta in known:
                 delta.check_fits(shapes(layers), "this MODEL")
@@ -149,7 +152,7 @@ class SepMETrain(io.ComfyNode):
             made.append(delta)
 
         if denoiser is not None:
-            memory: Any = host.trainable(model, (RUNS, *denoiser.latent_shape))
+            memory: Any = denoiser.trainable(RUNS)
         else:
             memory = nullcontext() if blocks is None else host.loaded(model)
         try:
@@ -199,28 +202,30 @@ def agenda(concepts: ConceptBook, erase: str, preserve: tuple[str, ...], known: 
     return ConceptBook(book.concepts, tuple(dict.fromkeys(book.preserve + preserve))), names
 
 
-def foretold(denoiser: host.UNetDenoiser, size: int, empty: Encoding, options: TrainOptions) -> list[str]:
+def foretold(denoiser: host.HostDenoiser, size: int, empty: Encoding, options: TrainOptions) -> list[str]:
     """A sentence about the memory that training takes; none where it cannot be counted, which must stop nothing.
 
     What other extensions put into a model may look at numbers, and the tensors of a count hold none.
     """
     try:
-        return [told(needed(denoiser, size, empty, options), denoiser.latent_shape, options)]
+        return [told(needed(denoiser, size, empty, options), denoiser.pixels, options)]
     except Exception as error:
         logging.getLogger(__name__).info("The memory that training takes could not be counted: %s", error)
         return []
 
 
-def smaller(model: Any, encoder: TextEncoder, denoiser: host.UNetDenoiser, options: TrainOptions) -> dict[str, int]:
+def smaller(
+    model: Any, encoder: host.ClipEncoder | host.LanguageEncoder, denoiser: host.HostDenoiser, options: TrainOptions
+) -> dict[str, int]:
     """Bytes that training would take with fewer or smaller pictures, by what to choose for it, as far as they can be counted."""
-    side, found = 8 * denoiser.latent_shape[-1], dict[str, int]()
+    side, found = denoiser.pixels, dict[str, int]()
     few = replace(options, batch=1)
     tried = {"batch 1": (few, 0), f"size {side // 2}": (options, side // 2), f"batch 1 and size {side // 2}": (few, side // 2)}
     with torch.inference_mode(False), torch.enable_grad():
         for name, (chosen, pixels) in tried.items():
             if (pixels or chosen.batch < options.batch) and not (pixels and chosen is few and options.batch == 1):
                 with suppress(SepMEError, RuntimeError):  # no model of this size, or the model is not as it was
-                    smaller_model = host.UNetDenoiser(model, pixels) if pixels else denoiser
+                    smaller_model = host.denoiser_of(model, encoder, pixels) if pixels else denoiser
                     found[name] = needed(smaller_model, model.model_size(), encoder.encode([""]), chosen).total
     return found
 

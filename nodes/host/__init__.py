@@ -2,7 +2,7 @@
 
 from ...sepme.errors import SepMEError
 from .demo import demo_model
-from .denoiser import UNetDenoiser, attention_layers, changeable_layers, text_blocks
+from .denoiser import HostDenoiser, UNetDenoiser, attention_layers, changeable_layers, text_blocks
 from .files import checkpoint_names, delta_library, delta_names, erasures, load_checkpoint, lora_folder
 from .jobs import NodeProgress, check_interrupted, free_memory, loaded, part_of, trainable
 from .language import LanguageEncoder, adapts
@@ -10,6 +10,7 @@ from .page import architectures_of, notice, outputs_of, saves, tell_page, watch_
 from .patch import apply_deltas, deltas_on, toggled
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample
 from .text import ClipEncoder, clip_skip, conditioning, text_encoder
+from .transformer import TransformerDenoiser, denoiser_of
 
 SepMEError.__module__ = "sepme"  # ComfyUI shows an error's type with its module, which is the path of a folder here
 
@@ -17,9 +18,11 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULERS",
     "ClipEncoder",
+    "HostDenoiser",
     "LanguageEncoder",
     "NodeProgress",
     "Sampling",
+    "TransformerDenoiser",
     "UNetDenoiser",
     "adapts",
     "apply_deltas",
@@ -34,6 +37,7 @@ __all__ = [
     "delta_names",
     "deltas_on",
     "demo_model",
+    "denoiser_of",
     "erasures",
     "free_memory",
     "load_checkpoint",

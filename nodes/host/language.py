@@ -63,6 +63,11 @@ class LanguageEncoder:
                 found |= {text: LanguageEncoder(self.clip, text=(key, index)) for text, index in which}
         return found
 
+    @cached_property
+    def masked(self) -> bool:
+        """Whether the model is told which tokens are there."""
+        return self.model is None and "attention_mask" in self._facts("")
+
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """See :class:`~sepme.model.protocols.TextEncoder`."""
         return self._reader.encode(prompts)

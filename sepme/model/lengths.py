@@ -24,12 +24,13 @@ def parts(context: Tensor, least: int, t: Tensor | None = None) -> list[Part]:
         t: ``(batch,)`` int64 for models that take one timestep at a time.
     """
     batch, tokens = context.shape[:2]
-    lengths = torch.full((batch,), tokens)
+    if tokens <= least and t is None:
+        return [Part(torch.arange(batch), tokens)]
+    lengths = [tokens] * batch
     if tokens > least:
         there = context.detach().ne(0).any(dim=-1).cpu()
-        lengths = (there * torch.arange(1, tokens + 1)).amax(dim=1).clamp_min(least)
-    times = torch.zeros(batch, dtype=torch.int64) if t is None else t.cpu()
-    keys = list(zip(lengths.tolist(), times.tolist(), strict=True)) if tokens > least or t is not None else [(tokens, 0)] * batch
+        lengths = (there * torch.arange(1, tokens + 1)).amax(dim=1).clamp_min(least).tolist()
+    keys = list(zip(lengths, [0] * batch if t is None else t.tolist(), strict=True))
     return [Part(torch.tensor([i for i, k in enumerate(keys) if k == key]), key[0]) for key in dict.fromkeys(keys)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -118,13 +118,13 @@ def _rows(denoiser: ScheduledDenoiser, empty: Encoding, rows: int) -> Encoding:
     return Encoding(alike(empty.context), alike(empty.mask), None if empty.pooled is None else alike(empty.pooled))
 
 
-def told(need: Need, latents: Sequence[int], options: TrainOptions) -> str:
+def told(need: Need, side: int, options: TrainOptions) -> str:
     """What training needs, in a sentence.
 
     Args:
-        latents: shape of one picture's.
+        side: pixels of a picture's.
     """
-    side, pictures = 8 * latents[-1], "picture" if options.batch == 1 else "pictures"
+    pictures = "picture" if options.batch == 1 else "pictures"
     return (
         f"Training by {options.objective} on {options.batch} {pictures} of {side} x {side} pixels takes about {in_words(need.total)} of "
         f"memory: {in_words(need.model)} for the model, {in_words(need.step)} for a step."
