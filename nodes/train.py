@@ -49,7 +49,7 @@ class SepMETrain(io.ComfyNode):
             description="Make one delta for every concept that is to be erased. Training runs on the MODEL as it is, LoRAs included; "
             "the MODEL itself is not changed. Interrupt works at any step.",
             inputs=folded([
-                io.Model.Input("model", tooltip="SD1.x, SD2.x, SDXL or the demo model."),
+                io.Model.Input("model", tooltip="The model to train through, of any family that SepME knows."),
                 io.Clip.Input("clip", tooltip="The text encoder that your prompts will use, with its clip skip."),
                 Concepts.Input("concepts", tooltip="All known concepts; each delta leaves the others' prompts alone."),
                 io.String.Input(
@@ -83,11 +83,13 @@ class SepMETrain(io.ComfyNode):
                     tooltip="Deltas made earlier: their concepts count as known, and they are passed on with the new ones.",
                 ),
                 io.Int.Input(
-                    "size", default=0, min=0, max=4096, step=8, optional=True, tooltip="Pixels of an image's side. 0: the model's own."
+                    "size", default=0, min=0, max=4096, step=8, optional=True,
+                    tooltip="Pixels of an image's side. 0: the model's own; 1024 beyond Stable Diffusion.",
                 ),
                 io.Combo.Input(
                     "edit", options=list(EDITS), default="layers", optional=True,
-                    tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items()),
+                    tooltip="What a delta changes. " + " ".join(f"{name}: {text}." for name, text in EDITS.items())
+                    + " Flux, Z-Image, Qwen-Image and others have the context alone.",
                 ),
                 io.Int.Input(
                     "batch", default=0, min=0, max=64, optional=True,

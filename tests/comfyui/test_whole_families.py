@@ -1,4 +1,4 @@
-"""Models beyond Stable Diffusion on a real server: load, train in closed form, erase, sample, restore.
+"""Models beyond Stable Diffusion on a real server: load, train, erase, sample, restore.
 
 They are ComfyUI's own classes with their own text encoders, tiny; those that this ComfyUI lacks are left out (SEPME_COMFYUI may name a
 newer one).
@@ -31,11 +31,11 @@ class Scene(Graph):
         self.model = self.add("TinyFamily", name=family)
         self.negative = self.text(self.model[1], "")
 
-    def train(self, edit: str = "context") -> Any:
+    def train(self, edit: str = "context", objective: str = "closed-form", **more: Any) -> Any:
         concepts = self.add("SepMEConcept", name="van gogh", prompts="van gogh\na painting by van gogh")
         return self.add(
-            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=concepts[0], erase="*", objective="closed-form", edit=edit,
-            preserve=SPARED,
+            "SepMETrain", model=self.model[0], clip=self.model[1], concepts=concepts[0], erase="*", objective=objective, edit=edit,
+            preserve=SPARED, **more,
         )  # fmt: skip
 
     def latents(self, model: Any, prompt: Any, name: str) -> None:
@@ -61,6 +61,31 @@ class Scene(Graph):
 def known(server: Server, family: str) -> None:
     if family not in server.get("/object_info")["TinyFamily"]["input"]["required"]["name"][0]:
         pytest.skip("This ComfyUI is older than the model")
+
+
+def test_train_by_an_objective(checkpoint_server: Server) -> None:
+    """Through the model, by its own sampling; its objective alone moves the delta, which begins as no change."""
+    scene = Scene("qwen_image")
+    stock, trained = scene.model[0], scene.train("context", "esd", steps=8, size=64, batch=2)
+    model = scene.add("SepMEApply", model=stock, deltas=trained[0])[0]
+    texts = {text: scene.text(scene.model[1], text)[0] for text in (ERASED, SPARED)}
+    off = scene.add("SepMETextEncode", clip=scene.model[1], text=f"{ERASED} <keep:van gogh>")[0]
+    found = scene.sampled(checkpoint_server, "trained", {
+        "stock": (stock, texts[ERASED]), "erased": (model, texts[ERASED]), "restored": (model, off),
+        "stock of another": (stock, texts[SPARED]), "spared": (model, texts[SPARED]),
+    })  # fmt: skip
+    assert not torch.equal(found["erased"], found["stock"])
+    assert torch.equal(found["restored"], found["stock"])
+    assert torch.equal(found["spared"], found["stock of another"])
+
+
+def test_what_an_objective_asks_is_said(checkpoint_server: Server) -> None:
+    for objective, edit, said in (("fmn", "context", "fmn is for Stable Diffusion"), ("gcirs", "layers", "choose the edit context")):
+        scene = Scene("qwen_image")
+        scene.latents(
+            scene.add("SepMEApply", model=scene.model[0], deltas=scene.train(edit, objective)[0])[0], scene.negative[0], "refused"
+        )
+        assert said in checkpoint_server.run(scene.prompt).message
 
 
 @pytest.mark.parametrize(

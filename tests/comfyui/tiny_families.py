@@ -170,11 +170,11 @@ def available(name: str) -> bool:
     return hasattr(module, family.tokenizer) and ("llama" not in family.sizes or vocabulary.is_file())
 
 
-def build(name: str) -> tuple[Any, Any]:
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """MODEL and CLIP."""
     family = FAMILIES[name]
     config = getattr(comfy.supported_models, family.config)({"image_model": name} | family.unet)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     del config.unet_config["image_model"]
     for field, value in LATER.get(name, {}).items():
         module = import_module(f"comfy.ldm.{'hunyuan_video' if name == 'hunyuan_video' else 'flux'}.model")
