@@ -75,12 +75,14 @@ class ModelOptions:
         typer.Option(help="Whose prompts a text encoder alone reads, where several families have it: flux1, chroma, z-image ..."),
     ] = None
 
-    def load(self, size: int | None = None, alone: bool = False) -> Any:
+    def load(self, size: int | None = None, alone: bool = False, training: bool = False) -> Any:
         """The model as a :class:`~sepme.hosts.diffusers.DiffusersHost`, or the text encoders of a file or folder that holds no other model.
 
         Args:
             size: pixels of an image's side, if not the model's own.
             alone: whether text encoders are enough.
+            training: whether a model to train through is enough, which other families than Stable Diffusion have
+                (:class:`~sepme.hosts.transformer.TransformerHost`).
 
         Raises:
             SepMEError: the libraries are not installed, an unknown precision, or the model cannot be loaded.
@@ -92,6 +94,7 @@ class ModelOptions:
             from ..hosts.diffusers import DiffusersHost
             from ..hosts.encoders import holds_encoders, load_encoders
             from ..hosts.loading import DTYPES, LoadOptions
+            from ..hosts.transformer import holds_transformer, load_transformer
         except ImportError as error:
             if out_of_memory(error):
                 raise
@@ -108,6 +111,8 @@ class ModelOptions:
         cache = cache_folder() if self.device == "cpu" else None  # elsewhere it takes seconds to make them
         options = LoadOptions(self.device, DTYPES[self.dtype], tokenizer, self.prediction, size, cache)
         if self.model != "demo" and holds_encoders(Path(self.model)):
+            if training and not alone and holds_transformer(Path(self.model)):
+                return load_transformer(self.model, options, self.family)
             if not alone:
                 raise SepMEError(
                     f"{self.model} holds text encoders and no model that runs here; with them alone there are sepme train --objective "

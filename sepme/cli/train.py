@@ -90,7 +90,7 @@ def train(
     for inner, outer in concept_book.overlaps():
         log.print(f"Note: the words of {inner!r} stand in {outer!r}; erasing one will touch prompts of the other.")
     pictures = partial(_pictures, folder=images, names=chosen)
-    load, threads = partial(model.load, size, not options.needs_model and not guard), torch.get_num_threads()
+    load, threads = partial(model.load, size, not options.needs_model and not guard, not guard), torch.get_num_threads()
     draw, made = _draw if thumbnail else no_drawing, GuardOptions() if guard else None
     setup = Setup(load, concept_book, plan, options, tuple(chosen), threads, pictures, draw, made)
     _make(setup, _left(out.resolve(), paths, joint, resume), paths, workers, ray_address, tell_mode=space.null_space == "auto")
@@ -175,6 +175,8 @@ def _pictures(host: ImageEncoder, folder: Path | None, names: list[str], check: 
     result: dict[str, Any] = {}
     if folder is None:
         return result
+    if not hasattr(host, "encode_images"):
+        raise SepMEError("Pictures of one's own are noised for Stable Diffusion alone; leave out --images.")
     for name in names:
         own = folder / file_name(name)
         own = own if own.is_dir() else folder

@@ -29,7 +29,7 @@ READ = {f.kind: f for f in FAMILIES if CONTEXT in f.texts and f.texts[CONTEXT].r
 
 def holds_encoders(path: Path) -> bool:
     """Whether text encoders can be read of a file or folder that holds no Stable Diffusion; see :func:`load_encoders`."""
-    if path.is_dir() and _pipeline(path) in PIPELINES:
+    if path.is_dir() and pipeline_class(path) in PIPELINES:
         return False
     clip_alone = (path / PAIRS[0][0]).is_dir() and not (path / "unet").exists() and not (path / "transformer").exists()
     return clip_alone or _language(path) is not None
@@ -57,7 +57,7 @@ def load_encoders(model: str, options: LoadOptions, family: str | None = None) -
     return FamilyEncoder(chosen, read, files.load(options.device, options.dtype), pooled, options.cache)
 
 
-def _pipeline(folder: Path) -> str:
+def pipeline_class(folder: Path) -> str:
     """The class that a folder's ``model_index.json`` names."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

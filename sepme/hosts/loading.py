@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,44 +84,71 @@ def load_pipeline(model: str, options: LoadOptions) -> Any:
 
 
 def _from_folder(folder: Path, options: LoadOptions) -> Any:
+    index = read_index(folder)
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in PIPELINES:
+        raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only {' and '.join(PIPELINES)} can be loaded.")
+    encoders = ("text_encoder", "text_encoder_2") if "XL" in kind else ("text_encoder",)
+    absent = ("safety_checker",) if kind == "StableDiffusionPipeline" else ()
+    pipe = open_folder(folder, index, PIPELINES[kind], ("unet", "vae", *encoders), absent, options.dtype)
+    if options.prediction:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=options.prediction)
+    return pipe
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a diffusers folder's ``model_index.json`` says.
+
+    Raises:
+        SepMEError: nothing that can be read.
+    """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        kind = index.get("_class_name")
-        if not isinstance(kind, str) or kind not in PIPELINES:
-            raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only {' and '.join(PIPELINES)} can be loaded.")
+        return dict(index)
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def open_folder(
+    folder: Path, index: Mapping[str, Any], kind: Any, parts: Sequence[str], absent: Sequence[str], dtype: torch.dtype
+) -> Any:  # fmt: skip
+    """A diffusers folder's pipeline, on the CPU.
+
+    Args:
+        index: see :func:`read_index`.
+        kind: the pipeline's class.
+        parts: its models that are read.
+        absent: its components that are left out.
+
+    Raises:
+        SepMEError: it holds code, parts are missing or no safetensors, quantised or damaged.
+    """
+    try:
         if any(folder.rglob("*.py")):
             raise SepMEError(f"{folder} holds Python code, which is never run; get the plain folder of the model.")
-        encoders = ("text_encoder", "text_encoder_2") if "XL" in kind else ("text_encoder",)
-        for part in ("unet", "vae", *encoders):
-            owner = (index.get(part) or [None])[0]
-            if owner not in ("diffusers", "transformers") or not any((folder / part).glob("*.safetensors")):
+        files = {part: list((folder / part).glob("*.safetensors")) for part in parts}
+        for part, found in files.items():
+            if (index.get(part) or [None])[0] not in ("diffusers", "transformers") or not found:
                 raise SepMEError(f"{folder} has no {part} as .safetensors, which is the only format that is read; get the folder with it.")
-        parts = [[f.name for f in (folder / p).glob("*.safetensors")] for p in ("unet", "vae", *encoders)]
-        for file in (file for part in ("unet", "vae", *encoders) for file in (folder / part).glob("*.safetensors")):
+        for file in (file for found in files.values() for file in found):
             check_file_precision(file)
-        whole = all(any(".fp16" not in name for name in names) for names in parts)
-        extra = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
-        pipe = (
-            PIPELINES[kind]
-            .from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, variant=None if whole else "fp16", **extra
-            )
-            .to(options.dtype)
-        )
+        variant = None if all(any(".fp16" not in file.name for file in found) for found in files.values()) else "fp16"
+        how = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "variant": variant}
+        pipe = kind.from_pretrained(folder, **how, **dict.fromkeys(absent)).to(dtype)
     except (SepMEError, MemoryError):
         raise
     except Exception as error:  # whatever a broken folder makes the loaders raise
         if out_of_memory(error):
             raise
-        raise SepMEError(
-            f"{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}); check that its files are complete."
-        ) from None
-    for part in (pipe.unet, pipe.vae, *(getattr(pipe, name) for name in encoders)):
-        for parameter in part.parameters():  # mapped from a file it may lie at any offset, and kernels round by alignment
+        raise _damaged(folder, error) from None
+    for part in parts:
+        for parameter in getattr(pipe, part).parameters():  # mapped from a file it may lie at any offset, and kernels round by alignment
             parameter.data = parameter.data.clone()
-    if options.prediction:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=options.prediction)
     return pipe
+
+
+def _damaged(folder: Path, error: Exception) -> SepMEError:
+    return SepMEError(f"{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}); check that its files are complete.")
 
 
 def _from_file(path: Path, options: LoadOptions) -> Any:

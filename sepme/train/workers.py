@@ -20,6 +20,7 @@ from ..plan.planner import Planner
 from ..progress import OnProgress, silent
 from .book import Group, Job
 from .guard import GuardOptions
+from .make import check_layers
 from .options import Progress, TrainOptions
 from .source import Pictures
 
@@ -73,6 +74,8 @@ class Setup:
     def job(self, todo: Sequence[Group], on_progress: OnProgress = silent, check: Callable[[], None] = lambda: None) -> Job:
         """Load the host and what is known of it; ``check`` is called meanwhile and may raise Interrupted."""
         host = self.load()
+        if self.options.needs_model:
+            check_layers(host, self.options)
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
         denoiser = host if self.options.needs_model or self.guard is not None else None
