@@ -163,6 +163,5 @@ def _same(saved: Tensor) -> Tensor:
 
 def _plain(kitchen: Any) -> dict[str, Any]:
     """Functions of comfy-kitchen that know no way back and are called without asking whether one is needed, in plain PyTorch."""
-    names = ("rms_rope_split_half",)
-    eager = getattr(getattr(kitchen, "backends", None), "eager", None)
-    return {name: getattr(eager.rope, name) for name in names if hasattr(kitchen, name) and hasattr(getattr(eager, "rope", None), name)}
+    rope = getattr(getattr(getattr(kitchen, "backends", None), "eager", None), "rope", None)
+    return {name: getattr(rope, name) for name in ("rms_rope_split_half",) if hasattr(kitchen, name) and hasattr(rope, name)}

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -20,10 +20,10 @@ from ..files import first_line
 from ..model.blocks import TextBlocks
 from ..model.lengths import Part, parts
 from ..model.protocols import Encoding
-from ..model.schedule import Sampling, Schedule, ScheduledDenoiser
+from ..model.schedule import Prediction, Sampling, Schedule, ScheduledDenoiser
 from .encoders import load_encoders, pipeline_class
 from .language import FamilyEncoder
-from .loading import LoadOptions, open_folder, read_index
+from .loading import PREDICTIONS, LoadOptions, open_folder, read_index
 
 KINDS = (
     "AuraFlowPipeline", "ChromaPipeline", "FluxPipeline", "Lumina2Pipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
@@ -196,6 +196,6 @@ def _schedule(scheduler: Any, mu: float) -> Schedule:
     if kind == "flow_prediction":
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         return Schedule.flow(config.num_train_timesteps, math.exp(mu) if config.get("use_dynamic_shifting") and mu else shift)
-    if kind in ("epsilon", "v_prediction"):
-        return Schedule.diffusion(scheduler.alphas_cumprod, kind)
+    if kind in PREDICTIONS:
+        return Schedule.diffusion(scheduler.alphas_cumprod, cast(Prediction, kind))
     raise SepMEError(f"This model predicts {kind}, which is not known; choose --objective closed-form --edit context.")

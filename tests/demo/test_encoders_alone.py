@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from tiny import diffusers_models
+from tiny import diffusers_models, pipelines
+from tiny.probe import seeded
 from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from sepme.hosts.diffusers import DEMO
 from sepme.hosts.encoders import load_encoders
 from sepme.hosts.loading import LoadOptions
 from sepme.model.encoder_fingerprint import SAME, EncoderFingerprint
+from sepme.plan import encoded_book
 from sepme.plan.gate import ordinary_prompts
 
 CLOSED = ["--objective", "closed-form", "--edit", "context"]
@@ -113,6 +116,43 @@ def test_a_folder_says_whose_it_is(flux: Path, tmp_path: Path) -> None:
     assert short.context.shape == (1, 128, 64)
     assert 0 < int(short.mask.sum()) < 10
     assert not short.context[0, int(short.mask.sum()) :].any()  # LTX-Video does not
+
+
+def test_a_pipeline_is_trained_through(flux: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is read as published, but for the text encoders' place in its class; what it cannot be used for is said."""
+    monkeypatch.setattr(encoded_book, "affordable", lambda context: ordinary_prompts()[:24])
+    folder, out = tmp_path / "flux", tmp_path / "out"
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    width = json.loads((DEMO / "text_encoder" / "config.json").read_text())["hidden_size"]
+    transformer = FluxTransformer2DModel(in_channels=16, joint_attention_dim=64, pooled_projection_dim=width, **sizes)
+    pipelines.build("flux1", seeded(transformer)).save_pretrained(folder)
+    for part in flux.iterdir():
+        (folder / part.name).symlink_to(part)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    train = ("train", folder, book, "-o", out, "--nearby", 0, "--size", 64)
+    trained = CliRunner().invoke(app, [*map(str, train), "--edit", "context", "--steps", "6", "--batch", "2", "--objective", "esd"])
+    assert trained.exit_code == 0, trained.output
+    delta = ConceptDelta.load(out / "cat.safetensors")
+    assert delta.facts.losses[-1] < delta.facts.losses[0]
+    assert delta.facts.text_encoder is not None
+    assert delta.facts.text_encoder.name == "T5-XXL"
+    assert delta.pooled is not None
+    assert delta.certificate.worst_leakage < 0.01
+    context = load_encoders(str(folder), LoadOptions()).encode(["a photo of a cat", "a red house"]).context
+    edited = Composition((delta,)).edit_context(context, torch.ones(2, 1))
+    assert not torch.equal(edited[0], context[0])
+    assert torch.equal(edited[1], context[1])
+    (tmp_path / "pictures").mkdir()
+    for options, said in (
+        ((), "choose the edit context"),
+        (("--edit", "context", "--objective", "fmn"), "objective fmn is for Stable Diffusion"),
+        (("--edit", "context", "--images", tmp_path / "pictures"), "leave out --images"),
+        (("--edit", "context", "--guard", "--nearby", 5), "holds text encoders and no model"),
+    ):
+        assert said in refused(*train, *options)
+    assert "holds text encoders and no model" in refused("generate", folder, "a cat", "-o", tmp_path / "x.png")
 
 
 def test_what_is_missing_is_said(flux: Path, book: Path, tmp_path: Path) -> None:

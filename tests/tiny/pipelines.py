@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler as Flow
+from torch import nn
 
 from . import diffusers_models
 
@@ -38,11 +39,11 @@ PIPELINES: dict[str, tuple[str, Any, Callable[[], Any]]] = {  # class, scheduler
 }
 
 
-def build(family: str) -> Any:
-    """The family's pipeline."""
+def build(family: str, transformer: nn.Module | None = None) -> Any:
+    """The family's pipeline, around the tiny model of :mod:`~.diffusers_models` if no other is given."""
     kind, scheduler, autoencoder = PIPELINES[family]
     own = getattr(diffusers, kind)
-    parts = {"transformer": diffusers_models.build(family).model, "scheduler": scheduler, "vae": autoencoder().eval()}
+    parts = {"transformer": transformer or diffusers_models.build(family).model, "scheduler": scheduler, "vae": autoencoder().eval()}
     texts = dict.fromkeys(
         name for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2") if name in own.__init__.__code__.co_varnames
     )

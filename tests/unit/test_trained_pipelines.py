@@ -82,7 +82,7 @@ def test_runs_are_the_pipelines(family: str) -> None:
         torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "edit"), [("flux1", "context"), ("z_image", "context"), ("wan", "layers"), ("pixart", "layers")])
+@pytest.mark.parametrize(("family", "edit"), [("flux1", "context"), ("qwen_image", "context"), ("wan", "layers"), ("pixart", "layers")])
 def test_trained_and_spared(family: str, edit: str, few: None) -> None:
     host = host_of(family)
     before = {name: weight.clone() for name, weight in host.transformer.state_dict().items()}
