@@ -17,8 +17,9 @@ Where each family reads text, from the data in `sepme/model/families/` (one file
 **each layer**: keys and values of the blocks are made of text alone and are the same in every step, so single layers can be edited exactly
 (after an embedding of the text where the table says so: then a delta adds to keys and values what it reads of the context in front of the
 embedding, and is no LoRA; of HunyuanDiT it changes what CLIP's tokens say). ComfyUI has these deltas by SepME Train with
-the objective closed-form and the edit layers, diffusers by `TextBlocks`, trained ones too
-([a model of your own](own-model.md)). **context**: text is mixed with the picture behind
+the edit layers, in closed form and trained (HunyuanDiT: closed form alone); `sepme train` makes them through diffusers folders of Wan and
+PixArt, the library through any pipeline by `TextBlocks` ([a model of your own](own-model.md)).
+**context**: text is mixed with the picture behind
 the layer that reads it; the context is edited, with the same result for prompts that do not speak of the concept: not one bit differs.
 **LoRA**: whether an edit of the context can be written as a change of the weights that read it; it cannot where a norm stands between.
 How text encoders that are not CLIP are read: [text encoders](text-encoders.md).

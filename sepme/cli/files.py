@@ -33,8 +33,13 @@ def targets(out: Path, deltas: Sequence[ConceptDelta], files: Sequence[Path], ot
     return paths
 
 
-def model_of(deltas: Sequence[ConceptDelta], model: ModelOptions, draws: bool = False) -> tuple[Any, Any, list[str]]:
+def model_of(
+    deltas: Sequence[ConceptDelta], model: ModelOptions, draws: bool = False, training: bool = False
+) -> tuple[Any, Any, list[str]]:
     """The model that deltas are used on, its text encoders alone where these are enough; its layers; and what is to be said.
+
+    Args:
+        draws, training: what it has to do beside reading prompts; see :meth:`ModelOptions.load`.
 
     Raises:
         SepMEError: what loading raises, or deltas of another model or encoder.
@@ -42,7 +47,7 @@ def model_of(deltas: Sequence[ConceptDelta], model: ModelOptions, draws: bool = 
     from ..delta.verify import check_encoder
     from ..model.layers import kv_fingerprint, shapes
 
-    host = model.load(alone=not draws and not any(d.projections for d in deltas))
+    host = model.load(alone=not draws and not any(d.projections for d in deltas), training=training)
     layers = host.attention_layers() if hasattr(host, "attention_layers") else {}
     for delta in deltas if layers else ():
         delta.check_fits(shapes(layers))

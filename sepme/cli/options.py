@@ -62,7 +62,10 @@ class ModelOptions:
     """Which model a command reads, where and how."""
 
     model: Annotated[
-        str, typer.Argument(help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL); or a text encoder.")
+        str,
+        typer.Argument(
+            help="'demo', a diffusers folder or a .safetensors checkpoint (SD 1.x, 2.x, XL); or a text encoder, or Flux's folder ..."
+        ),
     ]
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = "cpu"
     dtype: Annotated[str, typer.Option(help="The model's precision: float32, float16 or bfloat16; deltas are trained in float32.")] = (

@@ -49,7 +49,7 @@ def verify(
 
     deltas = [ConceptDelta.load(path) for path in files]
     paths = targets(out, deltas, files, "--fix would write one over the other, name one of them at a time") if fix else []
-    host, _, warnings = model_of(deltas, model, draws=draw is not None)
+    host, _, warnings = model_of(deltas, model, draws=draw is not None, training=draw is None)
     with interruptible() as check, progress_bar() as bar:
         result = measure(host, deltas, preserve, progress(bar, check), nearby)
     warnings += result.warnings

@@ -90,7 +90,7 @@ def _from_folder(folder: Path, options: LoadOptions) -> Any:
         raise SepMEError(f"{folder} holds a {str(kind)[:60]}; only {' and '.join(PIPELINES)} can be loaded.")
     encoders = ("text_encoder", "text_encoder_2") if "XL" in kind else ("text_encoder",)
     absent = ("safety_checker",) if kind == "StableDiffusionPipeline" else ()
-    pipe = open_folder(folder, index, PIPELINES[kind], ("unet", "vae", *encoders), absent, options.dtype)
+    pipe = open_folder(folder, index, PIPELINES[kind], ("unet", "vae", *encoders), absent, low_cpu_mem_usage=False).to(options.dtype)
     if options.prediction:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=options.prediction)
     return pipe
@@ -110,7 +110,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def open_folder(
-    folder: Path, index: Mapping[str, Any], kind: Any, parts: Sequence[str], absent: Sequence[str], dtype: torch.dtype
+    folder: Path, index: Mapping[str, Any], kind: Any, parts: Sequence[str], absent: Sequence[str], **how: Any
 ) -> Any:  # fmt: skip
     """A diffusers folder's pipeline, on the CPU.
 
@@ -119,6 +119,7 @@ def open_folder(
         kind: the pipeline's class.
         parts: its models that are read.
         absent: its components that are left out.
+        how: what else ``from_pretrained`` is told.
 
     Raises:
         SepMEError: it holds code, parts are missing or no safetensors, quantised or damaged.
@@ -133,8 +134,8 @@ def open_folder(
         for file in (file for found in files.values() for file in found):
             check_file_precision(file)
         variant = None if all(any(".fp16" not in file.name for file in found) for found in files.values()) else "fp16"
-        how = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "variant": variant}
-        pipe = kind.from_pretrained(folder, **how, **dict.fromkeys(absent)).to(dtype)
+        how |= {"use_safetensors": True, "local_files_only": True, "variant": variant} | dict.fromkeys(absent)
+        pipe = kind.from_pretrained(folder, **how)
     except (SepMEError, MemoryError):
         raise
     except Exception as error:  # whatever a broken folder makes the loaders raise

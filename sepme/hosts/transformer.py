@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ def load_transformer(model: str, options: LoadOptions, family: str | None = None
     """A pipeline's folder, of which safetensors alone is read.
 
     Raises:
-        SepMEError: files are missing or damaged, or what :class:`TransformerHost` and :func:`load_encoders` raise.
+        SepMEError: files are missing or damaged, or what :func:`load_encoders` raises.
     """
     folder = Path(model)
     reader = load_encoders(model, options, family)
@@ -48,16 +49,19 @@ def load_transformer(model: str, options: LoadOptions, family: str | None = None
     index = read_index(folder)
     models = [name for name in index if name.startswith("transformer") and (folder / name).is_dir()] + ["vae"]
     absent = [name for name, value in index.items() if isinstance(value, list) and name not in (*models, "scheduler")]
-    pipe = open_folder(folder, index, getattr(diffusers, index["_class_name"]), models, absent, options.dtype).to(options.device)
+    pipe = open_folder(folder, index, getattr(diffusers, index["_class_name"]), models, absent, torch_dtype=options.dtype).to(
+        options.device
+    )
     return TransformerHost(pipe, reader, options.size)
 
 
 class _FirstStep(Exception):
-    """What the pipeline's call has come to: the model's output as the scheduler would get it, and the latents."""
+    """What the pipeline's call has come to: the model's output as the scheduler would get it, the latents, and the shift's logarithm, if
+    it is the size's."""
 
-    def __init__(self, predicted: Tensor, latents: Tensor) -> None:
+    def __init__(self, predicted: Tensor, latents: Tensor, mu: float) -> None:
         super().__init__()
-        self.predicted, self.latents = predicted, latents
+        self.predicted, self.latents, self.mu = predicted, latents, mu
 
 
 class _Scheduler:
@@ -82,7 +86,7 @@ class _Scheduler:
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
-        raise _FirstStep(model_output, sample)
+        raise _FirstStep(model_output, sample, self.mu)
 
 
 class TransformerHost(ScheduledDenoiser):
@@ -93,8 +97,8 @@ class TransformerHost(ScheduledDenoiser):
         reader: of its prompts.
         size: pixels of an image's side; the pipeline's own if None.
 
-    Raises:
-        SepMEError: the pipeline cannot be called, or not at this size, or what it predicts is not known.
+    Its :attr:`latent_shape` and :attr:`schedule` raise SepMEError where the pipeline cannot be called, or not at this size, or what it
+    predicts is not known.
     """
 
     free_length = True
@@ -106,20 +110,21 @@ class TransformerHost(ScheduledDenoiser):
         for part in (value for value in pipe.components.values() if isinstance(value, torch.nn.Module)):
             part.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
-        real, self._stop = pipe.scheduler, _Scheduler(pipe.scheduler.config)
+        self._scheduler, self._stop = pipe.scheduler, _Scheduler(pipe.scheduler.config)
         pipe.scheduler = self._stop
         self._takes = inspect.signature(type(pipe).__call__).parameters
         self._call = inspect.unwrap(type(pipe).__call__)  # without its no_grad
-        empty = reader.encode([""])
-        self._least = empty.context.shape[1]
-        seen = self._probe(empty)
-        self._shape = tuple(seen.latents.shape[1:])
-        self.schedule = _schedule(real, self._stop.mu)
 
-    def _probe(self, empty: Encoding) -> _FirstStep:
+    @cached_property
+    def _empty(self) -> Encoding:
+        return self._reader.encode([""])
+
+    @cached_property
+    def _seen(self) -> _FirstStep:
+        """A call without latents: what the pipeline makes of the size."""
         try:
             with torch.no_grad():
-                return self._see(None, torch.ones(()), empty.context.to(self.device, self.dtype), empty.pooled)
+                return self._see(None, torch.ones(()), self._empty.context.to(self.device, self.dtype), self._empty.pooled)
         except Exception as error:  # whatever a pipeline with other parts than published, or of another size, raises
             if out_of_memory(error):
                 raise
@@ -128,7 +133,19 @@ class TransformerHost(ScheduledDenoiser):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return self._shape
+        return tuple(self._seen.latents.shape[1:])
+
+    @cached_property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        """The noise levels of the pipeline's scheduler, shifted as for this size."""
+        seen, scheduler, config = self._seen, self._scheduler, self._scheduler.config
+        kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type")
+        if kind == "flow_prediction":
+            shift = config.get("shift") or config.get("flow_shift") or 1.0
+            return Schedule.flow(config.num_train_timesteps, math.exp(seen.mu) if config.get("use_dynamic_shifting") and seen.mu else shift)
+        if kind in PREDICTIONS:
+            return Schedule.diffusion(scheduler.alphas_cumprod, cast(Prediction, kind))
+        raise SepMEError(f"This model predicts {kind}, which is not known; choose --objective closed-form --edit context.")
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +165,7 @@ class TransformerHost(ScheduledDenoiser):
         return self._reader.encode(prompts)
 
     def parts(self, context: Tensor, t: Tensor) -> list[Part]:
-        return parts(context, self._least, t)
+        return parts(context, self._empty.context.shape[1], t)
 
     def guided(self, sampling: Sampling) -> Sampling:
         return sampling._replace(guidance=1.0) if self.transformer.config.get("guidance_embeds") else sampling
@@ -171,8 +188,6 @@ class TransformerHost(ScheduledDenoiser):
             "prompt_embeds_mask": there,
             "true_cfg_scale": 1.0,
             "guidance_scale": 0.0,
-            "height": self._size,
-            "width": self._size,
             "num_frames": 1,
             "num_inference_steps": 1,
             "use_resolution_binning": False,
@@ -180,22 +195,12 @@ class TransformerHost(ScheduledDenoiser):
             "generator": torch.Generator().manual_seed(0),
             "output_type": "latent",
         }
+        if self._size is not None:
+            given |= {"height": self._size, "width": self._size}
         if "true_cfg_scale" in self._takes:
             del given["guidance_scale"]  # the number that the model is given, there
         try:
             self._call(self.pipe, **{name: value for name, value in given.items() if name in self._takes})
         except _FirstStep as seen:
-            return seen
+            return seen.with_traceback(None)  # which holds all that the call had made
         raise SepMEError(f"This {type(self.pipe).__name__} has drawn without its scheduler; it cannot be trained through.")
-
-
-def _schedule(scheduler: Any, mu: float) -> Schedule:
-    """The noise levels of a pipeline's scheduler, shifted as for this size."""
-    config = scheduler.config
-    kind = "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else config.get("prediction_type")
-    if kind == "flow_prediction":
-        shift = config.get("shift") or config.get("flow_shift") or 1.0
-        return Schedule.flow(config.num_train_timesteps, math.exp(mu) if config.get("use_dynamic_shifting") and mu else shift)
-    if kind in PREDICTIONS:
-        return Schedule.diffusion(scheduler.alphas_cumprod, cast(Prediction, kind))
-    raise SepMEError(f"This model predicts {kind}, which is not known; choose --objective closed-form --edit context.")

@@ -111,8 +111,8 @@ def test_what_is_refused() -> None:
         with pytest.raises(SepMEError, match=said):
             check_layers(host, options)
     with pytest.raises(SepMEError, match=r"ZImagePipeline cannot be called .*; check its folder, and --size"):
-        host_of("z_image", 60)
+        _ = host_of("z_image", 60).latent_shape
     pipe = pipelines.build("pixart")
     pipe.scheduler = DDPMScheduler(prediction_type="sample")
     with pytest.raises(SepMEError, match="predicts sample, which is not known"):
-        TransformerHost(pipe, Words(), 64)  # type: ignore[arg-type]
+        _ = TransformerHost(pipe, Words(), 64).schedule  # type: ignore[arg-type]
