@@ -52,6 +52,8 @@ class TransformerDenoiser(HostDenoiser):
         if getattr(encoder, "others", None):
             raise SepMEError("This model is given other texts beside the context, which are erased by the objective closed-form alone.")
         sampling = patcher.get_model_object("model_sampling")
+        if self.model.latent_format.latent_dimensions not in (2, 3):
+            raise SepMEError("This model makes no pictures; choose the objective closed-form and the edit context, which do not ask.")
         self._flow, self._scaled = _kind(sampling)
         with torch.inference_mode(False), torch.no_grad():  # tensors that may take part in a graph
             self._sigmas = sampling.sigmas.detach().clone()
