@@ -14,7 +14,7 @@ from torch import Tensor
 pytestmark = pytest.mark.xdist_group("comfyui inside")
 
 ORDINARY = ("a house", "a tree by a lake", "green car", "old man", "a cup")
-CASES = {"flux": "context", "z_image": "context", "wan": "layers"}  # and what is edited
+CASES = {"flux": "context", "qwen_image": "context", "wan": "layers"}  # and what is edited
 STEPS = 4  # of a denoising run
 
 
@@ -85,7 +85,7 @@ def test_trained_erased_spared_restored(world: World, inside: Inside, few: Any, 
     assert losses[-1] < 0.75 * losses[0]
     assert delta.edits_context is (edit == "context")
     assert torch.equal(delta.down, world.planner.plan("fox").down)
-    assert delta.certificate.gate_low < delta.gate < delta.certificate.gate_high
+    assert delta.certificate.worst_leakage < 0.05
     loaded = type(delta).load(delta.save(tmp_path / "fox.safetensors"))
     assert loaded.content_hash() == delta.content_hash()
     applied = world.host.apply_deltas(world.model, (loaded,), {})
@@ -100,9 +100,8 @@ def test_memory_is_counted_and_half_precision_trains(inside: Inside, few: Any) -
     world = World(inside, "qwen_image", torch.bfloat16)
     assert world.denoiser.dtype == torch.bfloat16
     with world.denoiser.trainable(4):
-        options = (inside.sepme.TrainOptions(edit="context", batch=batch) for batch in (1, 2))
-        one, two = (memory.step_bytes(world.denoiser, world.planner.prompts.empty, o) for o in options)
-    assert one < two
+        options = inside.sepme.TrainOptions(edit="context", batch=2)
+        assert memory.step_bytes(world.denoiser, world.planner.prompts.empty, options) > 2**16
     losses = world.train(inside, edit="context").facts.losses
     assert losses[-1] < 0.75 * losses[0]
 
