@@ -158,7 +158,8 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     near = dialog.locator(".sepme-near").input_value().split(", ")
     assert near[:2] == ["crescent", "moon"]
     dialog.locator(".sepme-near").fill(", ".join([*near[2:], "Cloud"]))
-    dialog.locator(".sepme-same").fill("moon")
+    same = dialog.locator(".sepme-same")
+    same.fill(f"{same.input_value()}, moon")
     page.answer("What takes the place of star?", "OK")
     assert rows(page, erase) == [{"name": "star", "stays": ["cloud"], "same": ["moon"], "free": ["crescent"]}]
     row.locator(".sepme-drop").click()
