@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any
 
 import jinja2
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from ..concepts import file_name
 from ..delta.concept_delta import ConceptDelta
+from ..errors import Interrupted
 from ..evaluate.classifiers import EmbeddedClassifier
 from ..evaluate.erasers import Separable
 from ..evaluate.measure import share
@@ -30,7 +35,7 @@ from ..train import Job, TrainOptions, each, train_book
 from .run import MOST, chance, demo_suite
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHORT = {"batch": 2, "trajectories": 4}  # half of the usual: somebody waits
+SHORT: dict[str, Any] = {"batch": 2, "trajectories": 4}  # half of the usual: somebody waits
 COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
 
 
@@ -70,42 +75,65 @@ class QuickDemo:
         """Write ``first.png``, ``report.html`` and ``metrics.json``; returns the metrics."""
         started = time.perf_counter()
         planner = Planner(self.host, self.suite.book())
-        solved, self.metrics["seconds_closed_form_per_concept"] = self._make(planner, "closed-form", "closed_form")
+        solved: dict[str, ConceptDelta] = {}
+        self.metrics["seconds_closed_form_per_concept"] = self._make(
+            planner, self.host, "closed-form", lambda d: solved.update({d.concept.name: d})
+        )
         eraser = Separable(list(solved.values()))
         self._first(eraser)
-        for i, row in enumerate(self.rows):
-            self.on_progress("Erased in closed form", i, len(self.rows))
-            self._solved(row, eraser)
-            self._write()
-        self.on_progress("Erased in closed form", len(self.rows), len(self.rows))
-        trained, self.metrics["seconds_train_per_concept"] = self._make(planner, "gcirs", "gcirs")
-        eraser = Separable(list(trained.values()))
-        for i, row in enumerate(self.rows):
-            self.on_progress("Erased by training", i, len(self.rows))
-            sampled = self.sampler.sample(self.sampler.sets.own(row.name), eraser, [row.name])
-            self._show(row, "erased by training", sampled)
-            self._write()
+        with self._beside(planner) as trained:
+            for i, row in enumerate(self.rows):
+                self.on_progress("Erased in closed form", i, len(self.rows))
+                self._solved(row, eraser)
+                self._write()
+            self.on_progress("Erased in closed form", len(self.rows), len(self.rows))
+            while not trained.done():
+                self.on_progress("Erased by training", len(self.found[COLUMNS[-1]]), len(self.rows))
+                wait([trained], timeout=1)
+            self.metrics["seconds_train_per_concept"] = trained.result()
         self.on_progress("Erased by training", len(self.rows), len(self.rows))
         self.metrics |= self._figures() | {"seconds_total": time.perf_counter() - started}
         self._write(done=True)
         write_atomically(self.out / "metrics.json", json.dumps(self.metrics, indent=2, sort_keys=True).encode())
         return self.metrics
 
-    def _make(self, planner: Planner, objective: str, folder: str) -> tuple[dict[str, ConceptDelta], float]:
-        """Make and save the deltas of all concepts; seconds per concept."""
-        deltas: dict[str, ConceptDelta] = {}
-        started, names, what = time.perf_counter(), self.suite.names, f"Deltas, {objective}"
+    def _make(
+        self, planner: Planner, host: DiffusersHost, objective: str, use: Callable[[ConceptDelta], object], stopped: Event | None = None
+    ) -> float:
+        """Make and save the deltas of all concepts, use each as it is ready; seconds per concept."""
+        started, names = time.perf_counter(), self.suite.names
+
+        def check(step: Any = None) -> None:
+            if stopped is not None and stopped.is_set():
+                raise Interrupted
 
         def save(delta: ConceptDelta) -> None:
+            path = self.out / "deltas" / objective.replace("-", "_") / f"{file_name(delta.concept.name)}.safetensors"
+            use(ConceptDelta.load(delta.save(path)))
+
+        options = TrainOptions.for_mode(objective=objective, **SHORT)
+        train_book(Job(planner, host, options, names, each(names)), save, check, check)
+        return (time.perf_counter() - started) / len(names)
+
+    @contextmanager
+    def _beside(self, planner: Planner) -> Iterator[Future[float]]:
+        """Training in a second thread, on a copy of the model: pictures of the closed form are drawn meanwhile, by half of the cores."""
+        sampler, rows, stopped, threads = copy.copy(self.sampler), {r.name: r for r in self.rows}, Event(), torch.get_num_threads()
+        sampler.host = host = copy.deepcopy(self.host)
+
+        def show(delta: ConceptDelta) -> None:
             name = delta.concept.name
-            deltas[name] = ConceptDelta.load(delta.save(self.out / "deltas" / folder / f"{file_name(name)}.safetensors"))
+            self._show(rows[name], COLUMNS[-1], sampler.sample(sampler.sets.own(name), Separable([delta]), [name]))
 
-        def tell(step: Any = None) -> None:
-            self.on_progress(what, len(deltas), len(names))
-
-        train_book(Job(planner, self.host, TrainOptions.for_mode(objective=objective, **SHORT), names, each(names)), save, tell)
-        tell()
-        return deltas, (time.perf_counter() - started) / len(names)
+        torch.set_num_threads(max(1, threads // 2))
+        try:
+            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+                try:
+                    yield pool.submit(self._make, planner, host, "gcirs", show, stopped)
+                finally:
+                    stopped.set()
+        finally:
+            torch.set_num_threads(threads)
 
     def _first(self, eraser: Separable) -> None:
         """A picture before anything else: stock beside erased."""

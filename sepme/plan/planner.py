@@ -105,12 +105,12 @@ class Planner:
         wanted = self.prompts.names if names is None else [self.book[n].name for n in names]
         todo = [n for n in dict.fromkeys(wanted) if n not in self._plans]
         if todo:
-            plans = self._calibrated(todo, self._finder.find(todo))
-            freer = self._finder.find_without_nearby(todo)
-            for name, plan in (self._calibrated(todo, freer) if freer else {}).items():
-                if plans[name].certificate.room < ROOMIER * plan.certificate.room:
-                    plans[name] = plan
-            self._plans |= plans
+            found, freer = self._finder.find(todo), self._finder.find_without_nearby(todo)
+            plans = self._calibrated([*todo, *todo[: len(freer)]], [*found, *freer])
+            self._plans |= dict(zip(todo, plans, strict=False))
+            for name, plan in zip(todo, plans[len(todo) :], strict=False):
+                if self._plans[name].certificate.room < ROOMIER * plan.certificate.room:
+                    self._plans[name] = plan
         return {n: self._plans[n] for n in wanted}
 
     def null_space(self, name: str) -> Tensor:
@@ -131,13 +131,13 @@ class Planner:
     def certify(self, name: str, basis: Tensor, null_dims: int, gate: float | None = None) -> Subspace:
         """The subspace spanned by a basis ``(d_in, k)``, with certificate and gate (calibrated unless given)."""
         name = self.book[name].name
-        return self._calibrated([name], [Found(basis, kept_energy(self.prompts.rows(name), basis), null_dims)], gate)[name]
+        return self._calibrated([name], [Found(basis, kept_energy(self.prompts.rows(name), basis), null_dims)], gate)[0]
 
-    def _calibrated(self, names: Sequence[str], found: Sequence[Found], gate: float | None = None) -> dict[str, Subspace]:
-        result = {}
+    def _calibrated(self, names: Sequence[str], found: Sequence[Found], gate: float | None = None) -> list[Subspace]:
+        result = []
         measured = calibrate(self.prompts, names, found, self.mode, gate)
         for name, one, (own, certificate) in zip(names, found, measured, strict=True):
             pooled, facts = self.pooled(name)
             down = one.basis.T.to(torch.float32).contiguous()
-            result[name] = Subspace(self.book[name], down, own, replace(certificate, pooled=facts), self.options, pooled)
+            result.append(Subspace(self.book[name], down, own, replace(certificate, pooled=facts), self.options, pooled))
         return result

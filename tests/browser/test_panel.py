@@ -39,31 +39,31 @@ def chain(page: Page, *files: str, model: bool = True) -> tuple[str, list[str]]:
 
 
 def test_rows_come_with_wires_and_change_the_value(page: Page) -> None:
-    apply, loaders = chain(page, "star.safetensors", "heart.safetensors")
+    apply, loaders = chain(page, "star.safetensors", "openmoji.safetensors")
     assert page.value(apply, "toggles") == "{}"  # nothing was touched: both are erased by default
-    page.switch(apply, "heart")
-    page.wait_toggles(apply, {"star": 1, "heart": 0})
+    page.switch(apply, "openmoji")
+    page.wait_toggles(apply, {"star": 1, "openmoji": 0})
     number = page.row(apply, "star").locator(".sepme-number")
     number.fill("0.35")
     number.press("Tab")
-    page.wait_toggles(apply, {"star": 0.35, "heart": 0})
+    page.wait_toggles(apply, {"star": 0.35, "openmoji": 0})
     number.fill("1e9")
     number.press("Enter")
-    page.wait_toggles(apply, {"star": 100, "heart": 0})
+    page.wait_toggles(apply, {"star": 100, "openmoji": 0})
     number.fill("0.35")
     number.press("Enter")
     page.row(apply, "star").locator(".sepme-slider").press("ArrowRight")
-    page.wait_toggles(apply, {"star": 0.4, "heart": 0})
+    page.wait_toggles(apply, {"star": 0.4, "openmoji": 0})
     page.switch(apply, "star")
     page.switch(apply, "star")
-    page.wait_toggles(apply, {"star": 0.4, "heart": 0})  # the strength before it was switched off
+    page.wait_toggles(apply, {"star": 0.4, "openmoji": 0})  # the strength before it was switched off
     for button, on in (("All", 1), ("Invert", 0), ("Invert", 1), ("None", 0)):
         page.panel(apply).locator(f"button:text-is('{button}')").click()
-        page.wait_toggles(apply, {"star": on, "heart": on})
-    striped = page.add("SepMELoadDelta", 80, 380, delta="striped.safetensors")
-    page.wire(striped, 0, loaders[0], "deltas")
-    page.wait_rows(apply, "star", "heart", "striped")
-    assert page.api_prompt()[apply]["inputs"]["toggles"] == '{"star": 0, "heart": 0}'
+        page.wait_toggles(apply, {"star": on, "openmoji": on})
+    tulip = page.add("SepMELoadDelta", 80, 380, delta="tulip.safetensors")
+    page.wire(tulip, 0, loaders[0], "deltas")
+    page.wait_rows(apply, "star", "openmoji", "tulip")
+    assert page.api_prompt()[apply]["inputs"]["toggles"] == '{"star": 0, "openmoji": 0}'
 
 
 def test_certificates_by_colour_and_shape(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
@@ -85,22 +85,22 @@ def test_certificates_by_colour_and_shape(page: Page, delta_folder: Path, make_r
 
 
 def test_keyboard_and_screen_readers(page: Page) -> None:
-    apply, _ = chain(page, "star.safetensors", "heart.safetensors")
+    apply, _ = chain(page, "star.safetensors", "openmoji.safetensors")
     page.row(apply, "star").locator(".sepme-switch").press("Space")
     page.tab.keyboard.press("ArrowDown")
     page.tab.keyboard.press("Enter")
-    page.wait_toggles(apply, {"star": 0, "heart": 0})
+    page.wait_toggles(apply, {"star": 0, "openmoji": 0})
     page.tab.keyboard.press("Space")
     page.tab.keyboard.press("Alt+ArrowUp")
-    page.wait_toggles(apply, {"heart": 1, "star": 0})
-    page.wait_rows(apply, "heart", "star")
+    page.wait_toggles(apply, {"openmoji": 1, "star": 0})
+    page.wait_rows(apply, "openmoji", "star")
     page.tab.keyboard.press("Tab")
     page.tab.keyboard.press("ArrowLeft")
-    page.wait_toggles(apply, {"heart": 0.95, "star": 0})
+    page.wait_toggles(apply, {"openmoji": 0.95, "star": 0})
     page.tab.keyboard.press("Tab")
     page.tab.keyboard.type("-2")
     page.tab.keyboard.press("Tab")
-    page.wait_toggles(apply, {"heart": -2, "star": 0})
+    page.wait_toggles(apply, {"openmoji": -2, "star": 0})
     page.tab.keyboard.press("Tab")
     assert page.row(apply, "star").locator(".sepme-slider").evaluate("(e) => e === document.activeElement")
     assert page.ids("SepMEApply") == [apply]  # no key went to the host, whose own shortcuts would have changed the graph
@@ -113,10 +113,10 @@ def test_keyboard_and_screen_readers(page: Page) -> None:
         - list:
           - listitem:
             - img /^Safe/
-            - switch "Erase heart" [checked]
-            - text: heart
-            - slider "Strength of heart"
-            - spinbutton "Strength of heart": "-2"
+            - switch "Erase openmoji" [checked]
+            - text: openmoji
+            - slider "Strength of openmoji"
+            - spinbutton "Strength of openmoji": "-2"
           - listitem:
             - img
             - switch "Erase star"
@@ -127,15 +127,15 @@ def test_keyboard_and_screen_readers(page: Page) -> None:
 
 
 def test_reorder_by_mouse(page: Page) -> None:
-    apply, _ = chain(page, "star.safetensors", "heart.safetensors", "striped.safetensors")
-    grip = page.row(apply, "striped").locator(".sepme-grip").bounding_box()
+    apply, _ = chain(page, "star.safetensors", "openmoji.safetensors", "tulip.safetensors")
+    grip = page.row(apply, "tulip").locator(".sepme-grip").bounding_box()
     top = page.row(apply, "star").bounding_box()
     page.tab.mouse.move(grip["x"] + 4, grip["y"] + 8)
     page.tab.mouse.down()
     page.tab.mouse.move(grip["x"] + 4, top["y"] + 8, steps=6)
     page.tab.mouse.up()
-    page.wait_rows(apply, "striped", "star", "heart")
-    page.wait_toggles(apply, {"striped": 1, "star": 1, "heart": 1})
+    page.wait_rows(apply, "tulip", "star", "openmoji")
+    page.wait_toggles(apply, {"tulip": 1, "star": 1, "openmoji": 1})
 
 
 def test_undo_redo(page: Page) -> None:
@@ -155,38 +155,38 @@ def test_undo_redo(page: Page) -> None:
 
 
 def test_value_survives_save_load_copy_and_paste(page: Page) -> None:
-    apply, _ = chain(page, "star.safetensors", "heart.safetensors")
-    page.switch(apply, "heart")
+    apply, _ = chain(page, "star.safetensors", "openmoji.safetensors")
+    page.switch(apply, "openmoji")
     saved = page.workflow()
     (entry,) = (n for n in saved["nodes"] if n["type"] == "SepMEApply")
-    assert entry["widgets_values"][0] == '{"star": 1, "heart": 0}'
+    assert entry["widgets_values"][0] == '{"star": 1, "openmoji": 0}'
     hashes = {n["widgets_values"][1] for n in saved["nodes"] if n["type"] == "SepMELoadDelta"}
     assert set(saved["extra"]["sepme"]) == hashes
     page.load_workflow(saved)
-    page.wait_rows(apply, "star", "heart")
-    page.wait_toggles(apply, {"star": 1, "heart": 0})
+    page.wait_rows(apply, "star", "openmoji")
+    page.wait_toggles(apply, {"star": 1, "openmoji": 0})
     page.select(apply)
     page.tab.keyboard.press("Control+c")
     page.tab.mouse.move(300, 500)  # where it is pasted
     page.tab.keyboard.press("Control+v")
     page.sees(lambda: len(page.ids("SepMEApply")), 2)
     (copy,) = set(page.ids("SepMEApply")) - {apply}
-    page.wait_toggles(copy, {"star": 1, "heart": 0})
-    page.wait_rows(copy, "star", "heart")  # its deltas are not connected: kept and marked
+    page.wait_toggles(copy, {"star": 1, "openmoji": 0})
+    page.wait_rows(copy, "star", "openmoji")  # its deltas are not connected: kept and marked
     expect(page.panel(copy).locator(".sepme-lost")).to_have_count(2)
     page.switch(copy, "star")  # a copy has a value of its own
-    page.wait_toggles(copy, {"star": 0, "heart": 0})
-    page.wait_toggles(apply, {"star": 1, "heart": 0})
+    page.wait_toggles(copy, {"star": 0, "openmoji": 0})
+    page.wait_toggles(apply, {"star": 1, "openmoji": 0})
 
 
 def test_reroutes_bypassed_nodes_and_subgraphs(page: Page) -> None:
-    apply, loaders = chain(page, "star.safetensors", "heart.safetensors")
+    apply, loaders = chain(page, "star.safetensors", "openmoji.safetensors")
     reroute = page.add("Reroute", 640, 300)
     page.tab.evaluate("([a, r]) => { sepmeTest.node(a).connect(0, sepmeTest.node(r), 0); }", [loaders[-1], reroute])
     page.wire(reroute, 0, apply, "deltas")
-    page.wait_rows(apply, "star", "heart")
+    page.wait_rows(apply, "star", "openmoji")
     page.select(loaders[1])
-    for rows in (("star",), ("star", "heart")):
+    for rows in (("star",), ("star", "openmoji")):
         page.tab.keyboard.press("Control+b")  # bypass, and back
         page.wait_rows(apply, *rows)
     page.switch(apply, "star")
@@ -196,17 +196,17 @@ def test_reroutes_bypassed_nodes_and_subgraphs(page: Page) -> None:
     page.tab.evaluate("(id) => sepmeTest.enter(id)", outer)
     page.sees(lambda: len(page.ids("SepMEApply")), 1)
     (inner,) = page.ids("SepMEApply")
-    page.wait_rows(inner, "star", "heart")
-    page.wait_toggles(inner, {"star": 0, "heart": 1})
-    page.switch(inner, "heart")
+    page.wait_rows(inner, "star", "openmoji")
+    page.wait_toggles(inner, {"star": 0, "openmoji": 1})
+    page.switch(inner, "openmoji")
     (exported,) = (n for n in page.api_prompt().values() if n["class_type"] == "SepMEApply")
-    assert json.loads(exported["inputs"]["toggles"]) == {"star": 0, "heart": 0}
+    assert json.loads(exported["inputs"]["toggles"]) == {"star": 0, "openmoji": 0}
 
 
 def test_prompt_nodes_inherit_until_set(page: Page) -> None:
-    apply, _ = chain(page, "star.safetensors", "heart.safetensors")
+    apply, _ = chain(page, "star.safetensors", "openmoji.safetensors")
     encode = page.add("SepMETextEncode", 760, 460)
-    page.wait_rows(encode, "star", "heart")
+    page.wait_rows(encode, "star", "openmoji")
     toggle, count = page.row(encode, "star").locator(".sepme-switch"), page.panel(encode).locator(".sepme-count")
     expect(count).to_have_text("2 of 2 erased")  # as SepME Apply does
     expect(page.panel(encode).locator(".sepme-inherited")).to_have_count(2)
@@ -222,49 +222,49 @@ def test_prompt_nodes_inherit_until_set(page: Page) -> None:
     expect(count).to_have_text("1 of 2 erased")
     page.switch(encode, "star")
     page.wait_toggles(encode, {"star": 1})
-    number = page.row(apply, "heart").locator(".sepme-number")
+    number = page.row(apply, "openmoji").locator(".sepme-number")
     number.fill("0.4")
     number.press("Enter")
-    expect(page.row(encode, "heart").locator(".sepme-number")).to_have_attribute("placeholder", "0.4")
-    page.set(encode, "text", "a city <keep:Heart>")
+    expect(page.row(encode, "openmoji").locator(".sepme-number")).to_have_attribute("placeholder", "0.4")
+    page.set(encode, "text", "a city <keep:Openmoji>")
     page.look()
-    expect(page.row(encode, "heart").locator(".sepme-switch")).to_be_disabled()  # tags go before switches
+    expect(page.row(encode, "openmoji").locator(".sepme-switch")).to_be_disabled()  # tags go before switches
     expect(count).to_have_text("1 of 2 erased")
 
 
 def test_a_prompt_follows_the_models_that_draw_it(page: Page) -> None:
     """Two SepME Apply nodes one behind the other, a third elsewhere; a prompt node behind another."""
-    first, _ = chain(page, "star.safetensors", "heart.safetensors")
+    first, _ = chain(page, "star.safetensors", "openmoji.safetensors")
     second, other = page.add("SepMEApply", 1180, 140), page.add("SepMEApply", 1180, 420)
     encode, later = page.add("SepMETextEncode", 760, 460), page.add("SepMEConditioningToggles", 1180, 700)
     sampler, another = page.add("KSampler", 1580, 140), page.add("KSampler", 1580, 500)
-    striped = page.add("SepMELoadDelta", 80, 380, delta="striped.safetensors")
+    tulip = page.add("SepMELoadDelta", 80, 380, delta="tulip.safetensors")
     for source, output, target, name in (
-        (first, 0, second, "model"), (striped, 0, second, "deltas"), (second, 0, sampler, "model"), (encode, 0, later, "conditioning"),
-        (later, 0, sampler, "positive"), (striped, 0, other, "deltas"),
+        (first, 0, second, "model"), (tulip, 0, second, "deltas"), (second, 0, sampler, "model"), (encode, 0, later, "conditioning"),
+        (later, 0, sampler, "positive"), (tulip, 0, other, "deltas"),
     ):  # fmt: skip
         page.wire(source, output, target, name)
-    page.set(first, "toggles", '{"star": 0.5, "heart": 0}')
-    page.set(second, "toggles", '{"heart": 0.25}')
-    page.set(other, "toggles", '{"striped": 0}')  # draws nothing of this
-    page.set(encode, "toggles", '{"striped": 0.75}')
+    page.set(first, "toggles", '{"star": 0.5, "openmoji": 0}')
+    page.set(second, "toggles", '{"openmoji": 0.25}')
+    page.set(other, "toggles", '{"tulip": 0}')  # draws nothing of this
+    page.set(encode, "toggles", '{"tulip": 0.75}')
     page.look()
 
     def strengths(node: str) -> dict[str, str]:
         rows = page.panel(node).locator(".sepme-inherited").all()
         return {r.locator(".sepme-name").inner_text(): r.locator(".sepme-number").get_attribute("placeholder") for r in rows}
 
-    page.sees(lambda: strengths(encode), {"heart": "0.25", "star": "0.5"})
-    page.sees(lambda: strengths(later), {"heart": "0.25", "star": "0.5", "striped": "0.75"})
+    page.sees(lambda: strengths(encode), {"openmoji": "0.25", "star": "0.5"})
+    page.sees(lambda: strengths(later), {"openmoji": "0.25", "star": "0.5", "tulip": "0.75"})
     page.wire(other, 0, another, "model")
     page.wire(later, 0, another, "negative")
     page.look()
-    page.sees(lambda: strengths(encode), {"heart": "0.25", "star": "0.5"})
+    page.sees(lambda: strengths(encode), {"openmoji": "0.25", "star": "0.5"})
     page.set(encode, "toggles", "{}")
     page.look()
-    page.sees(lambda: strengths(later), {"heart": "0.25", "star": "0.5", "striped": "?"})  # one model erases it, the other does not
-    page.switch(later, "striped")
-    page.wait_toggles(later, {"striped": 0})
+    page.sees(lambda: strengths(later), {"openmoji": "0.25", "star": "0.5", "tulip": "?"})  # one model erases it, the other does not
+    page.switch(later, "tulip")
+    page.wait_toggles(later, {"tulip": 0})
 
 
 def test_no_scroll_bar_up_to_eight_rows(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
@@ -350,6 +350,6 @@ def test_a_delta_for_another_model_is_marked(page: Page, delta_folder: Path, mak
     (delta_folder / "moon.safetensors").write_bytes(other.to_bytes())
     page.clear()  # the list is read again
     apply, _ = chain(page, "star.safetensors", "moon.safetensors")
-    expect(page.panel(apply).locator(".sepme-note")).to_contain_text(f"moon is for {other.architecture}, the model is unet-192x7")
+    expect(page.panel(apply).locator(".sepme-note")).to_contain_text(f"moon is for {other.architecture}, the model is unet-384x7")
     expect(page.panel(apply).locator(".sepme-lost")).to_have_count(1)
     expect(page.row(apply, "moon").locator(".sepme-lost")).to_have_count(1)

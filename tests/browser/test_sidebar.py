@@ -33,7 +33,7 @@ def item(page: Page, name: str) -> Any:
 
 def test_lists_and_filters(page: Page) -> None:
     sidebar = page.open_concepts()
-    wait_shown(page, "heart", "star", "striped")
+    wait_shown(page, "openmoji", "star", "tulip")
     search = sidebar.locator(".sepme-search")
     search.fill("drawing of a star")
     wait_shown(page, "star")
@@ -44,31 +44,31 @@ def test_lists_and_filters(page: Page) -> None:
     expect(summary).to_contain_text(["star.safetensors"])
     page.sees(lambda: summary.locator("img").evaluate("(i) => [i.naturalWidth, i.naturalHeight]"), [256, 128])  # without, with
     search.fill("")
-    wait_shown(page, "heart", "star", "striped")
+    wait_shown(page, "openmoji", "star", "tulip")
 
 
 def test_order_copies_and_what_fits(page: Page, delta_folder: Path, make_random_delta: Callable[..., ConceptDelta]) -> None:
     sidebar = page.open_concepts()
     make_random_delta("oak", LAYERS, seed=2).save(delta_folder / "a.safetensors")
-    for name, date in (("heart", 300), ("star", 200), ("striped", 400), ("a", 100)):
+    for name, date in (("openmoji", 300), ("star", 200), ("tulip", 400), ("a", 100)):
         os.utime(delta_folder / f"{name}.safetensors", (date, date))
     shutil.copy(delta_folder / "star.safetensors", delta_folder / "twin.safetensors")
     sidebar.locator(".pi-refresh").click()
-    wait_shown(page, "oak", "heart", "star", "striped")
+    wait_shown(page, "oak", "openmoji", "star", "tulip")
     expect(item(page, "star.safetensors").locator("summary")).to_contain_text("copies: 1")
     order = sidebar.locator("select")
     order.select_option(label="Newest first")
-    wait_shown(page, "striped", "heart", "star", "oak")
+    wait_shown(page, "tulip", "openmoji", "star", "oak")
     order.select_option(label="By concept")
-    wait_shown(page, "heart", "oak", "star", "striped")
+    wait_shown(page, "oak", "openmoji", "star", "tulip")
     fits = sidebar.locator("input[type=checkbox]")
     fits.check()
-    wait_shown(page, "heart", "oak", "star", "striped")  # no checkpoint is loaded
+    wait_shown(page, "oak", "openmoji", "star", "tulip")  # no checkpoint is loaded
     page.add("SepMEDemoModel")
     page.look()
     fits.uncheck()
     fits.check()
-    wait_shown(page, "heart", "star", "striped")
+    wait_shown(page, "openmoji", "star", "tulip")
     fits.uncheck()
     order.select_option(label="By file")
 
@@ -76,12 +76,12 @@ def test_order_copies_and_what_fits(page: Page, delta_folder: Path, make_random_
 def test_dragging_makes_wired_loaders(page: Page) -> None:
     page.open_concepts()
     apply = page.add("SepMEApply", 800, 200)
-    for i, concept in enumerate(("star", "heart")):
+    for i, concept in enumerate(("star", "openmoji")):
         entry = page.tab.locator(f".sepme-delta:has(b:text-is('{concept}')) summary")
         entry.drag_to(page.tab.locator("#graph-canvas"), target_position={"x": 700, "y": 400 + 250 * i})
-        page.wait_rows(apply, *("star", "heart")[: i + 1])
+        page.wait_rows(apply, *("star", "openmoji")[: i + 1])
     loaders = [n for n in page.workflow()["nodes"] if n["type"] == "SepMELoadDelta"]
-    assert {n["widgets_values"][0] for n in loaders} == {"star.safetensors", "heart.safetensors"}
+    assert {n["widgets_values"][0] for n in loaders} == {"star.safetensors", "openmoji.safetensors"}
     assert all(len(n["widgets_values"][1]) == 64 for n in loaders)
     assert len(page.ids()) == 3
 
@@ -92,10 +92,10 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
     copy, mine = delta_folder / "copy.safetensors", delta_folder / "styles" / "mine.safetensors"
     page.drop_file("copy.safetensors", (delta_folder / "star.safetensors").read_bytes(), ".sepme-sidebar")
     page.wait_toast("star.safetensors")
-    wait_shown(page, "heart", "star", "striped")  # it is there already
+    wait_shown(page, "openmoji", "star", "tulip")  # it is there already
     assert not copy.exists()
     page.drop_file("copy.safetensors", tree, ".sepme-sidebar")
-    wait_shown(page, "tree", "heart", "star", "striped")
+    wait_shown(page, "tree", "openmoji", "star", "tulip")
     assert copy.read_bytes() == tree
     for button, content in (("Close", tree), ("Replace", oak)):  # another file has the name: only replaced when told to
         page.drop_file("copy.safetensors", oak, ".sepme-sidebar")
@@ -103,7 +103,7 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
         page.sees(copy.read_bytes, content)
     page.drop_file("evil.safetensors", b"no delta", ".sepme-sidebar")
     page.wait_toast("evil.safetensors is not installed")
-    assert sorted(p.stem for p in delta_folder.iterdir() if p.is_file()) == ["copy", "heart", "star", "striped"]
+    assert sorted(p.stem for p in delta_folder.iterdir() if p.is_file()) == ["copy", "openmoji", "star", "tulip"]
 
     item(page, "copy.safetensors").locator("button:text-is('Rename')").click()
     page.tab.fill("dialog[open] input", "../mine")
@@ -117,7 +117,7 @@ def test_install_rename_delete(page: Page, delta_folder: Path, make_random_delta
         item(page, "styles/mine.safetensors").locator("button:text-is('Delete')").click()
         page.answer("Delete the delta of oak?", button)
         page.sees(mine.exists, stays)
-    wait_shown(page, "heart", "star", "striped")
+    wait_shown(page, "openmoji", "star", "tulip")
 
 
 def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
@@ -131,9 +131,9 @@ def test_deltas_dropped_on_the_graph(page: Page, delta_folder: Path) -> None:
     page.drop_file("lora.safetensors", (2).to_bytes(8, "little") + b"{}")
     page.wait_toast("lora.safetensors")
     assert sorted(p.name for p in delta_folder.iterdir() if p.is_file()) == [
-        "heart.safetensors",
         "my star.safetensors",
-        "striped.safetensors",
+        "openmoji.safetensors",
+        "tulip.safetensors",
     ]
     assert len(page.ids("SepMELoadDelta")) == 1
 
@@ -142,7 +142,7 @@ def test_a_copy_of_a_file_is_found_by_its_own_name(page: Page, delta_folder: Pat
     (delta_folder / "twin.safetensors").write_bytes((delta_folder / "star.safetensors").read_bytes())
     page.clear()  # the list is read again
     page.open_concepts()
-    wait_shown(page, "heart", "star", "striped")
+    wait_shown(page, "openmoji", "star", "tulip")
     apply, loader = page.add("SepMEApply", 800, 200), page.add("SepMELoadDelta", 100, 200, delta="twin.safetensors")
     page.wire(loader, 0, apply, "deltas")
     page.wait_rows(apply, "star")

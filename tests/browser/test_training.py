@@ -33,7 +33,7 @@ def test_curve_picture_certificates(page: Page) -> None:
     )
     page.queue()
     told, *seen = steps.json_value()
-    assert told["note"].startswith("Training by gcirs on 4 pictures of 64 x 64 pixels takes about ")
+    assert told["note"].startswith("Training by gcirs on 4 pictures of 128 x 128 pixels takes about ")
     assert [s["step"] for s in seen] == list(range(1, len(seen) + 1))
     assert seen[0]["sample"].startswith("data:image/png")
     shown = page.part(train, "sepmeTraining")

@@ -42,14 +42,14 @@ def erase(inside: Inside, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Ite
 
 
 def test_a_name_is_enough(inside: Inside, erase: Any) -> None:
-    stock, kept = (inside.sample(inside.model, inside.text(p)) for p in ("a star", "a tulip"))
-    made = erase([{"name": "star"}])
-    assert not torch.equal(inside.sample(made.model, inside.text("a star")), stock)
+    stock, kept = (inside.sample(inside.model, inside.text(p)) for p in ("a penguin", "a tulip"))
+    made = erase([{"name": "penguin"}])
+    assert not torch.equal(inside.sample(made.model, inside.text("a penguin")), stock)
     assert torch.equal(inside.sample(made.model, inside.text("a tulip")), kept)
-    assert torch.equal(inside.sample(inside.model, inside.text("a star")), stock)
-    assert made.facts[0]["anchor"] == "a picture"
-    assert made.facts[0]["collateral"] == {"count": 0, "of": 100, "worst": ()}
-    assert made.facts[0]["near"][:2] == ["cactus", "airplane"]
+    assert torch.equal(inside.sample(inside.model, inside.text("a penguin")), stock)
+    assert made.facts[0]["anchor"] == "an animal"
+    assert made.facts[0]["collateral"] == {"count": 0, "of": 99, "worst": ()}
+    assert made.facts[0]["near"][:2] == ["cross", "church"]
 
 
 def test_switches_strengths_and_order_read_nothing(inside: Inside, erase: Any) -> None:
@@ -136,6 +136,6 @@ def test_words_of_ones_own(erase: Any) -> None:
     made = erase([row])
     assert made.facts[0]["near"][0] == "cloud"
     assert not {"cactus", "airplane"} & set(made.facts[0]["near"])
-    assert made.facts[0]["synonyms"] == ["airplane"]
+    assert made.facts[0]["synonyms"][-1] == "airplane"  # after those that were found
     assert "airplane" in made.deltas[0].concept.prompts
     assert made.facts[0]["preserve"] == ["cloud"]

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.xdist_group("comfyui inside")
 
 
 WAYS = (
-    r"ran out\. Training by gcirs on 2 pictures of 128 x 128 pixels takes about \d+ MB of memory: \d+ MB for the model, \d+ MB for a "
-    r"step\. \S+ GB are free; choose batch 1 \(about \d+ MB\) or size 64 \(about \d+ MB\) or batch 1 and size 64 .* or the objective closed"
+    r"ran out\. Training by gcirs on 2 pictures of 128 x 128 pixels takes about \d+ MB of memory: \d+ MB for the model, \d+ MB for a step"
+    r"\. \S+ GB are free; choose batch 1 \(about \d+ MB\) or size 64 \(about \d+ MB\) or batch 1 and size 64 .* or the objective closed"
 )
 
 

@@ -180,7 +180,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case: str, run: Run, trained: Path, tmp_path: Path) -> None:
     books = {
-        "twice": "concepts: [rocket, Star]",
+        "twice": "concepts: [rocket, Rocket]",
         "empty": "concepts: [rocket, '']",
         "kept": "concepts: [rocket]\npreserve: ['a rocket']",
         "reads": 'concepts: [{name: s, prompts: ["caf\\u00e9"]}]\npreserve: ["cafe\\u0301"]',

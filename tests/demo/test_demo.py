@@ -12,7 +12,7 @@ from sepme.demo.quick import run_quick
 from sepme.demo.run import run_demo
 from sepme.hosts.diffusers import DiffusersHost
 
-CONCEPTS, IMAGES = 2, 4
+CONCEPTS, IMAGES = 2, 2
 
 
 @pytest.fixture(scope="module")
