@@ -21,6 +21,7 @@ from .options import Files, Json, ModelOptions, NearbyWords, Preserve, grouped
 
 if TYPE_CHECKING:
     from ..delta.verify import Verification
+    from ..plan.tally import Tally
 
 
 @grouped
@@ -60,7 +61,7 @@ def verify(
     if fix:
         rows = zip(deltas, result.checks, paths, strict=True)
         facts["fixed"] = [
-            _fixed(host, d, c.collateral.worst, path)
+            _fixed(host, d, c.collateral, c.misses, path)
             for d, c, path in rows
             if c.collateral and c.misses and c.collateral.count + c.misses.count
         ]
@@ -88,14 +89,18 @@ def _show(result: Verification, warnings: Sequence[str]) -> None:
             print(f"{c.concept}, text {text}: {'holds' if part.holds else 'does not hold'}")
 
 
-def _fixed(host: Any, delta: ConceptDelta, words: Sequence[str], path: Path) -> dict[str, Any]:
-    """A delta made again with these words preserved, saved; what is said of it."""
+def _fixed(host: Any, delta: ConceptDelta, collateral: Tally, misses: Tally, path: Path) -> dict[str, Any] | str:
+    """A delta made again with the words that it changes preserved; it is saved if it is better, and what is said of it."""
     from ..train.again import made_again
 
+    words = collateral.worst
     with interruptible() as check, progress_bar() as bar:
         new = made_again(
             host, host if hasattr(host, "attention_layers") else None, delta, words, progress(bar, check), lambda step: check(), check
         )
+    after = new.certificate
+    if after.collateral and after.misses and after.collateral.share + after.misses.share >= collateral.share + misses.share:
+        return f"{delta.concept.name} would be no better with these words preserved, so nothing was written ({new.verdict})"
     remove_leftovers(path)
     new.save(path)
     return summary(new, path) | {"added": list(words)}

@@ -19,7 +19,7 @@ from ..plan.gate import ratios
 from ..plan.planner import Planner
 from ..train import Job, TrainOptions, each, make_delta, train_book
 from .erasers import Eraser, Separable
-from .measure import apart
+from .measure import apart, perceived
 from .prompt_sets import Batch
 from .sampler import Sampler
 
@@ -57,7 +57,7 @@ def interference(sampler: Sampler, eraser: Separable, gate: bool, count: int = 4
                 leak = float(ratios(encoding.context.cpu(), downs[name]).max())
                 table["leakage"][i][j] = 0.0 if gate and leak <= gates[name] else leak
                 table["noise"][i][j] = moved[i]
-                table["image"][i][j] = apart(sampler, [(batch, sampled)])[1]
+                table["image"][i][j] = perceived(sampler, [(batch, sampled)])
                 table["accuracy"][i][j] = sampled.accuracy
         result[kind] = table
     return {"names": names, "kinds": result}

@@ -82,7 +82,7 @@ def figures(sampler: Sampler, eraser: Eraser, gate: bool, show: int) -> tuple[di
         "untouched_bit_identical": share([*(f.others for f in found), *plain]),
         "unrelated_bit_identical": share(plain[:1]),
         "preserved_bit_identical": share(plain[1:]),
-        "unrelated_lpips": apart(sampler, [(sets.unrelated(), plain[0])])[1],
+        "unrelated_lpips": perceived(sampler, [(sets.unrelated(), plain[0])]),
         "concepts": {n: {k: v[i] for k, v in rows.items()} for i, n in enumerate(names)},
     }
     if sampler.suite.neighbours:
@@ -96,14 +96,20 @@ def apart(sampler: Sampler, pairs: Sequence[tuple[Batch, Sampled]]) -> tuple[flo
     """Fréchet and perceptual distance of batches' pictures to the stock model's; (0, 0) where all are the same."""
     if all(sampled.same.all() for _, sampled in pairs):
         return 0.0, 0.0
+    return frechet(sampler.classifier, _drawn(pairs), _stock(sampler, pairs)), perceived(sampler, pairs)
 
-    def images() -> Iterator[Tensor]:
-        return (piece for _, sampled in pairs for piece in sampled.pieces())
 
-    def stock() -> Iterator[Tensor]:
-        return (piece for batch, _ in pairs for piece in sampler.stock(batch).pieces())
+def perceived(sampler: Sampler, pairs: Sequence[tuple[Batch, Sampled]]) -> float:
+    """The perceptual one of both distances."""
+    return 0.0 if all(s.same.all() for _, s in pairs) else perceptual(sampler.classifier, _drawn(pairs), _stock(sampler, pairs))
 
-    return frechet(sampler.classifier, images(), stock()), perceptual(sampler.classifier, images(), stock())
+
+def _drawn(pairs: Sequence[tuple[Batch, Sampled]]) -> Iterator[Tensor]:
+    return (piece for _, sampled in pairs for piece in sampled.pieces())
+
+
+def _stock(sampler: Sampler, pairs: Sequence[tuple[Batch, Sampled]]) -> Iterator[Tensor]:
+    return (piece for batch, _ in pairs for piece in sampler.stock(batch).pieces())
 
 
 def stock_figures(sampler: Sampler, show: int) -> tuple[dict[str, float], Shown]:

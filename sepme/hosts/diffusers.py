@@ -71,7 +71,7 @@ class DiffusersHost(ScheduledDenoiser):
             SepMEError: see :func:`load_pipeline`.
         """
         options = options or LoadOptions(dtype=dtype)
-        return DiffusersHost(load_pipeline(model, options), options.size, None if model == "demo" else options.cache)
+        return DiffusersHost(load_pipeline(model, options), options.size, options.cache)
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]
