@@ -85,7 +85,8 @@ def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
     One does not hold them: noto's gate opens for a part of what is said of openmoji, which is not among the words near noto.
     """
     grades: list[str] = []
-    for name in (*SOME, *STYLES[:4]):
+    names = ("penguin", "star", "car", *STYLES[:4])
+    for name in names:
         planned = Planner(encoder, ConceptBook((Concept(name),)), PlanOptions(nearby=COUNT), ordinary_prompts()[::3]).plan(name)
         grade = planned.certificate.grade(planned.gate)
         grades.append(grade)
@@ -94,7 +95,7 @@ def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
         if grade == "good":
             assert 1 - share_over(encoder, own, planned.down, planned.gate) <= 0.01, name
     assert grades.count("good") >= 3
-    assert grades[SOME.index("car")] == "poor"  # it misses a third of its own prompts
+    assert grades[names.index("car")] == "poor"  # it misses a third of its own prompts
 
 
 def test_what_was_not_named_is_found_and_spared(encoder: Remembering, tmp_path: Path) -> None:
@@ -133,16 +134,16 @@ def test_what_cannot_be_made_again(encoder: Remembering) -> None:
 
 def test_words(encoder: Remembering) -> None:
     """None of the concept's, its plural's or its other prompts' words is near; what the user preserves is; other prompts are held out."""
-    book = ConceptBook((Concept("star", ("star", "a tulip of cheese")), Concept("blob")), ("ambulance", "a red cat"))
+    book = ConceptBook((Concept("star", ("star", "a tulip of banana")), Concept("blob")), ("banana", "a red cat"))
     found = Nearby.of(encoder, book, COUNT)
-    assert {"moon", "dog", "ambulance"} <= set(found.words)
+    assert {"moon", "dog", "banana"} <= set(found.words)
     assert not {"star", "tulip", "blob"} & set(found.words)
     planned = {*found.prompts, *(p for b in found.beside.values() for p in b.calibration)}
     held = [p for prompts in found.held_out.values() for p in prompts] + [p for b in found.beside.values() for p in b.held_out]
     assert not planned & set(held)
     assert not {p for c in book.concepts for p in c.prompts} & {*planned, *held}
     few = Nearby.of(encoder, book, 40)
-    assert len(few.words) == 40
+    assert len(few.words) == 39  # one of the forty means star
     assert "moon" in few.words
     assert Nearby.of(encoder, book, 40) == few
     assert Nearby.of(encoder, book, 0) == Nearby()
