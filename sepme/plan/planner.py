@@ -6,6 +6,7 @@ stacks the tokens of everything else that is known (Eq. 9-10 of arXiv 2402.05947
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -70,6 +71,14 @@ class Planner:
         self._finder = DirectionFinder(self.prompts, self.options)
         self._plans: dict[str, Subspace] = {}
         self._pooled: dict[str, tuple[Pooled | None, PooledFacts | None]] = {}
+
+    def with_options(self, options: PlanOptions) -> Planner:
+        """A planner of the same prompts, which are not read again; ``padding`` and ``nearby`` are as they were."""
+        other = copy.copy(self)
+        vars(other).pop("others", None)
+        other.options, other._plans, other._pooled = options, {}, {}
+        other._finder = DirectionFinder(self.prompts, options)
+        return other
 
     @cached_property
     def others(self) -> dict[str, Planner]:

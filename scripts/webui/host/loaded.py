@@ -124,8 +124,8 @@ class LoadedModel(ScheduledDenoiser):
 
 
 def _copied(saved: Tensor) -> Tensor:
-    """What the backward pass keeps: Forge's UNets add in place, to tensors that it needs."""
-    return saved if isinstance(saved, nn.Parameter) else saved.clone()
+    """What the backward pass keeps: Forge's UNets add in place, to tensors that it needs; weights, and views of them, stay as they are."""
+    return saved if isinstance(saved, nn.Parameter) or isinstance(saved._base, nn.Parameter) else saved.clone()
 
 
 def _mask(tokens: int, length: int) -> Tensor:
