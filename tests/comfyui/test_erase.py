@@ -50,6 +50,7 @@ def test_a_name_is_enough(inside: Inside, erase: Any) -> None:
     assert made.facts[0]["anchor"] == "an animal"
     assert made.facts[0]["collateral"] == {"count": 0, "of": 99, "worst": ()}
     assert made.facts[0]["near"][:2] == ["cross", "church"]
+    assert made.deltas[0].recipe.plan["mode"] == "tolerance"
 
 
 def test_switches_strengths_and_order_read_nothing(inside: Inside, erase: Any) -> None:
@@ -72,6 +73,7 @@ def test_switches_strengths_and_order_read_nothing(inside: Inside, erase: Any) -
 
 def test_the_next_server_reads_the_set_from_disk(inside: Inside, erase: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = erase("star")
+    assert first.deltas[0].recipe.plan["mode"] == "soft"  # which does less wrong
     erase.reads.clear()
     monkeypatch.setattr(inside.host, "erasures", type(inside.host.erasures)(lambda: tmp_path))
     assert [d.content_hash() for d in erase("star").deltas] == [d.content_hash() for d in first.deltas]
