@@ -99,27 +99,23 @@ class Schedule:
 
 
 def runs(
-    denoiser: Denoiser, schedule: Schedule, start: Tensor, context: Tensor, empty: Tensor, extra: Tensor | None, sampling: Sampling
+    denoiser: Denoiser, schedule: Schedule, start: Tensor, context: Tensor, empty: Tensor | None, extra: Tensor | None, sampling: Sampling
 ) -> Iterator[Tensor]:
     """Denoising runs: the start latents, then the latents after every step.
 
     Args:
         start: ``(batch, ...)``.
-        context, empty: ``(batch, tokens, d_in)``.
+        context, empty: ``(batch, tokens, d_in)``; without ``empty`` nothing guides.
         extra: pooled vectors of ``[empty; context]``.
-        sampling: with a guidance of 1 the empty prompt is not read.
     """
-    guided = sampling.guidance != 1
-    both, x = torch.cat([empty, context]) if guided else context, start
-    if extra is not None and not guided:
-        extra = extra[len(empty) :]
+    both, x = context if empty is None else torch.cat([empty, context]), start
     yield x
     times = schedule.times(sampling.steps).tolist()
     last = None if schedule.prediction == "flow" else 0
     for t, following in zip(times, [*times[1:], last], strict=True):
         batch = torch.full((len(both),), t, device=x.device)
-        predicted = denoiser.predict(torch.cat([x, x]) if guided else x, batch, both, extra).float()
-        if guided:
+        predicted = denoiser.predict(x if empty is None else torch.cat([x, x]), batch, both, extra).float()
+        if empty is not None:
             uncond, cond = predicted.chunk(2)
             predicted = uncond + sampling.guidance * (cond - uncond)
         x = schedule.step(x.float(), predicted, t, following).to(start.dtype)
@@ -194,7 +190,10 @@ class ScheduledDenoiser(ABC):
         self, context: Tensor, empty: Tensor, generator: Any, extra: Any, sampling: Sampling, on_step: Callable[[], None] | None
     ) -> Iterator[Tensor]:
         start = self.latents(torch.randint(1 << 31, (len(context),), generator=generator).tolist())
-        for x in runs(self, self.schedule, start, context, empty, extra, self.guided(sampling)):
+        sampling = self.guided(sampling)
+        guide = None if sampling.guidance == 1 else empty
+        extra = extra if guide is not None or extra is None else extra[len(empty) :]
+        for x in runs(self, self.schedule, start, context, guide, extra, sampling):
             yield x
             if on_step is not None:
                 on_step()

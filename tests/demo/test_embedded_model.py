@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -50,7 +51,7 @@ def test_classifier_reads_drawings() -> None:
 
 def test_model_draws_what_it_is_asked(demo_host: DiffusersHost) -> None:
     """DDIM, 12 steps: things are read correctly, and studios beside things that are named."""
-    suite = demo_suite(images=9)
+    suite = replace(demo_suite(images=9), steps=12)
     sampler = Sampler(demo_host, EmbeddedClassifier(), suite, lambda: None)
     things = suite.concepts["object"]
     assert fmean(sampler.stock(sampler.sets.own(name)).accuracy for name in things) >= 0.9
