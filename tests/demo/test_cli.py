@@ -232,7 +232,7 @@ def test_interrupted_training_resumes_to_the_same_bytes(run: Run, tmp_path: Path
     """Ctrl-C in mid-training: exit 130, a checkpoint and no delta; --resume ends with the bytes of an unbroken run."""
     (tmp_path / "book.yaml").write_text("concepts: [rocket, church]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train: list[Any] = ["train", "demo", tmp_path / "book.yaml", "--only", "rocket", "--steps", 40, "--threshold", -1, "--batch", 1]
+    train: list[Any] = ["train", "demo", tmp_path / "book.yaml", "--only", "rocket", "--steps", 90, "--threshold", -1, "--batch", 1]
     train += ["--nearby", 0, "--no-thumbnail", "-o"]
     code, _, err = run(*train, whole)
     assert code == 0, err
