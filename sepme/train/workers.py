@@ -77,9 +77,7 @@ class Setup:
         if self.options.needs_model:
             check_layers(host, self.options)
             if self.options.make_objective().trained:
-                getattr(
-                    host, "latent_shape", None
-                )  # a model that cannot be called, or not at this size, says so before the prompts are read
+                getattr(host, "latent_shape", None)  # raises, before prompts are read, where the model cannot be called
         pictures = self.pictures(host, check=check)
         planner = Planner(host, self.book, self.plan, on_progress=on_progress)
         denoiser = host if self.options.needs_model or self.guard is not None else None

@@ -73,7 +73,9 @@ def test_beside_per_layer_deltas(inside: Inside, edits: tuple[Any, ...]) -> None
     assert torch.equal(inside.sample(inside.host.apply_deltas(inside.model, (half, openmoji), off), prompt), stock)
     only = inside.host.apply_deltas(inside.model, (openmoji,), {})
     both = inside.host.apply_deltas(inside.model, (half, openmoji), {"star": 0.0})
+    context = prompt[0][0]  # c D is one product, of one delta's directions or of two
+    alone, beside = inside.sepme.Composition((openmoji,)), inside.sepme.Composition((half, openmoji))
+    edited = alone.edit_context(context, torch.tensor([[1.0]])), beside.edit_context(context, torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(*edited, rtol=0, atol=1e-6)
     moved = inside.sample(only, prompt)
-    torch.testing.assert_close(
-        inside.sample(both, prompt), moved, rtol=0, atol=float((moved - stock).abs().max()) * 2e-5
-    )  # c D is one product
+    torch.testing.assert_close(inside.sample(both, prompt), moved, rtol=0, atol=float((moved - stock).abs().max()) * 2e-5)

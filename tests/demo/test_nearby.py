@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ from sepme.plan.directions import PlanOptions
 from sepme.plan.gate import ordinary_prompts, ratios
 from sepme.plan.nearby import COUNT, Nearby
 from sepme.plan.planner import Planner
-from sepme.train import TrainOptions, make_delta
+from sepme.plan.tally import Tally
+from sepme.train import TrainOptions, again, make_delta
 from sepme.train.again import made_again
 
 COLOUR_NAMES = BACKGROUND_NAMES[1:4]
@@ -161,7 +164,7 @@ def test_words_that_leave_no_room_only_calibrate(encoder: Remembering) -> None:
         Planner(encoder, book, strict, ()).plan("star")
 
 
-def test_what_changes_is_drawn_and_nothing_is_written_over(tmp_path: Path) -> None:
+def test_what_changes_is_drawn_and_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Red without nearby words changes some: pictures of them; two files of one concept are not made again into one."""
     (tmp_path / "book.yaml").write_text("concepts: [{name: red, prompts: [red, a red picture]}]", encoding="utf-8")
     run, made = CliRunner().invoke, tmp_path / "made" / "red.safetensors"
@@ -176,4 +179,10 @@ def test_what_changes_is_drawn_and_nothing_is_written_over(tmp_path: Path) -> No
     assert isinstance(refused.exception, SepMEError)
     assert "hold the same concept" in str(refused.exception)
     assert not (tmp_path / "fixed").exists()
-    assert run(cli.app, ["verify", "demo", str(made), "--fix", "-o", str(tmp_path / "fixed"), "--json"]).exit_code == 0
+    worse = SimpleNamespace(certificate=SimpleNamespace(collateral=Tally(1, 1), misses=Tally(1, 1)), verdict="Not safe: all of it")
+    monkeypatch.setattr(again, "made_again", lambda *given: worse)
+    done = run(cli.app, ["verify", "demo", str(made), "--fix", "-o", str(tmp_path / "fixed"), "--json"])
+    assert json.loads(done.stdout)["fixed"] == [
+        "red would be no better with these words preserved, so nothing was written (Not safe: all of it)"
+    ]
+    assert not list(tmp_path.glob("fixed/*"))
