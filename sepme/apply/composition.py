@@ -224,4 +224,5 @@ class Composition:
         """The gates' statistic ``max over tokens of ‖c D‖ / ‖c‖`` ``(rows, N)`` of a float32 context and its ``c D``."""
         energy = torch.zeros(*h.shape[:2], len(self.deltas), device=h.device)
         energy = energy.index_add(2, self.owner.to(h.device), h.square())
-        return (energy.sqrt() / context.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)
+        root = torch.where(energy > 0, energy, 1.0).sqrt() * (energy > 0)  # which has a gradient where a token is zero
+        return (root / context.norm(dim=-1, keepdim=True).clamp_min(1e-12)).amax(dim=1)

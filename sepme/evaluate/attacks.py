@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..model.protocols import AttackHost, Encoding
+from ..model.protocols import AttackHost, Encoding, EvaluationHost
 from ..train.soft_prompt import PLACEHOLDER, SoftPrompt, inserted
 from .erasers import Eraser, Separable
 from .prompt_sets import Batch
@@ -150,24 +150,30 @@ class Attack:
         return nullcontext() if self.eraser is None or self.aware else self.eraser.acting(self.host, [self.name], self.gate)
 
     def _noised(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, times and noised pictures of the concept, a batch by default."""
+        """What a stock model would predict, times and noised pictures of the concept, a batch by default."""
         batch = max(1, self.budget.batch if count is None else count)
         index = torch.randint(len(self.x_0), (batch,), generator=self.generator)
         t = torch.randint(self.host.timesteps, (batch,), generator=self.generator).to(self.x_0.device)
         noise = torch.randn(self.x_0[index].shape, generator=self.generator).to(self.x_0)
-        return noise, t, self.host.noise(self.x_0[index], noise, t)
+        return target(self.host, self.x_0[index], noise), t, self.host.noise(self.x_0[index], noise, t)
 
-    def _losses(self, encoding: Encoding, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+    def _losses(self, encoding: Encoding, wanted: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """What the attacker minimises, for each of ``encoding``'s prompts on the same noised pictures ``(prompts,)``, :meth:`_attacked`."""
-        prompts, pictures = len(encoding.context), len(noise)
+        prompts, pictures = len(encoding.context), len(wanted)
         context = encoding.context.repeat_interleave(pictures, 0)
         pooled = None if encoding.pooled is None else encoding.pooled.repeat_interleave(pictures, 0)
-        noise, t, x_t = (torch.cat([part] * prompts) for part in (noise, t, x_t))
-        error = (self.host.predict(x_t, t, context, pooled).float() - noise.float()).square()
+        wanted, t, x_t = (torch.cat([part] * prompts) for part in (wanted, t, x_t))
+        error = (self.host.predict(x_t, t, context, pooled).float() - wanted).square()
         losses = error.reshape(prompts, -1).mean(1)
         if self.aware and isinstance(self.eraser, Separable):
             losses = losses + (self.eraser.openness(encoding.context, self.name) - MARGIN).clamp_min(0)
         return losses
+
+
+def target(host: EvaluationHost, x_0: Tensor, noise: Tensor) -> Tensor:
+    """What a host's ``predict`` gives of noised pictures at best, float32: the noise, of a flow's the velocity."""
+    schedule = getattr(host, "schedule", None)
+    return noise.float() if schedule is None else cast(Tensor, schedule.target(x_0, noise))
 
 
 @cache

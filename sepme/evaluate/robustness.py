@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 
 from ..model.layers import projections, weight_of
+from .attacks import target
 from .erasers import Eraser
 from .sampler import Sampler
 
@@ -34,7 +35,7 @@ def resurgence(sampler: Sampler, eraser: Eraser, gate: bool, steps: int = 30, ba
                 noise = torch.randn(x_0[index].shape, generator=generator).to(x_0)
                 rows = context.rows(index)
                 out = host.predict(host.noise(x_0[index], noise, t), t, rows.context, rows.pooled)
-                (out.float() - noise.float()).square().mean().backward()
+                (out.float() - target(host, x_0[index], noise)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
             learned = {n: weight_of(m).detach() - start[n] for n, m in modules.items()}

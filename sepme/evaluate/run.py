@@ -48,6 +48,10 @@ class _Remembering:
             self.known[key] = self.encoder.encode(prompts)
         return self.known[key]
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else it has: its words, whether its prompts have any length."""
+        return getattr(self.encoder, name)
+
 
 class Run:
     """One evaluation of a model in a folder; what is there from the same suite and model is not done again.
@@ -166,7 +170,8 @@ class Run:
         found, shown = figures(self.sampler, eraser, gate, self._shown)
         self._show(label, shown)
         found |= attacks(self.sampler, eraser, self.budget, gate)
-        found["resurgence_accuracy"] = resurgence(self.sampler, eraser, gate, **self.suite.resurgence)
+        if self.host.attention_layers():  # which is what a short fine-tune changes
+            found["resurgence_accuracy"] = resurgence(self.sampler, eraser, gate, **self.suite.resurgence)
         return found
 
     @property

@@ -88,6 +88,10 @@ class Schedule:
         a, s = self.at(t, x)
         return (a * out.float() + s * x.float()).to(out.dtype)
 
+    def target(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """What :meth:`linear` gives of a model that errs nowhere, float32: the noise, of a flow the velocity."""
+        return noise.float() - x_0.float() if self.prediction == "flow" else noise.float()
+
     def step(self, x: Tensor, predicted: Tensor, t: int, following: int | None) -> Tensor:
         """DDIM and Euler at once: ``a' x̂_0 + s' ε̂``, with what :meth:`linear` gives; ``following`` None: ``x̂_0`` itself."""
         a, s = self.a[t].to(x.device), self.s[t].to(x.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui.conftest import checkpoint_server  # noqa: F401 (a fixture of these tests too)
+from comfyui.conftest import checkpoint_server, lessened_pack  # noqa: F401 (a fixture of these tests too)
 from comfyui.graph import Graph
 from comfyui.server import Server, serving
 from playwright.sync_api import Error
@@ -28,7 +28,7 @@ concepts:
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With the deltas of star, tulip and openmoji in models/sepme, made on it."""
-    with serving(tmp_path_factory.mktemp("browser")) as running:
+    with serving(tmp_path_factory.mktemp("browser"), pack=lessened_pack(tmp_path_factory.mktemp("pack"))) as running:
         graph = Graph()
         model = graph.add("SepMEDemoModel")
         book = graph.add("SepMEConceptBook", book=BOOK)

@@ -12,7 +12,7 @@ from comfyui.checkpoint import save_checkpoint
 from comfyui.server import ROOT, Server, serving
 
 NAME = "models of mine/sd15.safetensors"
-CORPUS = 24  # ordinary prompts that calibrate gates there: text encoders have their full size, and a CPU is slow
+CORPUS = 24  # ordinary prompts that calibrate gates there: a CPU encodes few a second
 LESS = {  # words near a concept, and denoising steps of what training reads, likewise
     "train/erasures.py": ("\nNEARBY = 100 ", "\nNEARBY = 8 "),
     "plan/nearby.py": ("\nCOUNT = 200 ", "\nCOUNT = 8 "),
@@ -20,9 +20,30 @@ LESS = {  # words near a concept, and denoising steps of what training reads, li
 }
 
 
+def lessened_pack(base: Path) -> Path:
+    """A copy of the pack as the registry's zip holds it, that calibrates on less."""
+    pack = base / "comfyui-sepme"
+    lines = [line for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert all(line.startswith("/") for line in lines)  # or web/docs would go with docs
+    left_out = {line.strip("/") for line in lines} | {"demo", "build", "runs"}  # the zip's, and what lies about in a checkout
+    others = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return ({n for n in names if n in left_out} if Path(folder) == ROOT else set()) | others(folder, names)
+
+    shutil.copytree(ROOT, pack, ignore=ignore)
+    corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
+    corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
+    for name, (much, less) in LESS.items():
+        code = (pack / "sepme" / name).read_text(encoding="utf-8")
+        assert code.count(much) == 1
+        (pack / "sepme" / name).write_text(code.replace(much, less), encoding="utf-8")
+    return pack
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("comfyui")) as running:
+    with serving(tmp_path_factory.mktemp("comfyui"), pack=lessened_pack(tmp_path_factory.mktemp("pack"))) as running:
         yield running
 
 
@@ -39,26 +60,8 @@ def inside(comfy: None) -> comfyui_inside.Inside:
 
 @pytest.fixture(scope="session")
 def checkpoint_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that has neither triton nor diffusers, with the pack as the registry's zip holds it; a checkpoint in SD1.5's layout, and a
-    loader of other families' models."""
-    base = tmp_path_factory.mktemp("sd15")
-    pack = tmp_path_factory.mktemp("pack") / "comfyui-sepme"
-    lines = [line for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert all(line.startswith("/") for line in lines)  # or web/docs would go with docs
-    left_out = {line.strip("/") for line in lines}
-    others = shutil.ignore_patterns(".*", "demo", "build", "runs", "*.egg-info")
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        """What the registry's zip does not hold, and what lies about in a checkout."""
-        return ({n for n in names if n in left_out} | others(folder, names) if Path(folder) == ROOT else set()) | {"__pycache__"}
-
-    shutil.copytree(ROOT, pack, ignore=ignore)
-    corpus = pack / "sepme" / "data" / "ordinary_prompts.txt"
-    corpus.write_text("\n".join(corpus.read_text(encoding="utf-8").splitlines()[:CORPUS]), encoding="utf-8")
-    for name, (much, less) in LESS.items():
-        code = (pack / "sepme" / name).read_text(encoding="utf-8")
-        assert code.count(much) == 1
-        (pack / "sepme" / name).write_text(code.replace(much, less), encoding="utf-8")
+    """A server that has neither triton nor diffusers; a checkpoint in SD1.5's layout, and a loader of other families' models."""
+    base, pack = tmp_path_factory.mktemp("sd15"), lessened_pack(tmp_path_factory.mktemp("pack"))
     words = pack / "sepme" / "data" / "broader_words.txt"
     words.write_text("a picture, a painting: van gogh, picasso, monet\nan animal, a picture: dog, cat, horse\n", encoding="utf-8")
     path = base / "models" / "checkpoints" / NAME

@@ -55,6 +55,9 @@ def test_what_objectives_compare() -> None:
     torch.testing.assert_close(diffusion.linear(v.float(), diffusion.noised(x_0, noise, t), t), noise, rtol=1e-5, atol=1e-5)
     for schedule in (Schedule.diffusion(ddim().alphas_cumprod), Schedule.flow()):
         assert schedule.linear(noise, x_0, t) is noise
+    flow = Schedule.flow()
+    torch.testing.assert_close(flow.step(flow.noised(x_0, noise, t), flow.target(x_0, noise), int(t[0]), None)[0], x_0[0])
+    torch.testing.assert_close(diffusion.target(x_0, noise), noise)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
