@@ -80,7 +80,11 @@ def load_pipeline(model: str, options: LoadOptions) -> Any:
         )
     if pipe.unet.config.in_channels != 4 or pipe.unet.config.get("class_embed_type"):
         raise SepMEError(f"{path} reads more than text and a latent image; only text-to-image models can be used.")
-    return pipe.to(options.device)
+    pipe = pipe.to(options.device)
+    if path == DEMO:
+        for part in (pipe.unet, pipe.vae):  # a quarter faster on a CPU
+            part.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def _from_folder(folder: Path, options: LoadOptions) -> Any:

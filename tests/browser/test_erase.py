@@ -151,7 +151,7 @@ def test_what_was_found_is_shown_and_tags_know_the_rows(page: Page) -> None:
     row = page.row(erase, "star")
     expect(row).to_contain_text("→ a picture")
     expect(row.locator(".sepme-dot")).to_have_class("sepme-dot sepme-poor")
-    expect(page.panel(erase).locator(".sepme-sentence")).to_have_text("star: 9 of 60 prompts with it slip through, as mushroom, a star")
+    expect(page.panel(erase).locator(".sepme-sentence")).to_have_text("star: 3 of 11 prompts with it slip through, as banana, a star")
     row.locator(".sepme-anchor").click()
     dialog = page.dialog("What takes the place of star?")
     near = dialog.locator(".sepme-near").input_value().split(", ")

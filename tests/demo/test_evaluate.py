@@ -23,6 +23,7 @@ from sepme.evaluate.robustness import resurgence
 from sepme.evaluate.run import Run
 from sepme.evaluate.sampler import Sampler
 from sepme.evaluate.suite import Suite, parse
+from sepme.model import schedule
 from sepme.model.layers import weights
 from sepme.plan.directions import PlanOptions
 from sepme.plan.planner import Planner
@@ -39,8 +40,10 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("eval")
-    (out / "few.yaml").write_text("like: tiny\nmethods: [sepme_gcirs, sepme_closed_form_context, esd, uce]\n", encoding="utf-8")
-    result = CliRunner().invoke(cli.app, ["eval", "demo", str(out / "few.yaml"), "-o", str(out), "--json"], catch_exceptions=False)
+    (out / "few.yaml").write_text("like: tiny\nmethods: [sepme_gcirs, esd, uce]\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "TRAJECTORY", schedule.TRAJECTORY._replace(steps=4))
+        result = CliRunner().invoke(cli.app, ["eval", "demo", str(out / "few.yaml"), "-o", str(out), "--json"], catch_exceptions=False)
     assert result.exit_code == 0
     return out, json.loads(result.stdout)
 
@@ -205,7 +208,7 @@ def test_an_attacker_who_knows_the_gate_keeps_it_shut(demo_host: Any) -> None:
     context = demo_host.encode(["a star", "blue", "a church", "a red star on paper"]).context
     _, weight = eraser.composition.weigh(context, torch.ones(1), True)
     assert torch.equal(eraser.openness(context, "star") > 1, weight[:, 0] > 0)
-    sampler, budget = sampler_for(demo_host), Budget(steps=25, tokens=2, batch=2, learning_rate=0.05, start="name")
+    sampler, budget = sampler_for(demo_host), Budget(steps=40, tokens=2, batch=2, learning_rate=0.05, start="name")
     for aware in (False, True):
         attack = Attack(sampler, eraser, "star", budget, True, aware)
         prompt = attack.learn()
