@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -144,9 +145,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the command line keeps between its runs lies in a folder of the tests'."""
+    """What the command line keeps between its runs lies in a folder of the tests', that workers share."""
+    shared = tmp_path_factory.getbasetemp().parent / "cache" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SEPME_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SEPME_CACHE", str(shared))
         yield
 
 
