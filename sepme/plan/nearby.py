@@ -25,6 +25,7 @@ from .tokens import CHUNK, encode, means
 from .vocabulary import SYNONYM, Vocabulary
 
 COUNT = 200  # words by default
+FEW = 10 * COUNT  # words of a vocabulary that is looked at as a whole then
 LISTED = 64  # words near a concept that its file names
 SPREAD = 4  # every so many words are of the rest of the vocabulary
 BESIDE = 160, 1200  # other words that each concept is named with, and all concepts together
@@ -74,6 +75,8 @@ class Nearby:
     ) -> Nearby:
         """Find ``count`` words of the tokenizer's own, those nearest to each concept and some of the rest; all of a small vocabulary's.
 
+        Of a vocabulary of at most ``FEW`` words all others are looked at too where ``COUNT`` are wanted, in one prompt each.
+
         Encoders that do not tell their words are asked for the shipped ones. Where prompts have any length (T5, language models), nothing
         is looked for: reading so many takes such encoders an hour.
 
@@ -106,6 +109,9 @@ class Nearby:
         else:
             chosen = [w for w in every if free(w)]
         chosen = list(dict.fromkeys((*stays, *chosen)))
+        close = frozenset(chosen)
+        if count >= COUNT and len(every) <= FEW:
+            chosen += [w for w in every if w not in close and free(w)]
         synonyms = _synonyms(encoder, book, [w for w in chosen if w not in kept], every)
         for name, of_one in said.items():
             synonyms[name] = tuple(w for w in dict.fromkeys((*synonyms[name], *of_one.same)) if w not in (*of_one.free, *stays))
@@ -117,13 +123,17 @@ class Nearby:
             free = (p for p in dict.fromkeys(prompts) if normalised(p) not in own | kept)
             return tuple(p for p in free if not any(mentions(p, c.name) for c in book.concepts))
 
-        prompts = [text for w, t in zip(words, cycle(PLAIN), strict=False) for text in (w, t.format(w))]
-        held = {}
+        prompts, held = list[str](), dict[str, tuple[str, ...]]()
         for i, word in enumerate(words):
             after, more, yet = (words[(7 * i + k) % len(words)] for k in (1, 3, 4))
-            prompts.append(TOGETHER[i % len(TOGETHER)].format(word, after, more))
-            forms = HELD_OUT[i % len(HELD_OUT)], TOGETHER_HELD_OUT[i % len(TOGETHER_HELD_OUT)]
-            held[word] = others([form.format(word, more, yet) for form in forms])
+            prompts.append(PLAIN[i % len(PLAIN)].format(word))
+            held_out = [HELD_OUT[i % len(HELD_OUT)].format(word)]
+            if word in close:
+                prompts += [word, TOGETHER[i % len(TOGETHER)].format(word, after, more)]
+                held_out.append(TOGETHER_HELD_OUT[i % len(TOGETHER_HELD_OUT)].format(word, more, yet))
+            held[word] = others(held_out)
+        planned = frozenset(prompts)
+        held = {word: tuple(p for p in texts if p not in planned) for word, texts in held.items()}
         beside = {c.name: _beside(book, c, words, r, synonyms[c.name]) for c, r in zip(book.concepts, ranked, strict=True)}
         of_words = frozenset(words)
         by_name = {c.name: tuple(w for w in r if w in of_words) for c, r in zip(book.concepts, ranked, strict=True)}

@@ -47,7 +47,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deltas")
     book = folder / "book.json"
     book.write_text(demo_suite(6).book().dumps())
-    command = [sys.executable, "-m", "sepme.cli", "train", "demo", str(book), "-o", str(folder), "--objective", "closed-form", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "sepme.cli",
+        "train",
+        "demo",
+        str(book),
+        "-o",
+        str(folder),
+        "--objective",
+        "closed-form",
+        "--nearby",
+        "40",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["deltas"]) == 6

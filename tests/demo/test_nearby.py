@@ -83,18 +83,15 @@ def share_over(encoder: Remembering, prompts: Sequence[str], down: Tensor, gate:
 
 
 def test_what_is_graded_safe_is_safe(encoder: Remembering) -> None:
-    """The bars: at most one in a hundred of the world's other prompts change, and of the concept's own slip through.
-
-    One does not hold them: noto's gate opens for a part of what is said of openmoji, which is not among the words near noto.
-    """
+    """The bars: at most one in a hundred of the world's other prompts change, and of the concept's own slip through."""
     grades: list[str] = []
-    names = ("penguin", "star", "car", *STYLES[:4])
+    names = ("car", "noto", "blob", "twemoji")
     for name in names:
         planned = Planner(encoder, ConceptBook((Concept(name),)), PlanOptions(nearby=COUNT), ordinary_prompts()[::3]).plan(name)
         grade = planned.certificate.grade(planned.gate)
         grades.append(grade)
         others, own = sets_of(name)
-        assert (share_over(encoder, others, planned.down, planned.gate) <= 0.01) == (name != "noto"), name
+        assert share_over(encoder, others, planned.down, planned.gate) <= 0.01, name
         if grade == "good":
             assert 1 - share_over(encoder, own, planned.down, planned.gate) <= 0.01, name
     assert grades.count("good") >= 3
