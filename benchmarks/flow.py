@@ -22,7 +22,8 @@ METHODS = ("sepme_closed_form_context", "sepme_gcirs_context")
 
 def main(transformer: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    suite = replace(Suite.load("demo"), images=4, methods=METHODS, parts=("methods", "interference", "scenes"))
+    attack = {"concepts": 2, "steps": 40, "tokens": 4, "batch": 8, "learning_rate": 0.02, "rounds": 10}
+    suite = replace(Suite.load("demo"), images=4, methods=METHODS, parts=("methods", "scenes"), attack=attack)
 
     def told(what: str, done: int, total: int) -> None:
         print(f"{what}: {done}/{total}", flush=True)

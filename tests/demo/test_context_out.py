@@ -200,12 +200,12 @@ def test_the_command_line_says_what_a_file_edits(made: dict[str, ConceptDelta], 
     assert "star: edits the context: fits any model with this text encoder (any model with a text encoder of 384 channels)" in shown
     (data,) = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).output)
     assert (data["projections"], data["architecture"]) == (0, "context-384")
-    checked = CliRunner().invoke(app, ["verify", "demo", str(path)])
+    checked = CliRunner().invoke(app, ["verify", "demo", str(path), "--nearby", "8"])
     assert checked.exit_code == 0, checked.output
     assert "Warning" not in checked.output
     far = EncoderFingerprint(384, tuple(-v for v in made["context"].facts.text_encoder.figures))  # type: ignore[union-attr]
     replace(made["context"], info=made["context"].info | {"text_encoder": far.to_json()}).save(path)
-    refused = CliRunner().invoke(app, ["verify", "demo", str(path)])
+    refused = CliRunner().invoke(app, ["verify", "demo", str(path), "--nearby", "8"])
     assert isinstance(refused.exception, SepMEError)
     assert "another text encoder" in str(refused.exception)
 

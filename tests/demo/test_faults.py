@@ -16,7 +16,7 @@ from sepme import cli
 from sepme.concepts import file_name
 from sepme.hosts.diffusers import DiffusersHost
 
-TRAIN = ["--steps", "12", "--threshold", "-1", "--batch", "1"]
+TRAIN = ["--nearby", "0", "--steps", "12", "--threshold", "-1", "--batch", "1"]
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def test_out_of_memory(
 
 def test_real_allocation_failure(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A batch that no machine holds, refused by torch's own allocator."""
-    message = failure(monkeypatch, capsys, "train", "demo", book, "-o", tmp_path / "out", "--steps", "2", "--batch", 1 << 38)
+    message = failure(monkeypatch, capsys, "train", "demo", book, "-o", tmp_path / "out", "--nearby", 0, "--steps", "2", "--batch", 1 << 38)
     assert message.startswith("sepme: out of memory; ")
 
 

@@ -152,11 +152,11 @@ def test_words(encoder: Remembering) -> None:
 def test_words_that_leave_no_room_only_calibrate(encoder: Remembering) -> None:
     """In mode exact nothing is left beside all the words of this tokenizer: the directions are those without them, the gate spares them."""
     book = ConceptBook((Concept("star", ("star", "a star")), Concept("tulip", ("tulip", "a tulip"))))
-    plain, nearby = (Planner(encoder, book, PlanOptions(mode="exact", nearby=n), ordinary_prompts()[:40]).plan("star") for n in (0, COUNT))
+    plain, nearby = (Planner(encoder, book, PlanOptions(mode="exact", nearby=n), ordinary_prompts()[:40]).plan("star") for n in (0, 100))
     assert torch.equal(plain.down, nearby.down)
     assert plain.certificate.collateral is None
     assert nearby.certificate.collateral is not None
-    strict = PlanOptions(mode="exact", nearby=COUNT, min_kept_energy=0.9)
+    strict = PlanOptions(mode="exact", nearby=100, min_kept_energy=0.9)
     with pytest.raises(SepMEError, match="No room is left for 'star'"):
         Planner(encoder, book, strict, ()).plan("star")
 
@@ -169,16 +169,16 @@ def test_what_changes_is_drawn_and_nothing_is_written_over(tmp_path: Path, monke
     assert run(cli.app, command).exit_code == 0
     twin = tmp_path / "twin.safetensors"
     twin.write_bytes(made.read_bytes())
-    assert run(cli.app, ["verify", "demo", str(made), "--draw", str(tmp_path / "drawn")]).exit_code == 0
+    assert run(cli.app, ["verify", "demo", str(made), "--nearby", "40", "--draw", str(tmp_path / "drawn")]).exit_code == 0
     with Image.open(tmp_path / "drawn" / "red-nearby.png") as picture:
         assert len(set(picture.convert("RGB").getdata())) > 100
-    refused = run(cli.app, ["verify", "demo", str(made), str(twin), "--fix", "-o", str(tmp_path / "fixed")])
+    refused = run(cli.app, ["verify", "demo", str(made), str(twin), "--fix", "--nearby", "4", "-o", str(tmp_path / "fixed")])
     assert isinstance(refused.exception, SepMEError)
     assert "hold the same concept" in str(refused.exception)
     assert not (tmp_path / "fixed").exists()
     worse = SimpleNamespace(certificate=SimpleNamespace(collateral=Tally(1, 1), misses=Tally(1, 1)), verdict="Not safe: all of it")
     monkeypatch.setattr(again, "made_again", lambda *given: worse)
-    done = run(cli.app, ["verify", "demo", str(made), "--fix", "-o", str(tmp_path / "fixed"), "--json"])
+    done = run(cli.app, ["verify", "demo", str(made), "--fix", "--nearby", "4", "-o", str(tmp_path / "fixed"), "--json"])
     assert json.loads(done.stdout)["fixed"] == [
         "red would be no better with these words preserved, so nothing was written (Not safe: all of it)"
     ]

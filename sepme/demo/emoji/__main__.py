@@ -89,7 +89,7 @@ class Stages:
 
     def flow(self) -> None:
         """Stage: train the flow transformer."""
-        train_flow(self.work, self.batches(self.things), self.steps or 24000, until=self.until)
+        train_flow(self.work, self.batches(self.things), self.steps or 4400, until=self.until)
 
     def export(self) -> None:
         """Stage: write both models as folders."""
