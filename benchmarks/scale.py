@@ -14,6 +14,7 @@ from dataclasses import replace
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from sepme.errors import SepMEError
 from sepme.evaluate.classifiers import EmbeddedClassifier
@@ -31,7 +32,7 @@ from sepme.train import TrainOptions, make_deltas
 LOOKED_AT, LEFT_OUT = 10, 8
 COLUMNS = (
     "things", "mode", "edit", "erased", "unseen", "given back: same bits", "left out: read", "left out: same bits", "studio beside it",
-    "own prompts missed", "others' prompts touched", "planning, s", "kB a concept",
+    "own prompts missed", "others' prompts touched", "gates open beside a studio", "planning, s", "kB a concept",
 )  # fmt: skip
 
 
@@ -69,17 +70,23 @@ def row(sampler: Sampler, count: int, mode: str, edit: str) -> list[object]:
     own = [p for n in names for p in suite.prompts(n, unseen=True)]
     others = [p for n in suite.concepts["object"][count:] for p in suite.prompts(n, unseen=True)]
     figures = [read(erased), read(unseen), share(given_back), read(neighbours), share(neighbours), read(both)]
-    figures += [1 - touched(host, eraser, own), touched(host, eraser, others)]
+    beside = [p for n in looked for p, _ in suite.cooccurring(n)]
+    figures += [1 - touched(host, eraser, own), touched(host, eraser, others), float(opened(host, eraser, beside).float().mean())]
     return [count, mode, edit, *(f"{f:.3f}" for f in figures), f"{seconds:.0f}", f"{eraser.bytes / 1000 / count:.1f}"]
+
+
+def opened(host: DiffusersHost, eraser: Separable, prompts: Sequence[str]) -> Tensor:
+    """How many gates open for each of some prompts ``(prompts,)``."""
+    counts = []
+    for i in range(0, len(prompts), 128):
+        context = host.encode(prompts[i : i + 128]).context
+        counts.append((eraser.composition.weigh(context, torch.ones(len(eraser.composition.deltas)), True)[1] != 0).sum(dim=1))
+    return torch.cat(counts)
 
 
 def touched(host: DiffusersHost, eraser: Separable, prompts: Sequence[str]) -> float:
     """Share of prompts for which some gate opens."""
-    opens = []
-    for i in range(0, len(prompts), 128):
-        context = host.encode(prompts[i : i + 128]).context
-        opens.append((eraser.composition.weigh(context, torch.ones(len(eraser.composition.deltas)), True)[1] != 0).any(dim=1))
-    return float(torch.cat(opens).float().mean())
+    return float((opened(host, eraser, prompts) > 0).float().mean())
 
 
 def main() -> None:
