@@ -73,9 +73,10 @@ class Nearby:
         said: Mapping[str, Said] | None = None,
         near: Mapping[str, Sequence[str]] | None = None,
     ) -> Nearby:
-        """Find ``count`` words of the tokenizer's own, those nearest to each concept and some of the rest; all of a small vocabulary's.
+        """Find ``count`` words of the tokenizer's own, those nearest to each concept and some of the rest.
 
-        Of a vocabulary of at most ``FEW`` words all others are looked at too where ``COUNT`` are wanted, in one prompt each.
+        All words of a vocabulary that has at most twice as many; where at least ``COUNT`` are wanted and it has at most ``FEW``, all others
+        too, in one prompt each.
 
         Encoders that do not tell their words are asked for the shipped ones. Where prompts have any length (T5, language models), nothing
         is looked for: reading so many takes such encoders an hour.
