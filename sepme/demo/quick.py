@@ -41,12 +41,12 @@ COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
 
 @dataclass
 class PictureRow:
-    """What the page shows of one concept: pictures ``(n, 3, h, w)`` by column, and two concepts in one prompt."""
+    """What the page shows of one concept: pictures by column, and two concepts in one prompt with and without it, as data URIs."""
 
     name: str
     prompt: str
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    both: tuple[str, Tensor, Tensor] | None = None
+    pictures: dict[str, str] = field(default_factory=dict)
+    both: tuple[str, str] | None = None
 
 
 class QuickDemo:
@@ -148,17 +148,17 @@ class QuickDemo:
     def _solved(self, row: PictureRow, eraser: Separable) -> None:
         sampler, sets, names = self.sampler, self.sampler.sets, self.suite.names
         own, both = sets.own(row.name), sets.both(row.name)
-        row.pictures["stock"] = sampler.stock(own).first(2)
+        row.pictures["stock"] = _uri(sampler.stock(own).first(2))
         rest = [n for n in names if n != row.name]
         for column, erased in (("erased", [row.name]), ("all erased", names), ("given back", rest)):
             self._show(row, column, sampler.sample(own, eraser, erased))
         sampled = sampler.sample(both, eraser, [row.name])
-        row.both = (both.prompts[0], sampler.stock(both).first(1), sampled.first(1))
+        row.both = (both.prompts[0], _uri(torch.cat([sampler.stock(both).first(1), sampled.first(1)])))
         self.found["both"].append(sampled)
         self.found["others"].append(sampler.sample(sets.others(row.name), eraser, [row.name]))
 
     def _show(self, row: PictureRow, column: str, sampled: Sampled) -> None:
-        row.pictures[column] = sampled.first(2)
+        row.pictures[column] = _uri(sampled.first(2))
         self.found[column].append(sampled)
 
     def _figures(self) -> dict[str, float]:
@@ -176,7 +176,6 @@ class QuickDemo:
 
     def _write(self, done: bool = False) -> None:
         environment = jinja2.Environment(autoescape=True)
-        environment.filters |= {"uri": _uri, "pair": lambda images: _uri(torch.cat(images))}
         page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         html = page.render(rows=self.rows, columns=COLUMNS, metrics=self.metrics, done=done)
         write_atomically(self.out / "report.html", html.encode())
