@@ -1,7 +1,8 @@
 """How many concepts at once? 10 to 200 things of the embedded model erased together: pictures, gates, seconds, bytes.
 
-``python benchmarks/scale.py [--counts 10 50 100 200] [--modes tolerance soft] [--edits context layers] [--images 3]``: a table, row by row.
-Looked at are ten things with everything erased, and eight that no plan knows of. The model draws 50 things and has read the names of 299.
+``python benchmarks/scale.py [--counts 10 50 100 200] [--modes tolerance soft] [--edits context layers] [--images 3]``: a table, row by row;
+with ``--transformer FOLDER`` of the emoji world's flow transformer (by the context alone; no nearby words are looked for there). Looked at
+are ten things with everything erased, and eight that no plan knows of. The model draws 50 things and has read the names of 299.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from sepme.demo.emoji.host import FlowHost
 from sepme.errors import SepMEError
 from sepme.evaluate.classifiers import EmbeddedClassifier
 from sepme.evaluate.erasers import Separable
@@ -24,6 +27,7 @@ from sepme.evaluate.prompt_sets import Batch
 from sepme.evaluate.sampler import Sampled, Sampler
 from sepme.evaluate.suite import Suite
 from sepme.hosts.diffusers import DEMO, DiffusersHost
+from sepme.model.protocols import EvaluationHost, TextEncoder
 from sepme.plan.directions import PlanOptions
 from sepme.plan.nearby import COUNT
 from sepme.plan.planner import Planner
@@ -75,7 +79,7 @@ def row(sampler: Sampler, count: int, mode: str, edit: str) -> list[object]:
     return [count, mode, edit, *(f"{f:.3f}" for f in figures), f"{seconds:.0f}", f"{eraser.bytes / 1000 / count:.1f}"]
 
 
-def opened(host: DiffusersHost, eraser: Separable, prompts: Sequence[str]) -> Tensor:
+def opened(host: TextEncoder, eraser: Separable, prompts: Sequence[str]) -> Tensor:
     """How many gates open for each of some prompts ``(prompts,)``."""
     counts = []
     for i in range(0, len(prompts), 128):
@@ -84,7 +88,7 @@ def opened(host: DiffusersHost, eraser: Separable, prompts: Sequence[str]) -> Te
     return torch.cat(counts)
 
 
-def touched(host: DiffusersHost, eraser: Separable, prompts: Sequence[str]) -> float:
+def touched(host: TextEncoder, eraser: Separable, prompts: Sequence[str]) -> float:
     """Share of prompts for which some gate opens."""
     return float((opened(host, eraser, prompts) > 0).float().mean())
 
@@ -95,9 +99,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["tolerance", "soft"])
     parser.add_argument("--edits", nargs="+", default=["context", "layers"])
     parser.add_argument("--images", type=int, default=3)
+    parser.add_argument("--transformer", type=Path, help="the folder flow that python -m sepme.demo.emoji export writes")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    sampler = Sampler(DiffusersHost.load("demo"), EmbeddedClassifier(), suite_of(given.images), lambda: None)
+    host: EvaluationHost = FlowHost.load(given.transformer) if given.transformer else DiffusersHost.load("demo")
+    sampler = Sampler(host, EmbeddedClassifier(), suite_of(given.images), lambda: None)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     for mode in given.modes:
         for count in given.counts:

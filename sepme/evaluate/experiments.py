@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from statistics import fmean
 from typing import Any, cast
 
@@ -176,13 +177,18 @@ class Arrivals:
 
 
 def scene(
-    sampler: Sampler, eraser_of: Callable[[list[str]], Eraser], events: Any, names: Sequence[str] | None = None
+    sampler: Sampler,
+    eraser_of: Callable[[list[str]], Eraser],
+    events: Any,
+    names: Sequence[str] | None = None,
+    pictures: int | None = None,
 ) -> list[dict[str, Any]]:
     """Erasures and recoveries one after the other.
 
     Args:
         eraser_of: a method once some concepts are known.
         names: the concepts that are looked at, all of the suite's by default.
+        pictures: of a group of concepts, at least; the suite's ``images`` of each concept by default.
 
     Returns:
         after every event, with the gate on and (where there is one) off, what is erased, recovered and regular (never touched): accuracy,
@@ -207,17 +213,20 @@ def scene(
         deltas = eraser.composition.deltas if isinstance(eraser, Separable) else ()
         norms = {d.concept.name: increment_norm(d) for d in deltas if d.concept.name in active}
         for gate in (True, False) if eraser.gated else (True,):
-            found = {group: _group(sampler, eraser, members, active, gate) for group, members in groups.items() if members}
+            found = {group: _group(sampler, eraser, members, active, gate, pictures) for group, members in groups.items() if members}
             rows.append({"event": f"{kind} {', '.join(given)}", "gate": gate, "norm": norms} | found)
     return rows
 
 
-def _group(sampler: Sampler, eraser: Eraser, members: list[str], active: list[str], gate: bool) -> dict[str, Any]:
-    batches = [sampler.sets.own(n) for n in members]
+def _group(sampler: Sampler, eraser: Eraser, members: list[str], active: list[str], gate: bool, pictures: int | None) -> dict[str, Any]:
+    size = sampler.suite.batch
+    count = size * ceil((pictures or 0) / len(members) / size) or None  # whole pieces, so that groups share stock's
+    batches = [sampler.sets.own(n, count=count) for n in members]
     sampled = [sampler.sample(b, eraser, active, gate) for b in batches]
     fid, lpips = apart(sampler, list(zip(batches, sampled, strict=True)))
     return {
         "concepts": list(members),
+        "pictures": sum(len(b.prompts) for b in batches),
         "accuracy": fmean(d.accuracy for d in sampled),
         "fid": fid,
         "lpips": lpips,

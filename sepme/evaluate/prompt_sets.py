@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..plan.gate import ordinary_prompts
@@ -27,6 +27,12 @@ class Batch:
         """The first ``count`` of them."""
         return replace(self, prompts=self.prompts[:count], seeds=self.seeds[:count], shows=self.shows[:count])
 
+    def split(self, size: int) -> Iterator[Batch]:
+        """In pieces."""
+        for i in range(0, len(self.prompts), size):
+            part = slice(i, i + size)
+            yield replace(self, prompts=self.prompts[part], seeds=self.seeds[part], shows=self.shows[part])
+
 
 class PromptSets:
     """Prompts, seeds and labels of each condition of a suite."""
@@ -34,16 +40,16 @@ class PromptSets:
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
 
-    def own(self, name: str, unseen: bool = False) -> Batch:
-        """A concept's own prompts."""
-        return self._cycled(self.suite.prompts(name, unseen), name, self.suite.names.index(name) * 1000 + (500 if unseen else 0))
+    def own(self, name: str, unseen: bool = False, count: int | None = None) -> Batch:
+        """A concept's own prompts, as many as the suite has pictures, or ``count``."""
+        return self._cycled(self.suite.prompts(name, unseen), name, self.suite.names.index(name) * 1000 + (500 if unseen else 0), count)
 
     def weighted(self, name: str) -> Batch:
         """Its prompts with more weight."""
         return replace(self.own(name), weight=1.4)
 
-    def _cycled(self, prompts: Sequence[str], name: str, offset: int) -> Batch:
-        count = self.suite.images
+    def _cycled(self, prompts: Sequence[str], name: str, offset: int, count: int | None = None) -> Batch:
+        count = count or self.suite.images
         chosen = tuple(prompts[i % len(prompts)] for i in range(count))
         return Batch(chosen, tuple(self.suite.seed + offset + i for i in range(count)), (name,) * count)
 

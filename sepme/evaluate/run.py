@@ -212,8 +212,10 @@ class Run:
             eraser = self.maker.make(key).eraser
             return lambda known: eraser
 
-        kinds = self.suite.concepts
-        return {s["name"]: scene(self.sampler, method(), s["events"], kinds.get(s.get("kind", ""))) for s in self.suite.scenes}
+        kinds, sampler = self.suite.concepts, self.sampler
+        return {
+            s["name"]: scene(sampler, method(), s["events"], kinds.get(s.get("kind", "")), s.get("pictures")) for s in self.suite.scenes
+        }
 
     def _capacity(self) -> list[dict[str, Any]]:
         return [r.to_json() for r in capacity(self.host, self.suite.book(), self.suite.counts)]

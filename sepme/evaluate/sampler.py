@@ -49,11 +49,17 @@ class Sampler:
         self.host, self.classifier, self.suite, self.check, self.sets = host, classifier, suite, check, PromptSets(suite)
         self.options = {"steps": suite.steps, "guidance": suite.guidance, "latents_only": True}
         self._stock: dict[Batch, Sampled] = {}
+        self._pieces: dict[Batch, Tensor] = {}  # stock's latents, which longer and shorter batches share
 
     def stock(self, batch: Batch) -> Sampled:
         """The stock model's pictures."""
         if batch not in self._stock:
-            latents = self._latents(batch, self.host.generate)
+            parts = []
+            for piece in batch.split(self.suite.batch):
+                if piece not in self._pieces:
+                    self._pieces[piece] = self._latents(piece, self.host.generate)
+                parts.append(self._pieces[piece])
+            latents = torch.cat(parts)
             self._stock[batch] = self._classified(latents, batch, torch.ones(len(latents), dtype=torch.bool))
         return self._stock[batch]
 
@@ -73,12 +79,11 @@ class Sampler:
 
     def _latents(self, batch: Batch, generate: Callable[..., Tensor]) -> Tensor:
         """``suite.batch`` at once, the same ones under every method: matrix products of other row counts round differently."""
-        parts, size = [], self.suite.batch
-        for i in range(0, len(batch.prompts), size):
+        parts = []
+        for piece in batch.split(self.suite.batch):
             self.check()
-            prompts = list(batch.prompts[i : i + size])
-            with _weighed(self.host, batch.weight, len(prompts)):
-                parts.append(generate(prompts, list(batch.seeds[i : i + size]), **self.options).cpu())
+            with _weighed(self.host, batch.weight, len(piece.prompts)):
+                parts.append(generate(list(piece.prompts), list(piece.seeds), **self.options).cpu())
         return torch.cat(parts)
 
     def _classified(self, latents: Tensor, batch: Batch, same: Tensor) -> Sampled:

@@ -59,7 +59,8 @@ class Suite:
         subsets: random sets of concepts erased together.
         strengths: of the sweep.
         counts: of the capacity curve.
-        scenes: name, events ({erase: [names]} or {recover: [names]}) and, where only one kind of concepts is looked at, kind.
+        scenes: name, events ({erase: [names]} or {recover: [names]}) and, where only one kind of concepts is looked at, kind;
+            pictures: at least so many of each group of concepts (erased, recovered, regular) instead of ``images`` of each concept.
         parts: which of :data:`PARTS` are done.
     """
 
@@ -199,6 +200,8 @@ def parse(data: Any, source: str) -> Suite:
     for scene in suite.scenes:
         if scene.get("kind", next(iter(suite.concepts))) not in suite.concepts:
             raise wrong(f"a scene is of kind {str(scene['kind'])[:40]!r}; kinds are {', '.join(suite.concepts)}")
+        if not (type(given := scene.get("pictures", 1)) is int and 0 < given <= 10**6):
+            raise wrong(f"a scene has {str(given)[:20]!r} pictures; give a whole number from 1")
         for event in scene.get("events", [{}]):
             if not (set(event) in ({"erase"}, {"recover"}) and set(next(iter(event.values()))) <= names):
                 raise wrong(f"a scene has an event {str(event)[:60]}; events are erase or recover with names of concepts")

@@ -72,6 +72,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
         on, off = events[-2:]
         assert (on["gate"], off["gate"]) == (True, False)
         assert [e["erased"]["concepts"] for e in events[::2]] == [["star"], ["star", "openmoji"], ["openmoji"]]
+        assert [e["erased"]["pictures"] for e in events[::2]] == [4, 4, 4]  # of one concept as of two: three, in whole pieces of two
         assert on["recovered"]["bit_identical"] == 1 > off["recovered"]["bit_identical"]
         assert on["recovered"]["fid"] == 0 < off["recovered"]["fid"]
         subset = metrics["subsets"][key]
@@ -336,6 +337,7 @@ def test_bad_suites(tmp_path: Path, demo_host: Any) -> None:
         ({"templates": {"object": {"trained": ["{}"]}}}, "missing or of the wrong kind"),
         ({"scenes": [{"name": "1", "kind": "mood", "events": []}]}, "a scene is of kind 'mood'; kinds are object"),
         ({"scenes": [{"name": "1", "events": [{"hide": ["star"]}]}]}, "events are erase or recover"),
+        ({"scenes": [{"name": "1", "pictures": "many", "events": []}]}, "a scene has 'many' pictures; give a whole number from 1"),
         ({"scenes": [{"name": "1", "events": [{"erase": ["moon"]}]}]}, "events are erase or recover"),
         ({"neighbours": {"object": ["star"]}}, "a neighbour that is a concept"),
         ({"neighbours": {"thing": ["sun"]}}, "missing or of the wrong kind"),
