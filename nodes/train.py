@@ -121,8 +121,8 @@ class SepMETrain(io.ComfyNode):
         known = tuple(deltas or ())
         given = {"steps": steps, "learning_rate": learning_rate or None, "seed": seed, "edit": edit, "batch": batch or None}
         options = TrainOptions.for_mode(mode, objective, **given)
-        plan = plan_options(mode, max_rank=max_rank or None, nearby=nearby)
         book, names = agenda(concepts, erase, lines(preserve), known)
+        plan = plan_options(mode, concepts=len(book.concepts), max_rank=max_rank or None, nearby=nearby)
         made: list[ConceptDelta] = []
         takes: list[str] = []  # a sentence, once it is known
         losses: dict[str, list[float]] = {name: [] for name in names}

@@ -90,8 +90,8 @@ def train(
     def work(progress: TaskStatus) -> str:
         concepts = parse(book if book.strip() or not rows else book_of(rows))
         options = TrainOptions.for_mode(mode, objective, steps=int(steps), seed=int(seed), edit=edit)
-        plan = plan_options(mode, mode=None if null_space == NULL_SPACES[0] else null_space, nearby=nearby)
         names = [c.name for c in concepts.concepts]
+        plan = plan_options(mode, concepts=len(names), mode=None if null_space == NULL_SPACES[0] else null_space, nearby=nearby)
         todo = each(names, lambda name: host.library.place(f"{prefix}{file_name(name)}.checkpoint.safetensors"))
         saved: list[tuple[ConceptDelta, Path]] = []
 

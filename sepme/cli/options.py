@@ -138,7 +138,8 @@ class NullSpace:
     null_space: Annotated[
         str | None,
         typer.Option(
-            help="For experts: how strictly everything else is left alone: exact, tolerance (the default), soft; auto: as strictly as fits."
+            help="For experts: how strictly everything else is left alone: exact, tolerance (the default), soft (from 50 concepts on); "
+            "auto: as strictly as fits."
         ),
     ] = None
     tolerance: Annotated[float | None, typer.Option(help="For experts: relative singular value that counts as null (0.006).")] = None

@@ -76,7 +76,8 @@ def train(
     if preserve is not None:
         concept_book = replace(concept_book, preserve_file=str(preserve))
     chosen = list(dict.fromkeys(concept_book[n].name for n in only)) if only else [c.name for c in concept_book.concepts]
-    plan, options = space.plan(parameters.mode, energy=energy, pooled=pooled), parameters.options()
+    plan = space.plan(parameters.mode, concepts=len(concept_book.concepts), energy=energy, pooled=pooled)
+    options = parameters.options()
     paths = {name: out / f"{file_name(name)}.safetensors" for name in chosen}
     if len(set(paths.values())) < len(paths):
         raise SepMEError("Two concepts of the book differ in hyphens alone and would get the same file name; rename one.")

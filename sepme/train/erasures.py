@@ -30,11 +30,11 @@ from ..plan.said import Said
 from ..plan.vocabulary import FILE, Vocabulary
 from ..progress import OnProgress, silent
 from .make import make_deltas
-from .options import TrainOptions
+from .options import MANY, TrainOptions
 
 OPTIONS = TrainOptions(objective="closed-form", edit="context")
 NEARBY = 100  # words near the concepts that must not change: half as many as in training, for somebody waits
-PLANS = (PlanOptions(nearby=NEARBY), PlanOptions(mode="soft", nearby=NEARBY))  # the second where the first leaves no room or is not safe
+PLANS = (PlanOptions(nearby=NEARBY), PlanOptions(mode="soft", nearby=NEARBY))  # the second for many, and where the first is not safe
 MAX_SETS = 32  # in memory
 MAX_BYTES = 64 << 20  # on disk
 VERSION = 3  # of what is made of a name
@@ -190,7 +190,7 @@ def _made(
     if free_length(encoder):  # no other words are looked for: these calibrate gates, and are held out
         ordinary += tuple(word for word in dict.fromkeys(chain(*near.values())) for _ in range(2))
     planner = Planner(encoder, book, PLANS[0], ordinary, on_progress, said, near)
-    best = _planned(planner, names, final=False)
+    best = _planned(planner, names, final=False) if len(book.concepts) < MANY else {}
     if todo := [n for n in names if n not in best or _wrong(best[n])]:
         for name, delta in _planned(planner.with_options(PLANS[1]), todo, final=len(best) < len(names)).items():
             if name not in best or _wrong(delta) < _wrong(best[name]):

@@ -25,6 +25,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0, "pooled": "leave"},
     "unrestricted": {"pooled": "leave"},
 }
+MANY = 50  # concepts from which mode soft is the default: prompts that single gates open for by mistake add up (docs/capacity.md)
 EDITS = {  # what a delta changes; the sum of both acts
     "layers": "keys and values of every cross-attention layer, as published",
     "context": "the text encoder's output, once, before the model reads it: one small file for every model with that encoder",
@@ -155,13 +156,15 @@ def _choice(what: str, value: str, known: Any) -> None:
         raise SepMEError(f"There is no {what} {value!r}; choose one of {', '.join(known)}.")
 
 
-def plan_options(mode: str, /, **given: Any) -> PlanOptions:
+def plan_options(mode: str, /, concepts: int = 1, **given: Any) -> PlanOptions:
     """How directions are planned for a training mode; values that are None take the mode's default (:data:`PLANS`).
 
-    Nearby words are looked for in mode subspace alone: the published modes are as they were published.
+    Nearby words are looked for in mode subspace alone: the published modes are as they were published. There, books of :data:`MANY`
+    ``concepts`` and more are planned in mode soft.
     """
     _choice("mode", mode, MODES)
-    options = PlanOptions(**PLANS[mode] | {k: v for k, v in given.items() if v is not None})
+    soft = {"mode": "soft"} if mode == "subspace" and concepts >= MANY else {}
+    options = PlanOptions(**PLANS[mode] | soft | {k: v for k, v in given.items() if v is not None})
     return options if mode == "subspace" else replace(options, nearby=0)
 
 

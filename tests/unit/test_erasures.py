@@ -108,6 +108,11 @@ def test_gates_are_calibrated_on_neighbours(monkeypatch: pytest.MonkeyPatch) -> 
     assert [c for c in encoder.calls if "a dog" in c] == [["a dog", *near]]
 
 
+def test_many_are_planned_in_mode_soft(encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erasures, "MANY", 2)
+    assert [d.certificate.mode for d in Erasures().get(encoder, ["star", "heart"])] == ["soft", "soft"]
+
+
 def test_words_near_a_concept_are_found_and_what_is_said_of_them_counts(encoder: TinyEncoder) -> None:
     """What must stay is preserved and measured, what means the same changes along, what is free is neither; a file says all of it."""
     made, plain = Erasures(), Erasures().get(encoder, ["star"])[0]

@@ -34,6 +34,13 @@ def planner_for(host: DiffusersHost, mode: str, /, **given: Any) -> Planner:
     return Planner(host, BOOK, plan_options(mode, **given), ordinary=("a house", "red boat"))
 
 
+def test_many_concepts_are_planned_in_mode_soft() -> None:
+    assert [plan_options("subspace", concepts=n).mode for n in (1, 49, 50)] == ["tolerance", "tolerance", "soft"]
+    assert plan_options("subspace", concepts=50, mode="exact").mode == "exact"
+    assert plan_options("paper", concepts=50).mode == "exact"
+    assert plan_options("unrestricted", concepts=50).mode == "tolerance"
+
+
 class Losses(dict[str, list[float]]):
     """Callback that keeps every concept's losses in full precision and may interrupt."""
 
