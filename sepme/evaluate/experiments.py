@@ -191,8 +191,8 @@ def scene(
         pictures: of a group of concepts, at least; the suite's ``images`` of each concept by default.
 
     Returns:
-        after every event, with the gate on and (where there is one) off, what is erased, recovered and regular (never touched): accuracy,
-        Fréchet and perceptual distance to stock.
+        after every event, with the gate on and (where there is one) off, what is erased, recovered and regular (never touched): accuracy
+        and stock's, Fréchet and perceptual distance to stock.
     """
     known: list[str] = []
     active: list[str] = []
@@ -228,6 +228,7 @@ def _group(sampler: Sampler, eraser: Eraser, members: list[str], active: list[st
         "concepts": list(members),
         "pictures": sum(len(b.prompts) for b in batches),
         "accuracy": fmean(d.accuracy for d in sampled),
+        "stock_accuracy": fmean(sampler.stock(b).accuracy for b in batches),
         "fid": fid,
         "lpips": lpips,
         "bit_identical": float(torch.cat([d.same for d in sampled]).float().mean()),

@@ -73,6 +73,7 @@ def test_everything_is_reported(done: tuple[Path, dict[str, Any]]) -> None:
         assert (on["gate"], off["gate"]) == (True, False)
         assert [e["erased"]["concepts"] for e in events[::2]] == [["star"], ["star", "openmoji"], ["openmoji"]]
         assert [e["erased"]["pictures"] for e in events[::2]] == [4, 4, 4]  # of one concept as of two: three, in whole pieces of two
+        assert on["recovered"]["accuracy"] == on["recovered"]["stock_accuracy"]
         assert on["recovered"]["bit_identical"] == 1 > off["recovered"]["bit_identical"]
         assert on["recovered"]["fid"] == 0 < off["recovered"]["fid"]
         subset = metrics["subsets"][key]
