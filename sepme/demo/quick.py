@@ -35,7 +35,7 @@ from ..train import Job, TrainOptions, each, train_book
 from .run import MOST, chance, demo_suite
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHORT: dict[str, Any] = {"batch": 2, "trajectories": 4}  # half of the usual: somebody waits
+SHORT: dict[str, Any] = {"batch": 2, "trajectories": 2}  # less than usual: somebody waits
 COLUMNS = ("stock", "erased", "all erased", "given back", "erased by training")
 
 
