@@ -1,7 +1,8 @@
 """What the defaults of planning and training are worth on the embedded model: one of them changed at a time.
 
-``python benchmarks/defaults.py [--images 4] [--only WORD...]``: a table, row by row. The suite ``demo``'s six concepts, planned together
-with nearby words, edits of the layers, the gate on. Half an hour on one core.
+``python benchmarks/defaults.py [--images 4] [--only WORD...] [--alone]``: a table, row by row. The suite ``demo``'s six concepts, planned
+together with nearby words, edits of the layers, the gate on. Half an hour on one core. With ``--alone`` each concept is planned by itself,
+so that the others are neighbours that nobody named.
 """
 
 from __future__ import annotations
@@ -63,30 +64,34 @@ PLAN = {"mode", "tolerance", "epsilon", "energy", "max_rank", "padding", "nearby
 
 
 class Plans:
-    """Planners of the suite's book by what differs; prompts are read once where they can be."""
+    """Planners of the suite's concepts by what differs, of all together or of each alone; prompts are read once where they can be."""
 
-    def __init__(self, host: DiffusersHost, book: ConceptBook) -> None:
-        self.host, self.book, self.read = host, book, dict[tuple[Any, ...], Planner]()
+    def __init__(self, host: DiffusersHost, book: ConceptBook, alone: bool) -> None:
+        self.host, self.read = host, dict[tuple[Any, ...], Planner]()
+        self.books = [replace(book, concepts=(c,)) for c in book.concepts] if alone else [book]
 
-    def get(self, changed: dict[str, Any]) -> Planner:
+    def get(self, changed: dict[str, Any]) -> list[Planner]:
         options = PlanOptions(**{"nearby": COUNT} | {k: v for k, v in changed.items() if k in PLAN})
-        anchor = changed.get("anchor")
-        key = options.padding, options.nearby, anchor
+        return [self._planner(i, options, changed.get("anchor")).with_options(options) for i in range(len(self.books))]
+
+    def _planner(self, book: int, options: PlanOptions, anchor: str | None) -> Planner:
+        key = book, options.padding, options.nearby, anchor
         if key not in self.read:
-            words = Vocabulary.of(self.host)
-            anchors = {c.name: words.anchor(self.host, c.name) if anchor == FOUND else anchor or "" for c in self.book.concepts}
-            concepts = tuple(replace(c, anchor=anchors[c.name]) for c in self.book.concepts)
-            self.read[key] = Planner(self.host, replace(self.book, concepts=concepts), options)
-        return self.read[key].with_options(options)
+            words, concepts = Vocabulary.of(self.host), self.books[book].concepts
+            anchors = {c.name: words.anchor(self.host, c.name) if anchor == FOUND else anchor or "" for c in concepts}
+            anchored = tuple(replace(c, anchor=anchors[c.name]) for c in concepts)
+            self.read[key] = Planner(self.host, replace(self.books[book], concepts=anchored), options)
+        return self.read[key]
 
 
 def row(sampler: Sampler, plans: Plans, objective: str, changed: dict[str, Any]) -> list[str]:
     """The figures of one change."""
     options = TrainOptions.for_mode(objective=objective, **{k: v for k, v in changed.items() if k not in PLAN | {"anchor"}})
-    planner = plans.get(changed)
-    planner.plan_all()
+    planners = plans.get(changed)
+    for planner in planners:
+        planner.plan_all()
     started = time.process_time()
-    deltas: list[ConceptDelta] = make_deltas(planner, sampler.suite.names, plans.host, options)
+    deltas: list[ConceptDelta] = [d for p in planners for d in make_deltas(p, [c.name for c in p.book.concepts], plans.host, options)]
     seconds = time.process_time() - started
     eraser = Separable(deltas)
     found, _ = figures(sampler, eraser, True, 1)
@@ -103,11 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--only", nargs="+", default=[""], help="changes that hold one of these words")
+    parser.add_argument("--alone", action="store_true", help="each concept is planned by itself")
     given = parser.parse_args()
     torch.set_num_threads(1)
     suite = replace(Suite.load("demo"), images=given.images)
     host = DiffusersHost.load("demo")
-    sampler, plans = Sampler(host, EmbeddedClassifier(), suite, lambda: None), Plans(host, suite.book())
+    sampler, plans = Sampler(host, EmbeddedClassifier(), suite, lambda: None), Plans(host, suite.book(), given.alone)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     for objective, changes in (("closed-form", CLOSED), ("gcirs", TRAINED)):
         for label, changed in changes:
