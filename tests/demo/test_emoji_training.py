@@ -20,7 +20,7 @@ from sepme.demo.emoji.data import BACKGROUND_NAMES, place
 from sepme.demo.emoji.diffusion import Batches, Context, Latents, build_unet, train_diffusion
 from sepme.demo.emoji.export import export, export_flow
 from sepme.demo.emoji.flow import build_flow, encode, sample, train_flow, velocity
-from sepme.demo.emoji.pictures import read_accuracy, unet_painter
+from sepme.demo.emoji.pictures import read, read_accuracy, unet_painter
 from sepme.demo.emoji.stage import Stage, load_stage
 from sepme.demo.emoji.text import WIDTH, build_text_encoder, build_tokenizer, load_tokenizer, train_text
 from sepme.demo.emoji.things import STUDIOS, STYLES, THINGS
@@ -248,10 +248,11 @@ def test_reading_counts_what_was_asked(work: Path, renders: np.ndarray) -> None:
         pictures[:, 0, 0, :3] = torch.tensor([pairs[c] for c in captions], dtype=torch.float32)
         return pictures
 
-    assert read_accuracy(painter, CornerReader(), 5, 36) == {"thing": 1.0, "style": 1.0, "background": 1.0}  # type: ignore[arg-type]
-    blind = read_accuracy(lambda c, s: torch.zeros(len(c), 3, 4, 4), CornerReader(), 5, 36)  # type: ignore[arg-type]
+    assert set(read_accuracy(*read(painter, CornerReader(), 5, 36)).values()) == {1.0}  # type: ignore[arg-type]
+    blind = read_accuracy(*read(lambda c, s: torch.zeros(len(c), 3, 4, 4), CornerReader(), 5, 36))  # type: ignore[arg-type]
     assert blind["thing"] == round(8 / 36, 4)
     assert blind["style"] < 0.5
+    assert {name: share for name, share in blind.items() if name in STYLES} == dict.fromkeys(STYLES, 0.0) | {STYLES[0]: 1.0}
     assert set(held_out(work, renders[:1], count=4)) == {f"{k} {h}" for k in ("plain", "decoded") for h in ("thing", "style", "background")}
 
 

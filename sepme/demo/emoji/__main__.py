@@ -19,7 +19,7 @@ from .data import render_all
 from .diffusion import Batches, Latents, train_diffusion
 from .export import export, export_flow, write_json
 from .flow import train_flow
-from .pictures import Painter, flow_painter, originals, read_accuracy, sheet, unet_painter
+from .pictures import Painter, flow_painter, originals, read, read_accuracy, sheet, unet_painter
 from .stage import load_stage
 from .text import build_tokenizer, load_tokenizer, train_text
 from .things import THINGS
@@ -101,18 +101,20 @@ class Stages:
         self._evaluate("diffusion", unet_painter)
         self._evaluate("flow", flow_painter)
 
-    def _evaluate(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12, guidance: float = 3.0) -> None:
+    def _evaluate(self, stage: str, painter: Callable[[Path, int, float], Painter], steps: int = 12) -> None:
         """Print the share that is read as asked, and draw sheets of ten things beside the studios' own drawings."""
         if not (self.work / f"{stage}.pt").exists():
             return
-        things = Latents.count(self.work)
-        paint = painter(self.work, steps, guidance)
+        known = Latents.count(self.work)
+        things = min(self.things, known)
         chosen = list(range(0, things, max(1, things // 10)))[:10]
-        sheet(paint, chosen).save(self.work / f"{stage}.png")
+        sheet(painter(self.work, steps, 3.0), chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
-            classifier = load_stage(build_classifier(things), self.work, "classifier", "classifier")
-            print(f"{stage}, {steps} steps, {things} things: read {read_accuracy(paint, classifier, things, 180)}", flush=True)
+            classifier = load_stage(build_classifier(known), self.work, "classifier", "classifier")
+            for guidance in (3.0, 8.0):
+                shares = read_accuracy(*read(painter(self.work, steps, guidance), classifier, things, 180))
+                print(f"{stage}, {steps} steps, guidance {guidance}, {things} things: read {shares}", flush=True)
 
 
 def main() -> None:

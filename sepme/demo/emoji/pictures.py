@@ -84,13 +84,19 @@ def asked(things: int, count: int, seed: int) -> list[tuple[str, Scene]]:
     return result
 
 
-def read_accuracy(paint: Painter, classifier: Network, things: int, count: int, seed: int = 500) -> dict[str, float]:
-    """Share of pictures whose thing, style and background are read as asked."""
-    pairs, right = asked(things, count, seed), torch.zeros(3)
+def read(paint: Painter, classifier: Network, things: int, count: int, seed: int = 500) -> tuple[Tensor, Tensor]:
+    """Scenes ``(count, 3)`` as asked for and as the classifier reads the pictures."""
+    pairs, found = asked(things, count, seed), []
     for first in range(0, count, 18):
-        captions, scenes = zip(*pairs[first : first + 18], strict=True)
-        right += (classifier.predict(paint(captions, seed + first)) == torch.tensor(scenes)).sum(0)
-    return {name: round(float(n) / count, 4) for name, n in zip(("thing", "style", "background"), right, strict=True)}
+        found.append(classifier.predict(paint([caption for caption, _ in pairs[first : first + 18]], seed + first)))
+    return torch.tensor([scene for _, scene in pairs]), torch.cat(found)
+
+
+def read_accuracy(wanted: Tensor, found: Tensor) -> dict[str, float]:
+    """Share of scenes ``(n, 3)`` whose thing, style and background are read as asked, and the same of each studio's."""
+    right = (wanted == found).float()
+    whole = {name: round(float(share), 4) for name, share in zip(("thing", "style", "background"), right.mean(0), strict=True)}
+    return whole | {style: round(float(right[wanted[:, 1] == i, 1].mean()), 4) for i, style in enumerate(STYLES)}
 
 
 def grid(rows: Sequence[Tensor]) -> Image.Image:
