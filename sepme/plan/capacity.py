@@ -14,7 +14,7 @@ from ..concepts import Concept, ConceptBook, mentions, normalised
 from ..errors import SepMEError
 from ..model.protocols import TextEncoder
 from ..progress import OnProgress, silent
-from .directions import PlanOptions
+from .directions import MANY, PlanOptions
 from .planner import Planner
 
 COUNTS = (10, 30, 100, 1000)
@@ -25,7 +25,7 @@ class CapacityRow:
     """One N: figures over the N concepts, of each concept's worst leakage on everything else that is known.
 
     Attributes:
-        mode: what ``auto`` picked.
+        mode: how directions were planned; of ``auto``, what it picked.
         gate_open: share of concepts whose own prompts all pass their gate.
         dims_left: directions left for the concept that has the fewest (in mode soft: left by everything together).
     """
@@ -74,8 +74,7 @@ def capacity(
     options: PlanOptions | None = None,
     on_progress: OnProgress = silent,
 ) -> list[CapacityRow]:
-    """Plan the first N concepts in mode ``auto`` for each N."""
-    options = options or PlanOptions(mode="auto")
+    """Plan the first N concepts for each N: in mode ``auto``, and from :data:`MANY` on in mode ``soft``, as training does by default."""
     for count in counts:
         check_number("count", count, 1, 10**6, whole=True)
     rows = []
@@ -84,7 +83,8 @@ def capacity(
         def progress(what: str, done: int, total: int, count: int = count) -> None:
             on_progress(f"{count} concepts: {what}", done, total)
 
-        planner = Planner(encoder, extended(book, count), options, on_progress=progress)
+        usual = PlanOptions(mode="soft" if count >= MANY else "auto")
+        planner = Planner(encoder, extended(book, count), options or usual, on_progress=progress)
         certificates = [s.certificate for s in planner.plan_all().values()]
         linear = [c.worst_leakage for c in certificates]
         gated = [c.worst_leakage_gated for c in certificates]

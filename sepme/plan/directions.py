@@ -18,6 +18,7 @@ from ..errors import SepMEError
 from .tokens import Padding
 
 Mode = Literal["exact", "tolerance", "soft", "auto"]
+MANY = 50  # concepts from which mode soft is the default: prompts that single gates open for by mistake add up (docs/capacity.md)
 EXACT_RTOL = 1e-6
 GRAM_RTOL = 1e-4  # smaller singular values are not read off a Gram matrix, which squares them
 TINY = 1e-300

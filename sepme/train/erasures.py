@@ -23,14 +23,14 @@ from ..errors import SepMEError
 from ..files import write_atomically
 from ..model.encoder_fingerprint import EncoderFingerprint
 from ..model.protocols import TextEncoder, clip_skip, free_length
-from ..plan.directions import PlanOptions
+from ..plan.directions import MANY, PlanOptions
 from ..plan.gate import ordinary_prompts
 from ..plan.planner import Planner
 from ..plan.said import Said
 from ..plan.vocabulary import FILE, Vocabulary
 from ..progress import OnProgress, silent
 from .make import make_deltas
-from .options import MANY, TrainOptions
+from .options import TrainOptions
 
 OPTIONS = TrainOptions(objective="closed-form", edit="context")
 NEARBY = 100  # words near the concepts that must not change: half as many as in training, for somebody waits

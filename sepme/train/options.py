@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import SEEDS, check_numbers
 from ..delta.format import MAX_RANK
 from ..errors import SepMEError
-from ..plan.directions import PlanOptions
+from ..plan.directions import MANY, PlanOptions
 from .objectives import OBJECTIVES, Objective
 
 # subspace: this project's. paper, unrestricted: arXiv 2402.05947 and its extension SRS-ME as published.
@@ -25,7 +25,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "paper": {"mode": "exact", "max_rank": MAX_RANK, "energy": 1.0, "pooled": "leave"},
     "unrestricted": {"pooled": "leave"},
 }
-MANY = 50  # concepts from which mode soft is the default: prompts that single gates open for by mistake add up (docs/capacity.md)
 EDITS = {  # what a delta changes; the sum of both acts
     "layers": "keys and values of every cross-attention layer, as published",
     "context": "the text encoder's output, once, before the model reads it: one small file for every model with that encoder",

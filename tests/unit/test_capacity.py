@@ -39,6 +39,11 @@ def test_capacity_rows() -> None:
         assert 0 < r.kept_energy_min <= r.kept_energy_median <= 1
 
 
+def test_many_are_planned_as_training_plans_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_module, "MANY", 12)
+    assert [r.mode for r in capacity(HashedEncoder(), numbered_book(3), (3, 12))] == ["exact", "soft"]
+
+
 def test_capacity_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.yaml").write_text("[star, church]", encoding="utf-8")
     monkeypatch.setattr(cli.options.ModelOptions, "load", lambda _: HashedEncoder())
