@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_a_second_run_does_nothing_again(done: tuple[Path, dict[str, Any]], demo
         assert passes == []
     finally:
         handle.remove()
+
+
+def test_a_report_of_scenes_alone(done: tuple[Path, dict[str, Any]], demo_host: Any, tmp_path: Path) -> None:
+    """It has no empty table of methods, and says nothing of attacks that were not made."""
+    shutil.copytree(done[0] / "results", tmp_path / "results")
+    suite = Suite.load(str(done[0] / "few.yaml"))
+    metrics = Run(demo_host, Suite(**vars(suite) | {"parts": ("scenes", "order")}), tmp_path)()
+    assert metrics["scenes"] == done[1]["scenes"]
+    page, whole = ((folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, done[0]))
+    for part in ("<h2>Methods", "<h2>Pictures", "Attack: "):
+        assert part in whole
+        assert part not in page
+    assert "<h2>Scenes: esd" in page
+    assert "<h2>Order of arrival" in page
 
 
 def test_interrupted_it_goes_on(demo_host: Any, tmp_path: Path) -> None:
