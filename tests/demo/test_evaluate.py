@@ -128,7 +128,7 @@ def test_a_report_of_scenes_alone(done: tuple[Path, dict[str, Any]], demo_host: 
     metrics = Run(demo_host, Suite(**vars(suite) | {"parts": ("scenes", "order")}), tmp_path)()
     assert metrics["scenes"] == done[1]["scenes"]
     page, whole = ((folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, done[0]))
-    for part in ("<h2>Methods", "<h2>Pictures", "Attack: "):
+    for part in ("<h2>Methods", "<h2>Pictures", "Attack: ", "the attack reaches"):
         assert part in whole
         assert part not in page
     assert "<h2>Scenes: esd" in page

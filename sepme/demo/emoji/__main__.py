@@ -107,13 +107,14 @@ class Stages:
             return
         known = Latents.count(self.work)
         things = min(self.things, known)
+        painters = {guidance: painter(self.work, steps, guidance) for guidance in (3.0, 8.0)}
         chosen = list(range(0, things, max(1, things // 10)))[:10]
-        sheet(painter(self.work, steps, 3.0), chosen).save(self.work / f"{stage}.png")
+        sheet(painters[3.0], chosen).save(self.work / f"{stage}.png")
         originals(self.renders(), chosen).save(self.work / "originals.png")
         if (self.work / "classifier.pt").exists():
             classifier = load_stage(build_classifier(known), self.work, "classifier", "classifier")
-            for guidance in (3.0, 8.0):
-                shares = read_accuracy(*read(painter(self.work, steps, guidance), classifier, things, 180))
+            for guidance, paint in painters.items():
+                shares = read_accuracy(*read(paint, classifier, things, 180))
                 print(f"{stage}, {steps} steps, guidance {guidance}, {things} things: read {shares}", flush=True)
 
 
